@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best entries of a list in order, a chunk at a time, by one thread block. A radix select finds the next best 2048
-// entries or fewer, which are then sorted in shared memory. The select is on (key, row), so there are no ties and the
-// order of the list does not matter.
+// Selection of the best entries of a list in order, a chunk at a time, by one thread block. A radix select finds the
+// next best 2048 entries or fewer, which are then sorted in shared memory. Entries are compared by (key, row), so ties
+// do not occur and the order of the list does not matter.
 #pragma once
 
 #include "cuda/nms.cuh"
@@ -10,13 +10,13 @@
 namespace spatialflow {
 
 template <typename key_t>
-constexpr int kEntriesAhead = sizeof(key_t) == 4 ? 4 : 1;  // that a thread loads before it uses the first of them
+constexpr int kEntriesAhead = sizeof(key_t) == 4 ? 4 : 1;  // that a thread loads before it uses the first
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == 2 * kGreedyThreads, "a thread sums two bins");
 constexpr int kCutWords = 3;
 
-// Calls body(entry) for all entries, in the threads of the block.
+// Call body(entry) for all entries, distributed over the threads of the block.
 template <typename key_t, typename Body>
 __device__ __forceinline__ void for_each_entry(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Body& body) {
@@ -39,7 +39,8 @@ __device__ __forceinline__ void for_each_entry(
     }
 }
 
-// Sum over the threads before this one; `sums` (kGreedyWarps). All threads of the block call it.
+// Sum of `value` over the threads before this one, and over all in `total`; `sums` (kGreedyWarps). All threads of the
+// block must call it.
 __device__ __forceinline__ unsigned sum_before(unsigned value, Shared<unsigned> sums, unsigned& total) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
     unsigned inclusive = value;
@@ -62,19 +63,19 @@ __device__ __forceinline__ unsigned sum_before(unsigned value, Shared<unsigned> 
     return before + inclusive - value;
 }
 
-// Finds `end` such that [begin, end) has 1 to kChunk entries. If all entries that are left fit, `end` is beyond all of
-// them. Returns false if no entry is left. All threads of the block call it and get the same result.
+// Find `end` such that [begin, end) has 1 to kChunk entries. If all remaining entries fit, `end` is beyond all of them.
+// Return false if no entry remains. All threads of the block must call it and get the same result.
 template <typename key_t>
 __device__ __forceinline__ bool select_chunk(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Entry<key_t>& begin,
     Shared<unsigned> histogram,  // (kBins)
     Shared<unsigned> sums,       // (kGreedyWarps)
-    Shared<unsigned> cut,        // (kCutWords): the bin that does not fit any more, entries before it
+    Shared<unsigned> cut,        // (kCutWords): first bin that does not fit; entries before it
     Entry<key_t>& end) {
     constexpr int kKeyBits = static_cast<int>(8 * sizeof(key_t)), kRowBits = 32;
     const int thread = static_cast<int>(threadIdx.x);
     end = {0, 0};
-    for (int fixed = 0; fixed < kKeyBits + kRowBits;) {  // leading bits of (key, row) that `end` has already
+    for (int fixed = 0; fixed < kKeyBits + kRowBits;) {  // leading bits of (key, row) already fixed in `end`
         const bool in_key = fixed < kKeyBits;
         const int left = in_key ? kKeyBits - fixed : kKeyBits + kRowBits - fixed;
         const int bits = left < kDigitBits ? left : kDigitBits, shift = left - bits;
@@ -115,7 +116,7 @@ __device__ __forceinline__ bool select_chunk(
         }
         __syncthreads();
         const unsigned bin = cut[0];
-        // All entries left fit. Only in the first round: later rounds split a bin that does not fit.
+        // All remaining entries fit. This happens only in the first round: later rounds split a bin that does not fit.
         if (bin == kBins) {
             end = {~key_t(0), ~0u};
             __syncthreads();
@@ -136,8 +137,8 @@ __device__ __forceinline__ bool select_chunk(
     return true;
 }
 
-// Writes the best entries from `begin` on to `chunk`, in order, and moves `begin` past them. Returns their number, at
-// most kChunk; 0 if no entry is left. All threads of the block call it.
+// Write the best entries from `begin` on to `chunk`, in order, and move `begin` past them. Return their number, at most
+// kChunk; 0 if no entry remains. All threads of the block must call it.
 template <typename key_t>
 __device__ __forceinline__ int next_chunk(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, Entry<key_t>& begin,

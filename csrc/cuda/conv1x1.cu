@@ -4,9 +4,9 @@
 //
 //   out[p, o] = relu(sum_c x[p, c] * weight[o, c] + bias[o] + residual[p, o])
 //
-// for pixels p; channels-last. The fast kernel is in sm90_conv1x1.cu. The kernel here is for the dtypes, channels and
-// devices that sm90_conv1x1.cu does not support: one thread per output value, not optimized. Networks on other devices
-// use cuDNN (spatialflow/models/optimized/conv.py).
+// for pixels p; channels-last. This kernel supports all dtypes, sizes and devices that sm90_conv1x1.cu does not; it
+// computes one output value per thread and is not optimized. Networks on other devices use cuDNN
+// (spatialflow/models/optimized/conv.py).
 #include "cuda/launch.h"
 #include "cuda/sm90_conv1x1.h"
 #include "ops/conv1x1.h"

@@ -10,8 +10,8 @@
 // kernel's parameters has an entry per convolution and level, largest maps first. Blocks are persistent: each takes
 // every gridDim.x-th tile. x + flow and weights are rounded to the 16-bit type. Results depend on the inputs alone.
 //
-// float64, and float32 with "direct": 8 x 8 pixels by 64 outputs per block of 256 threads, 4 x 4 sums a thread. 16-bit
-// types, TF32 and Tf32x3: conv3x3_tensor_core.cuh; on compute capability 9.0a sm90_conv3x3.cu.
+// float64, and float32 with "direct": a block of 256 threads computes 8 x 8 pixels by 64 outputs, 4 x 4 sums per
+// thread. 16-bit types, TF32 and Tf32x3: conv3x3_tensor_core.cuh; on compute capability 9.0a, sm90_conv3x3.cu.
 #include <algorithm>
 
 #include "cuda/conv3x3_tensor_core.cuh"
@@ -31,7 +31,7 @@ struct SimtConfig {
     static constexpr int kHeight = kSide, kWidth = kSide;
     static constexpr size_t kSharedBytes = 0;
     static constexpr int kChannels = 16;  // of a step
-    static constexpr int kGroup = 4;      // of them multiplied in one go
+    static constexpr int kGroup = 4;      // of them per iteration of the product
     static constexpr int kInputRow = kPixels + 4;
 };
 
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(SimtConfig::kThreads, 2)
                 }
             }
         };
-        // A thread without outputs, or with all its pixels below the map, only loads.
+        // A thread without outputs, or with all its pixels below the map, only loads tiles.
         const bool busy = place.output + thread_column < entry.outputs &&
                           map.y + thread_row / SimtConfig::kSide < entry.source.height;
         scalar_t sums[4][4] = {};
@@ -188,7 +188,7 @@ struct Kernel {
             launch<with_access<1>()>(blocks, threads, Config::kSharedBytes, stream, table);
         }
     }
-    // Estimated time of all tiles: a multiprocessor with n tiles in progress takes as long as n + 1/4 tiles.
+    // Estimated time of all tiles: n concurrent tiles of a multiprocessor need as long as n + 1/4 tiles.
     static int64_t cost(const std::vector<Convolution>& convolutions, Stream stream) {
         int64_t all = 0;
         for (const Convolution& conv : convolutions) {
@@ -261,8 +261,8 @@ void convolve(
     }
 }
 
-// Results do not depend on the choice of tiles. Narrow tiles waste less on few outputs and small maps, but take more
-// than half the time of wide ones.
+// Choose the tiles and launch the kernel; results do not depend on the tiles. Narrow tiles waste less work for few
+// outputs and small maps, but need more than half the time of wide ones.
 template <typename operand_t>
 void convolve(
     const char* op, std::vector<Convolution> convolutions, Stream stream, const std::optional<Tensor>& active) {

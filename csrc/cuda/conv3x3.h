@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 3x3 convolutions over pyramids: host functions that flow_conv2d, its gradient and fused_subnets share. Kernels:
-// conv3x3.cu.
+// Host functions for 3x3 convolutions over pyramids, shared by flow_conv2d, its gradient and fused_subnets. The kernels
+// are described in conv3x3.cu.
 #pragma once
 
 #include "cuda/conv3x3_tiles.cuh"
@@ -12,7 +12,8 @@
 namespace spatialflow {
 
 // Offset of the 16-bit weights in packed float32 weights, in floats. Packed weights are 9 * C * O floats (O padded),
-// then the weights in float16 and in bfloat16 (rows in the order of packed_position), then zeros, then the tag.
+// then the weights in float16 and in bfloat16. Both have rows in the order of packed_position. Zeros and the tag
+// follow.
 inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_channels) {
     const int64_t floats = 9 * packed_tap_size(in_channels, out_channels);
     return dtype == ScalarType::Half ? floats : floats + floats / 2;
@@ -21,7 +22,8 @@ inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_
 // See packed_tag; the layout is the same on every device.
 constexpr int64_t kPackedColumns = 1;
 
-// out = relu?(conv3x3(x + flow) + bias + residual), on the levels of `out`; `x` and `flow` may have more of them.
+// Arguments of out = relu?(conv3x3(x + flow) + bias + residual), on the levels of `out`; `x` and `flow` may have more
+// levels.
 struct Convolution {
     std::vector<Tensor> x;         // (N, C, H, W), channels adjacent
     std::vector<Tensor> flow;      // the same; or empty
@@ -49,8 +51,8 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
 
 // Run convolutions that are independent of each other in one launch. More launches are needed if the table of a launch
 // is too small, and on compute capability 9.0 for a short last round of tiles. `active`: (N) bool, dense, a flag for
-// each image of every level. Results of inactive images are zeros, whatever their inputs are, and tiles without an
-// active image are skipped.
+// each image of every level. Results of inactive images are zero for any inputs, and tiles without an active image are
+// skipped.
 void convolve3x3(
     const char* op, std::vector<Convolution> convolutions, Stream stream,
     const std::optional<Tensor>& active = std::nullopt);
@@ -84,7 +86,7 @@ inline std::vector<Tensor> in_format_of(const std::vector<Tensor>& like, std::ve
     return maps;
 }
 
-// Whether the channels of all `levels` can be loaded 16 bytes at a time.
+// Return whether the channels of all `levels` can be loaded 16 bytes at a time.
 template <typename scalar_t>
 inline bool has_vectorizable_channels(const std::vector<Tensor>& levels) {
     constexpr int64_t kWidth = kVectorElements<scalar_t>;

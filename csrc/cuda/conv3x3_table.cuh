@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Table of convolutions of one launch of conv3x3.cu, its tiles, and the tiles of inactive images.
+// Table of the convolutions of one launch of conv3x3.cu, their tiles, and skipping of inactive images.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace spatialflow {
 
 constexpr int kMaxEntries = 24;
 
-// One convolution on one level.
+// Convolution on one level.
 template <typename scalar_t>
 struct ConvEntry {
     ConvSource<scalar_t> source;
@@ -21,7 +21,7 @@ struct ConvEntry {
     Global<scalar_t> out;                  // (N, H, W, O)
     int outputs;
     bool relu;
-    bool vectorized;                            // outputs and residual move 16 bytes at a time
+    bool vectorized;                            // outputs and residual are accessed 16 bytes at a time
     int tile_begin;                             // first tile in the launch
     int tile_rows, tile_columns, output_tiles;  // of an image
 };
@@ -66,7 +66,7 @@ __device__ __forceinline__ int64_t output_at(const ConvEntry<scalar_t>& entry, i
     return ((static_cast<int64_t>(image) * entry.source.height + y) * entry.source.width + x) * entry.outputs;
 }
 
-// Eight adjacent outputs, of which the first `count` exist; the others are zeros. If `vectorized`, all or none exist.
+// Load eight adjacent outputs, of which the first `count` exist; others are zero. With `vectorized` all or none exist.
 template <typename scalar_t>
 __device__ __forceinline__ Vec<scalar_t, 8> load_present(
     const Global<const scalar_t>& source, bool vectorized, int count) {
@@ -109,11 +109,11 @@ __device__ __forceinline__ void store_present(
 // ---- tiles of inactive images -------------------------------------------------------------------------------------
 //
 // With `active`, tiles without an active image are skipped: their results are set to zero, and their inputs are neither
-// read nor multiplied. A block reads the flags of its tiles once, before its first tile. So all its threads process the
-// same tiles and reach the same barriers, even if the flags change during the launch.
+// read nor multiplied. A block reads the flags of its tiles once, before its first tile. All its threads then process
+// the same tiles and reach the same barriers, even if the flags change during the launch.
 
-constexpr int kMaxBlockTiles = 128;                        // maximum of a block; a block has at least a thread for each
-constexpr int kSkippedWords = kMaxBlockTiles / kWarpSize;  // a bit for each tile of the block, in order
+constexpr int kMaxBlockTiles = 128;                        // of a block, which has at least one thread for each
+constexpr int kSkippedWords = kMaxBlockTiles / kWarpSize;  // one bit for each tile of the block, in order
 
 __device__ __forceinline__ bool is_skipped(const Shared<unsigned>& skipped, int tile) {
     const unsigned slot = static_cast<unsigned>(tile - static_cast<int>(blockIdx.x)) / gridDim.x;
@@ -121,8 +121,8 @@ __device__ __forceinline__ bool is_skipped(const Shared<unsigned>& skipped, int 
     return (word >> slot % kWarpSize & 1u) != 0;
 }
 
-// Record the tiles of the block for which should_skip(tile), and call clear(tile) for them. All threads of the block
-// must call it.
+// Record the tiles of the block for which should_skip(tile) is true, and call clear(tile) for them. All threads of the
+// block must call it.
 template <typename ShouldSkip, typename Clear>
 __device__ __forceinline__ void skip_tiles(
     const Shared<unsigned>& skipped, int num_tiles, const ShouldSkip& should_skip, const Clear& clear) {
@@ -142,7 +142,7 @@ __device__ __forceinline__ void skip_tiles(
     }
 }
 
-// First tile of the block from `tile` on that is not skipped; at least num_tiles if all others are skipped.
+// First tile of the block from `tile` on that is not skipped; num_tiles or more if all of them are skipped.
 template <typename Table>
 __device__ __forceinline__ int next_tile(const Table& table, const Shared<unsigned>& skipped, int tile) {
     if (table.active) {
@@ -153,7 +153,7 @@ __device__ __forceinline__ int next_tile(const Table& table, const Shared<unsign
     return tile;
 }
 
-// Fill a tile of a map (N, height, width, outputs) with zeros, by all threads of the block.
+// Fill a tile of a map (N, height, width, outputs) with zeros; all threads of the block must call it.
 template <int kHeight, int kWidth, int kOutputs, typename scalar_t>
 __device__ __forceinline__ void clear_tile(
     const Global<scalar_t>& out, int height, int width, int outputs, bool vectorized, const MapTile& map, int output) {
@@ -193,8 +193,8 @@ __device__ __forceinline__ void skip_inactive_images(
         });
 }
 
-// Number of persistent blocks: as many as are resident at one time. With `active` at least so many that no block has
-// more than kMaxBlockTiles tiles.
+// Number of persistent blocks: as many as are resident at one time. With `active`, at least as many as give each block
+// at most kMaxBlockTiles tiles.
 template <typename Table>
 inline unsigned persistent_blocks(const Table& table, int resident) {
     const int least = table.active ? static_cast<int>(ceil_div(table.num_tiles, kMaxBlockTiles)) : 1;

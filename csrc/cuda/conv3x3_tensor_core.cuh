@@ -2,11 +2,11 @@
 //
 // Kernel of conv3x3.cu on the tensor cores: 16-bit types by m16n8k16, float32 by m16n8k8 of TF32, with float32 sums.
 //
-// A block of four warps computes 8 x 16 pixels by 128 or 64 outputs. A K step of 32 channels (float32: 16) loads the
-// tile and its halo once, as x + flow, for all nine taps: ldmatrix reads the rows of each tap from the same buffer. In
-// 16 bits a row of inputs serves the three taps of a column from registers. In float32 weights are the left operand.
-// The inputs of the next step are loaded through registers and its weights by cp.async, across tiles too, while this
-// step is multiplied. Rows of shared memory are padded by 16 bytes against bank conflicts.
+// A block of four warps computes 8 x 16 pixels by 128 or 64 outputs. A K step has 32 channels (float32: 16). Each step
+// loads the tile and its halo once, as x + flow, for all nine taps. ldmatrix reads the rows of each tap from the same
+// buffer. In 16 bits a row of inputs in registers is used by the three taps of a column. In float32 weights are the
+// left operand. The next step, also across tiles, is loaded during the products of this one: inputs through registers,
+// weights by cp.async. Rows of shared memory are padded by 16 bytes against bank conflicts.
 #pragma once
 
 #include "cuda/conv3x3_table.cuh"
@@ -14,34 +14,35 @@
 
 namespace spatialflow {
 
-// Sizes of the tensor-core kernel. A step is kChannels channels. It has a unit for each half of them and column of
-// taps: kWeightRows rows of weights, which are multiplied while a chunk of the next step's inputs is loaded. In bytes,
-// all operand types have the same sizes.
+// Sizes of the tensor-core kernel. A step of kChannels channels consists of units, one for each half of the channels
+// and column of taps. A unit has kWeightRows rows of weights; during its products a chunk of the next step's inputs is
+// loaded. Sizes in bytes are equal for all operand types.
 template <typename operand_t, int kTileOutputs>
 struct TensorCoreConfig {
     static constexpr int kVector = kVectorElements<element_t<operand_t>>;
     static constexpr int kThreads = 128;
     static constexpr int kHeight = 8, kWidth = 16, kOutputs = kTileOutputs;
-    static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // rows of the tile
+    static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // kWarpRows: of the tile
     static constexpr int kBlocks = kWarpOutputs / 32;                 // of packed_position
     // Resident blocks of a multiprocessor, limited by registers and shared memory.
     static constexpr int kResident = kOutputs == 128 || std::is_same_v<operand_t, Tf32x3> ? 2 : 3;
     static constexpr int kChannels = 4 * kVector, kUnitChannels = 2 * kVector;
     static constexpr int kUnits = kChannels / kUnitChannels * 3;
     static constexpr int kHaloWidth = kWidth + 2;
-    static constexpr int kChunkPixels = kThreads / (kChannels / kVector);  // pixels
+    static constexpr int kChunkPixels = kThreads / (kChannels / kVector);  // pixels that all threads load in one pass
     static constexpr int kInputs = kUnits * kChunkPixels;                  // pixels with halo, padded to whole chunks
     static constexpr int kInputRow = kChannels + kVector, kWeightRow = kOutputs + 8;
     static constexpr int kWeightRows = 3 * kUnitChannels, kWeightStages = 3;
-    static constexpr int kCopiedRows = kThreads / (kOutputs / kVector);  // by all threads in one pass
+    static constexpr int kCopiedRows = kThreads / (kOutputs / kVector);  // rows that all threads copy in one pass
     static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kWeightRows * kWeightRow;  // elements
     static constexpr size_t kSharedBytes =
         sizeof(element_t<operand_t>) * (2 * kInputBuffer + kWeightStages * kWeightStage);
     static_assert((kHeight + 2) * kHaloWidth <= kInputs, "a chunk per unit");
 };
 
-// The sums of a lane, of four rows. In 16 bits outputs are the columns of a product: sums[i][j][e] is pixel e / 2 * 8,
-// output j / 4 * 32 + j % 4 * 2 + e % 2 from its first on. In float32 they are the rows: see FloatFragmentCoordinates.
+// Sums of a lane, of four rows. In 16 bits outputs are the columns of a product. sums[i][j][e] is pixel e / 2 * 8,
+// output j / 4 * 32 + j % 4 * 2 + e % 2 from the lane's first on. In float32 outputs are the rows: see
+// FloatFragmentCoordinates.
 template <int kBlocks>
 using Sums = float[4][kBlocks * 4][4];
 
@@ -64,7 +65,7 @@ struct FragmentCoordinates {
         first = output_at(entry, map.image, y, x) + output;
     }
     __device__ __forceinline__ bool is_inside(int i, int half) const { return y + i < height && x + half * 8 < width; }
-    // The first of eight outputs.
+    // Offset of the first of eight outputs.
     __device__ __forceinline__ int64_t at(int i, int half, int block) const {
         return first + (static_cast<int64_t>(i) * width + half * 8) * outputs + block * 32;
     }
@@ -133,8 +134,8 @@ __device__ __forceinline__ void store_sums(
     }
 }
 
-// In float32 sums[i][j][e] is column j / kProducts * 8 + e % 2, output j % kProducts * 16 + e / 2 from the lane's first
-// on: two of eight columns, two of 16 outputs.
+// Output pixels and channels of the sums of a lane, in float32. sums[i][j][e] is column j / kProducts * 8 + e % 2,
+// output j % kProducts * 16 + e / 2 from the lane's first on. A lane has two of eight columns and two of 16 outputs.
 struct FloatFragmentCoordinates {
     int64_t first;  // offset of the outputs of the first pixel
     int y, x, output;
@@ -150,8 +151,8 @@ struct FloatFragmentCoordinates {
           outputs(entry.outputs) {
         first = output_at(entry, map.image, y, x) + output;
     }
-    // Call body(two sums, offset of their outputs, number of outputs from there on) for the pixels inside the map. With
-    // a branch per pixel, only the loads of one pixel are in flight; registers do not suffice for more.
+    // Call body(two sums, offset of their outputs, number of outputs from there on) for the pixels inside the map. The
+    // branch per pixel limits the loads in flight to those of one pixel; registers do not suffice for more.
     template <int kBlocks, typename AnySums, typename Body>
     __device__ __forceinline__ void visit(AnySums& sums, Body body) const {
         constexpr int kProducts = kBlocks * 2;  // for all outputs
@@ -172,7 +173,8 @@ struct FloatFragmentCoordinates {
     }
 };
 
-// Bias and residual are added at the end, so that a residual gives the same value as a separate addition of maps.
+// Initialize the sums with zeros. Bias and residual are added at the end, so a residual gives the same value as a
+// separate addition of maps.
 template <int kBlocks>
 __device__ __forceinline__ void start_sums(
     const ConvEntry<float>&, const FloatFragmentCoordinates&, Sums<kBlocks>& sums) {
@@ -230,9 +232,9 @@ __device__ __forceinline__ void store_sums(
     });
 }
 
-// Multiply a unit: a column of taps, and as many channels as a product is deep. This lane reads the first row of inputs
-// at `inputs` and the first tap at `weights`. In 16 bits a row of inputs is used for its three taps before the next one
-// is read, with the weights of the column in registers.
+// Multiply a unit: a column of taps, and as many channels as the depth of a product. This lane reads the first row of
+// inputs at `inputs` and the first tap at `weights`. In 16 bits the column's weights stay in registers. A row of inputs
+// is used for its three taps before the next row is read.
 template <typename Config, typename scalar_t>
 __device__ __forceinline__ void multiply_unit(
     const Shared<scalar_t>& inputs, const Shared<scalar_t>& weights, Sums<Config::kBlocks>& sums,
@@ -263,8 +265,8 @@ __device__ __forceinline__ void multiply_unit(
     }
 }
 
-// In float32 the weights, which are in order, are the left operand; rows of inputs are used for one tap after the
-// other. For Tf32x3, which needs more registers, taps are not unrolled.
+// Multiply a unit in float32. The weights, which are in order, are the left operand; rows of inputs are used for one
+// tap after another. Tf32x3 needs more registers, so its taps are not unrolled.
 template <typename Config, typename operand_t>
 __device__ __forceinline__ void multiply_unit(
     const Shared<float>& inputs, const Shared<float>& weights, Sums<Config::kBlocks>& sums, operand_t) {
@@ -327,7 +329,7 @@ __global__ void __launch_bounds__(
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int warp_row = warp / 2 * Config::kWarpRows, warp_output = warp % 2 * Config::kWarpOutputs;
 
-    // Inputs: the 16 bytes of a step that this thread loads.
+    // Inputs: this thread loads 16 bytes of the channels of a step.
     constexpr int kInputThreads = Config::kChannels / Config::kVector;
     const int input_channel = thread % kInputThreads * Config::kVector, input_pixel = thread / kInputThreads;
     InputReader<Config::kHeight, Config::kWidth, Config::kInputs, scalar_t> reader;
@@ -353,7 +355,7 @@ __global__ void __launch_bounds__(
         store_vector(input_target + chunk * (Config::kChunkPixels * Config::kInputRow / kWord), words);
     };
 
-    // Weights: the 16 bytes of outputs that this thread copies, in some rows of a unit.
+    // Weights: this thread copies 16 bytes of outputs in some rows of a unit.
     constexpr int kRowThreads = Config::kOutputs / Config::kVector;
     const int weight_row = thread / kRowThreads, weight_column = thread % kRowThreads * Config::kVector;
     const auto weight_target = weights + (weight_row * Config::kWeightRow + weight_column);
@@ -408,7 +410,7 @@ __global__ void __launch_bounds__(
             store_inputs(chunk, chunks[chunk]);
         }
     }
-    // Offsets at which this lane reads by ldmatrix, or loads its weights.
+    // Offsets from which this lane reads by ldmatrix, or loads its weights.
     int lane_pixel = lane % 16, lane_channel = lane / 16 * 8, lane_row = lane % 16, lane_output = lane / 16 * 8;
     if constexpr (sizeof(scalar_t) == 4) {
         lane_pixel = lane / 16 * 8 + lane % 8;
@@ -422,7 +424,7 @@ __global__ void __launch_bounds__(
     input_target += buffer_offset / kWord;
     Sums<Config::kBlocks> sums;
     while (tile.index < table.num_tiles) {
-        // A warp without outputs, or with all its rows below the map, only loads.
+        // A warp without outputs, or with all its rows below the map, only loads tiles.
         bool busy = false;
         {
             const ConvEntry<scalar_t>& entry = table.entries[tile.entry];
@@ -452,7 +454,7 @@ __global__ void __launch_bounds__(
                 for (int column = 0; column < 3; ++column) {
                     cp_async_wait<Config::kWeightStages - 2>();
                     __syncthreads();
-                    // The stage that the previous unit has read is free.
+                    // The stage read by the previous unit is free.
                     if (column == 1 && half == 1 && left <= 0) {
                         begin_weights(next);
                     }

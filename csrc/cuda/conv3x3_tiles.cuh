@@ -11,8 +11,8 @@ namespace spatialflow {
 
 constexpr int kTaps = 9;
 
-// Position of output `o` in a row of 16-bit weights for tensor cores. Of each 32 outputs, eight adjacent ones are two
-// in each of four blocks of eight. These are the outputs that a lane holds after a product, so a lane stores eight
+// Position of output `o` in a row of 16-bit weights for tensor cores. Of each 32 outputs, eight adjacent ones are at
+// two positions in each of four groups of eight. A lane holds these outputs after a product, so it stores eight
 // adjacent results.
 __device__ __forceinline__ int64_t packed_position(int64_t o) {
     return o / 32 * 32 + o % 8 / 2 * 8 + o % 32 / 8 * 2 + o % 2;
@@ -26,8 +26,8 @@ struct ConvSource {
     int height, width, channels;
 };
 
-// kCount channels of x + flow from `c` on, rounded to scalar_t; zeros outside the map and beyond the channels. With
-// kWidth > 1 that many channels are one access, and the number of channels is a multiple of it.
+// Load kCount channels of x + flow from `c` on, rounded to scalar_t; zeros outside the map and beyond the channels.
+// With kWidth > 1, kWidth channels are one access, and the number of channels is a multiple of kWidth.
 template <int kCount, int kWidth, typename scalar_t>
 __device__ __forceinline__ Vec<scalar_t, kCount> load_sum(
     const ConvSource<scalar_t>& source, int image, int y, int x, int c) {
@@ -84,12 +84,12 @@ __device__ __forceinline__ Vec<unsigned, 4> load_words(const Global<const scalar
     return words;
 }
 
-// The two terms of x + flow: loads in flight, added when they are used.
+// Terms of x + flow: loads in flight, added at their first use.
 struct SumTerms {
     Vec<unsigned, 4> x, flow;
 };
 
-// Without a flow its words are zeros, which change nothing.
+// Add the terms; without a flow its words are zero.
 template <typename scalar_t>
 __device__ __forceinline__ Vec<unsigned, 4> sum_of(const SumTerms& terms) {
     Vec<unsigned, 4> sum;
@@ -104,19 +104,19 @@ __device__ __forceinline__ Vec<unsigned, 4> sum_of(const SumTerms& terms) {
     return sum;
 }
 
-// A rectangle of a map; parts of it may lie outside.
+// Rectangle of a map; parts of it may be outside.
 struct MapTile {
     int image, y, x;  // of its first pixel
 };
 
-// Tile `index` of a level that has `rows` x `columns` of them in each image.
+// Tile number `index` of a level with `rows` x `columns` tiles per image.
 template <int kHeight, int kWidth>
 __device__ __forceinline__ MapTile map_tile(int index, int rows, int columns) {
     const int row = index / columns;
     return {row / rows, row % rows * kHeight, (index - row * columns) * kWidth};
 }
 
-// Entry of a table, ordered by `tile_begin`, that contains a tile.
+// Number of the entry that contains a tile; entries are ordered by `tile_begin`.
 template <typename Entry>
 __device__ __forceinline__ int entry_of_tile(const Entry* entries, int count, int tile) {
     int entry = 0;
@@ -127,14 +127,14 @@ __device__ __forceinline__ int entry_of_tile(const Entry* entries, int count, in
 }
 
 // Loader of 16 bytes of each pixel of a tile and its halo, for a thread of a tensor-core kernel. kCount is the number
-// of pixels, with the padding of the last chunk. `pixel_offsets` in shared memory holds the offset of each pixel in x
-// and in flow, -1 outside the map, so that a load needs few instructions.
+// of pixels, including the padding of the last chunk. `pixel_offsets` in shared memory holds the offset of each pixel
+// in x and in flow, -1 outside the map. So a load needs few instructions.
 template <int kHeight, int kWidth, int kCount, typename scalar_t>
 struct InputReader {
     Global<const scalar_t> x{nullptr}, flow{nullptr};
-    int x_left = 0, flow_left = 0;  // channels from there on
+    int x_left = 0, flow_left = 0;  // remaining channels
 
-    // Called by all threads of the block, with barriers before and after.
+    // All threads of the block must call it, with barriers before and after.
     __device__ __forceinline__ void begin(
         const ConvSource<scalar_t>& source, const MapTile& map, int channel, const Shared<int64_t>& pixel_offsets) {
         constexpr int kHaloWidth = kWidth + 2;

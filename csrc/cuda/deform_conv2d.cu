@@ -7,9 +7,9 @@
 //
 // input (N, H, W, C), copied if it has another layout; offset and mask by strides; output (N, H_out, W_out, O). A block
 // computes 64 or 128 pixels by 64 to 256 outputs of a group: mma.sync with float32 sums, or multiply-adds (float64 and
-// "direct": 64 pixels, at most 128 outputs). Columns are gathered into shared memory, 64 bytes a step, while the
-// previous step is multiplied, and are rounded to the operand type once. If there are few pixels, blocks split the
-// steps of a tile, and another kernel adds their partial sums.
+// "direct": 64 pixels, at most 128 outputs). Columns are gathered into shared memory, 64 bytes per step, during the
+// product of the previous step, and rounded to the operand type once. For few pixels, blocks split the steps of a tile,
+// and another kernel adds their partial sums.
 #include "cuda/deform_conv2d.cuh"
 
 #include <algorithm>
@@ -36,11 +36,11 @@ struct ForwardMemory {
     static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// Position of a thread's items of the columns in each step, with kWidth > 1: chunk by chunk, tap by tap.
+// Position of a thread's items of the columns in each step, with kWidth > 1, in the order of chunks, then taps.
 struct ColumnCursor {
-    int channel, chunk, entry;  // channel of the chunk, first channel of the chunk, entry of the table
+    int channel, chunk, entry;  // channel in the chunk; first channel of the chunk; entry of the table
 
-    // `flat` counts through the chunks of a run with `taps` taps each.
+    // `flat` is an index into a run with `taps` taps, in the order of chunks.
     __device__ __forceinline__
     ColumnCursor(int first_channel, int chunk_channels, int taps, int flat, int count, int position) {
         const int index = flat / (taps * chunk_channels), rest = flat - index * taps * chunk_channels;
@@ -64,7 +64,7 @@ struct ColumnCursor {
     }
 };
 
-// Store adjacent outputs of a pixel, of which the first `count` exist; with `adjacent` all or none of them.
+// Store adjacent outputs of a pixel, of which the first `count` exist. With `adjacent` either all or none exist.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_outputs(
     Global<T> target, const Vec<T, kWidth>& values, bool adjacent, int count) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
             __syncthreads();
             ColumnItem<scalar_t, kWidth> item;
             ColumnCursor cursor(first_channel, problem.chunk, taps, first + thread_item, kRows, thread_row);
-            // Chunks are of all taps, so the rows of the weight are adjacent.
+            // A chunk has all taps, so the rows of its weights are adjacent.
             int weights = (first_channel * problem.taps + first_tap * problem.run + first + thread_weight_row) *
                               problem.packed_outputs +
                           first_output + thread_weight;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
         });
 }
 
-// Sum over the parts in order: kWidth outputs of a pixel per thread.
+// Add the parts in order: kWidth outputs of a pixel per thread.
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
     Global<const accum_t<scalar_t>> parts,                            // (num_parts, pixels, O)
@@ -290,9 +290,9 @@ __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
 
 template <typename value_t>
 struct SampleOperands {
-    StridedImages<value_t> offset, mask;  // (N, 2 * samples, H, W) and (N, samples, H, W); null for none
+    StridedImages<value_t> offset, mask;  // (N, 2 * samples, H, W) and (N, samples, H, W), or null
     int samples, height, width;           // samples: offset groups * taps
-    bool sigmoid;                         // of the mask
+    bool sigmoid;                         // apply sigmoid to the mask
 };
 
 // Convert offsets and masks to accum_t, with the pixels of a channel adjacent. One value per thread.
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(256) deform_operands_kernel(
     const __grid_constant__ SampleOperands<value_t> operands,
     Global<accum_t<value_t>> offset,  // (N, 2 * samples, pixels) or null
     Global<accum_t<value_t>> mask,    // (N, samples, pixels) or null
-    const int64_t size) {             // of both
+    const int64_t size) {             // of both together
     using real_t = accum_t<value_t>;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
     if (index >= size) {
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(256) deform_operands_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Offset and mask in accum_dtype, and the sigmoid of the mask with `mask_sigmoid`: at most one launch.
+// Return offset and mask in accum_dtype, with the sigmoid of the mask if `mask_sigmoid`: at most one launch.
 std::pair<Tensor, std::optional<Tensor>> sample_operands(
     const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
     const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream) {
@@ -398,8 +398,8 @@ void convolve_tiles(
     const Global<const scalar_t> bias = dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
     const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
     const int64_t blocks_per_tile = column_tiles * shape.groups;  // blocks with the same pixels
-    // The number of parts depends on shapes alone, so results do not depend on the device. No part is so short that its
-    // sums cost more than its products.
+    // The number of parts depends on shapes only, so results do not depend on the device. If there are several
+    // parts, they have about kMinSteps steps or more, so that adding the sums does not cost more than the products.
     constexpr int64_t kWantedBlocks = 264, kMinSteps = 8, kMinLargeTiles = 100;
     const int64_t tiles = ceil_div(problem.pixels, kProductRows);
     const int64_t whole_batches = (shape.taps() - 1) / kTableTaps;
@@ -518,7 +518,7 @@ Tensor deform_conv2d_packed_cuda(
     const int64_t row = deform_weight_order(shape, dtype, deform_run(shape)).packed_outputs;
     check_packed_deform_weight(packed, input, dtype, shape.channels * shape.taps() * row, kPackedColumns);
     const DeviceScope device(input);
-    // The weight is packed for an input that is aligned.
+    // The weight was packed for an aligned input.
     const Tensor dense = aligned(to_contiguous(input, MemoryFormat::ChannelsLast)), weight = aligned(packed);
     const auto operands =
         sample_operands("deform_conv2d", shape, accum_dtype(dtype), offset, mask, mask_sigmoid, device.stream());

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Device code that the kernels of deformable convolution share: sampling positions, column gather, packed weights.
+// Device code shared by the kernels of deformable convolution: sampling positions, column gather, packed weights.
 //
 // A run is the largest number of adjacent channels that always share weight group and offset group, gcd(C / groups, C /
-// offset_groups). In the sum of the convolution a run is taps * run long, channels of a tap adjacent; `flat` is an
-// index into it. Packed weights are in that order (run of channels, tap, channel of the run), with the outputs of the
-// group adjacent and padded with zeros to whole 16-byte items. The forward pass splits runs into chunks of 128 bytes,
-// and does all taps of a chunk before the next chunk, so that cells which taps share are still in the cache.
+// offset_groups). The convolution sums over taps * run values per run, channels of a tap adjacent; `flat` is an index
+// into them. Packed weights have the order (run of channels, tap, channel of the run). The outputs of the group are
+// adjacent, padded with zeros to whole 16-byte items. The forward pass splits runs into chunks of 128 bytes. It
+// processes all taps of a chunk before the next chunk, so that cells that taps share are still in the cache.
 #pragma once
 
 #include "common/deform_conv2d.h"
@@ -32,27 +32,27 @@ struct StridedImages {  // (N, C, H, W)
 template <typename scalar_t>
 struct DeformProblem {
     Global<const scalar_t> input;                                   // (N, H, W, C)
-    StridedImages<accum_t<scalar_t>> offset, mask, offset_tangent;  // the last two: null for none
+    StridedImages<accum_t<scalar_t>> offset, mask, offset_tangent;  // mask, offset_tangent: null for none
     int stride[2], padding[2], dilation[2];
-    int pixels;  // of the output, N * H_out * W_out
+    int pixels;  // of the output: N * H_out * W_out
     int height, width, out_height, out_width, kernel_width, taps;
     int channels, groups, group_channels, offset_group_channels, run, chunk;
     unsigned cell_bytes, sums_cell_bytes;  // of all channels of a cell, in scalar_t and in accum_t
     int out_channels, group_outputs, packed_outputs;
-    bool relu;  // in the forward pass alone
+    bool relu;  // only in the forward pass
 };
 
 // Order of packed weights and of the parts of their gradient, (C * taps, packed_outputs).
 struct WeightOrder {
     int taps, run, group_channels, group_outputs, packed_outputs;
 
-    // Row of a weight of a group, an index into (C / groups, taps).
+    // Row of a weight in the packed order; `value` is an index into (C / groups, taps) of the group.
     __device__ __forceinline__ int row(int group, int value) const {
         const int channel = value / taps, tap = value - channel * taps, first = channel / run * run;
         return (group * group_channels + first) * taps + tap * run + channel - first;
     }
 
-    // Index in (O, C / groups, taps), or -1 for padding.
+    // Index into (O, C / groups, taps) of a packed weight, or -1 for padding.
     __device__ __forceinline__ int weight_index(int index) const {
         const int row = index / packed_outputs, output = index - row * packed_outputs;
         const int tap = row / run % taps, channel = row / run / taps * run + row % run;
@@ -63,8 +63,8 @@ struct WeightOrder {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Pointer to a cell, for the channel that `base` points to in cell 0. Offsets are unsigned, so that an address takes
-// one multiply-add.
+// Pointer to a channel of a cell; `base` points to the channel in cell 0. Unsigned offsets make the address a single
+// multiply-add.
 template <typename T>
 __device__ __forceinline__ Global<T> in_cell(Global<T> base, int cell, unsigned cell_bytes) {
     using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
@@ -72,7 +72,7 @@ __device__ __forceinline__ Global<T> in_cell(Global<T> base, int cell, unsigned 
     return pointer_cast<T>(pointer_cast<Byte>(base) + static_cast<int64_t>(bytes));
 }
 
-// Position of an output pixel; for a pixel that is not present, the position of the last one.
+// Position of an output pixel; the position of the last pixel for an index beyond it.
 struct OutputCell {
     int image, y, x;
     bool present;
@@ -86,8 +86,8 @@ __device__ __forceinline__ OutputCell output_cell(const DeformProblem<scalar_t>&
     return {image, row - image * problem.out_height, pixel - row * problem.out_width, present};
 }
 
-// Output pixel, as an index over all images, at a position in the order of tiles: strips of eight rows, column by
-// column. In this order the taps of a tile share cells of the input.
+// Output pixel, as an index over all images, at an index in the order of tiles: strips of eight rows, column by column.
+// In this order the taps of a tile share input cells.
 template <typename scalar_t>
 __device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
     constexpr int kStripRows = 8;
@@ -113,15 +113,16 @@ struct TapOperands {
     }
 };
 
-// A tap of an output pixel that reads something.
+// Sample of a tap of an output pixel that reads at least one cell.
 template <typename real_t>
 struct DeformSample {
     DeformTap<real_t> tap;
-    int first_cell;  // of its image
+    int first_cell;  // top left cell, in its image
     real_t mask, tangent_y, tangent_x;
 };
 
-// False if the tap reads nothing: it is outside the map, its offset or mask is not finite, or the pixel is not present.
+// Compute the sample of a tap. Return false if it reads no cell: the position is outside the map, offset or mask is not
+// finite, or the pixel does not exist.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ bool deform_sample(
     const DeformProblem<scalar_t>& problem, const OutputCell& cell, int offset_group, int tap,
@@ -147,7 +148,7 @@ __device__ __forceinline__ bool deform_sample(
     return true;
 }
 
-// The sample is the sum over corners of values[corner] * input[corner]; the mask is not in them.
+// Weights of the corners, without the mask: the sample is the sum over corners of values[corner] * input[corner].
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ void sample_values(
     const DeformProblem<scalar_t>& problem, const DeformSample<real_t>& sample, real_t (&values)[4]) {
@@ -158,7 +159,7 @@ __device__ __forceinline__ void sample_values(
     }
 }
 
-// Derivatives of the values by the offset.
+// Derivatives of the values w.r.t. the offset.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ void sample_slopes(
     const DeformProblem<scalar_t>& problem, const DeformSample<real_t>& sample, real_t (&slope_y)[4],
@@ -170,8 +171,8 @@ __device__ __forceinline__ void sample_slopes(
     }
 }
 
-// Taps of a tile's pixels in shared memory: entry slot * count + position is tap first_tap + slot of the pixel at that
-// position.
+// Table in shared memory of the taps of a tile's pixels. Entry slot * count + position is tap first_tap + slot of the
+// pixel at that position.
 template <typename real_t, int kEntries>
 class TapTable {
 public:
@@ -184,8 +185,8 @@ public:
     template <int kCount, int kThreads = kProductThreads, typename scalar_t, typename Pixel>
     __device__ __forceinline__ void fill_tile(
         const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, Pixel pixel) const {
-        // A thread has one position for all slots. It stores its operands in the entries of the weights first, so that
-        // loads of three taps are in flight at once.
+        // A thread has one position for all slots. It first stores the operands in place of the weights, so that loads
+        // of three taps are in flight at once.
         constexpr int kStep = kThreads / kCount, kInFlight = 3;
         static_assert(kThreads % kCount == 0, "as many taps at once of every position");
         const int position = static_cast<int>(threadIdx.x) % kCount;
@@ -277,8 +278,8 @@ private:
     Shared<int> cells_;       // (entry, corner)
 };
 
-// Load 16 bytes of grad_output to shared memory, from output `output` of a group on; zeros from pixel `end` on. Uses
-// cp.async with kWidth > 1.
+// Load 16 bytes of grad_output to shared memory, from output `output` of a group on; zeros from pixel `end` on. With
+// kWidth > 1, cp.async is used.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ void load_outputs(
     const DeformProblem<scalar_t>& problem, Global<const scalar_t> grad_output, int pixel, int end, int group,
@@ -300,12 +301,12 @@ __device__ __forceinline__ void load_outputs(
     }
 }
 
-// Taps of 64 pixels that a table holds.
+// Taps of 64 pixels that fit in a table.
 constexpr int kTableTaps = 9;
 constexpr int kTableEntries = kTableTaps * kProductRows;
 
-// 16 bytes of the columns of a pixel. With kWidth > 1 an item is in one tap, and its four cells are read by 16-byte
-// loads that are in flight between `begin` and `finish`.
+// Item of 16 bytes of the columns of a pixel. With kWidth > 1 an item is in one tap. Its four cells are read by 16-byte
+// loads, which are in flight between `begin` and `finish`.
 template <typename scalar_t, int kWidth>
 class ColumnItem {
     using real_t = accum_t<scalar_t>;
@@ -313,7 +314,7 @@ class ColumnItem {
     static_assert(kWidth == kItem || kWidth == 1, "an item is one access or single elements");
 
 public:
-    // With kWidth > 1: the channels from `channel` on, of a tap's entry of the table.
+    // Begin an item with kWidth > 1: the channels from `channel` on, for an entry of the table.
     template <int kEntries>
     __device__ __forceinline__ void begin(
         const DeformProblem<scalar_t>& problem, const TapTable<real_t, kEntries>& table, int channel, int entry,
@@ -330,8 +331,8 @@ public:
         }
     }
 
-    // With kWidth 1: positions flat to min(flat + kItem, limit) of the run that begins at first_channel. Slot 0 of the
-    // table holds first_tap.
+    // Compute an item with kWidth 1: positions from flat to min(flat + kItem, limit) of the run that begins at
+    // first_channel. Slot 0 of the table is tap first_tap.
     template <int kEntries>
     __device__ __forceinline__ void begin_elements(
         const DeformProblem<scalar_t>& problem, const TapTable<real_t, kEntries>& table, int first_channel, int flat,
@@ -386,29 +387,29 @@ public:
 private:
     Vec<unsigned, 4> corners_[4];  // as words, so that two 16-bit values take one register
     int entry_ = 0;
-    Vec<scalar_t, kItem> result_;  // with kWidth 1, instead of these
+    Vec<scalar_t, kItem> result_;  // with kWidth 1, instead of corners_
 };
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Order of packed weights (see the top of this file) for runs or chunks of `run` channels.
+// Order of packed weights (see the top of this file), for runs or chunks of `run` channels.
 WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run);
 
-// Pack the weight (O, C / groups, kernel) in that order, prepared for the algorithm: (C * taps, packed_outputs) as a
-// vector, then `tag` zeros.
+// Pack the weight (O, C / groups, kernel) in this order, prepared for the algorithm. The result is a vector of C * taps
+// * packed_outputs values, then `tag` zeros.
 Tensor pack_deform_weight(
     const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
     Stream stream);
 
-// Kernels count cells, pixels and weights in 32 bits, values of features in 64.
+// Maximum of 32-bit indices of cells, pixels and weights. Indices of feature values have 64 bits.
 constexpr int64_t kMaxDeformIndex = 0x7ffffeff;
 void check_deform_weight_size(const char* op, const DeformConvShape& shape);
 void check_deform_sizes(const char* op, const DeformConvShape& shape);  // including images
 
-// Channels that share weight group and offset group.
+// Number of adjacent channels that share weight group and offset group.
 int64_t deform_run(const DeformConvShape& shape);
 
-// Channels of a chunk of a run: those of 128 bytes if items of 16 bytes never cross runs, else all.
+// Channels of a chunk of a run: 128 bytes of them if 16-byte items never cross runs, else the whole run.
 template <typename scalar_t>
 int64_t deform_chunk(const DeformConvShape& shape, bool is_vectorizable) {
     constexpr int64_t kChunk = 8 * kVectorElements<scalar_t>;
@@ -426,7 +427,7 @@ StridedImages<value_t> strided_images(const Tensor& tensor) {
         {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
 }
 
-// The tensors of a call in the layouts of the kernels. Must outlive the launches.
+// Tensors of a call in the layouts of the kernels; must outlive the launches.
 class DeformOperands {
 public:
     DeformOperands(
@@ -472,7 +473,7 @@ public:
         return problem;
     }
 
-    // True if items of 16 bytes never cross a run and are aligned.
+    // True if 16-byte items are aligned and never cross a run.
     template <typename scalar_t>
     bool is_vectorizable() const {
         return deform_run(shape_) % kVectorElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
@@ -485,8 +486,8 @@ private:
     std::optional<Tensor> mask_, offset_tangent_;
 };
 
-// Call run(columns, width) with two integral constants: the columns of a block's tile for a product with `columns`
-// columns, and the elements of an access.
+// Call run(columns, width) with two integral constants: the columns of a tile for a product with `columns` columns, and
+// the elements per access.
 template <typename scalar_t, int kMaxColumns, typename Run>
 inline void with_tile(bool vectorized, int64_t columns, Run run) {
     constexpr int kWidth = kVectorElements<scalar_t>;
@@ -509,9 +510,9 @@ inline void with_tile(bool vectorized, int64_t columns, Run run) {
     run(std::integral_constant<int, 64>{}, std::integral_constant<int, kWidth>{});
 }
 
-// Limited by registers: sums of a tile of 64 x 256 in float32 take 64 registers of a thread, of 64 x 64 in float64 take
-// 32. Operands of multiply-adds need more registers than those of one product of tensor cores, and three products twice
-// as many as one.
+// Limited by registers. Sums of a tile of 64 x 256 in float32 need 64 registers of a thread; of 64 x 64 in float64, 32.
+// Operands of multiply-adds need more registers than those of one tensor-core product; three products need twice as
+// many as one.
 template <typename operand_t>
 constexpr int kMaxTileColumns = std::is_same_v<operand_t, double>                                       ? 64
                                 : std::is_same_v<operand_t, float> || std::is_same_v<operand_t, Tf32x3> ? 128

@@ -9,8 +9,8 @@
 //   grad_input[cell, c]   = sum over the (p, k, i) that read the cell of mask * value_i * grad_columns
 //   grad_weight[k, c, o]  = sum over p of columns * grad_output[p, o]
 //
-// grad_output (N, H_out, W_out, O); other layouts and operand types as in the forward pass. The mapping of work to
-// blocks is described at each kernel.
+// grad_output (N, H_out, W_out, O); other layouts and operand types as in the forward pass. Each kernel's comment
+// describes the mapping of work to blocks.
 #include "cuda/deform_conv2d.cuh"
 #include "cuda/deform_conv2d_input_gradient.cuh"
 
@@ -22,20 +22,20 @@ namespace {
 template <typename operand_t, int kColumns>
 using DataProduct = TileProduct<operand_t, kColumns, false, false>;
 
-// Shared memory of the data gradient, and the assignment of grad_columns to lanes.
+// Shared memory of the data gradient, and the mapping of grad_columns to lanes.
 template <typename operand_t, int kColumns, int kWidth>
 struct DataMemory {
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
     using Product = DataProduct<operand_t, kColumns>;
-    // Of 256 columns half are in shared memory at a time.
+    // With 256 columns, half of them are in shared memory at a time.
     static constexpr int kPasses = kColumns > 128 ? 2 : 1, kPassColumns = kColumns / kPasses;
-    // Channels of a lane: 16 bytes of grad_input, so that the reductions of neighbors fill whole sectors.
+    // Channels of a lane: 16 bytes of grad_input, so that the reductions of adjacent lanes fill whole sectors.
     static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kVectorElements<real_t>;
-    static constexpr int kLanes = kPassColumns / kPart;                      // of a pixel
-    static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // of a thread
+    static constexpr int kLanes = kPassColumns / kPart;                      // per pixel
+    static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // per thread
     static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "a lane ends up with one corner of one pixel");
-    // The tiles of a product and its result use the same memory, one after the other.
+    // The tiles of a product and its result share this memory, one after the other.
     static constexpr int kColumnsRow = kPassColumns + kVectorElements<real_t>;
     static constexpr int kTilesBegin = TapTable<real_t, kProductRows>::kSize;
     static constexpr size_t kColumnsBytes = kProductRows * kColumnsRow * sizeof(real_t);
@@ -44,7 +44,7 @@ struct DataMemory {
         kTilesBegin * sizeof(real_t) + (kColumnsBytes > kTilesBytes ? kColumnsBytes : kTilesBytes);
 };
 
-// kPart channels of the four cells that a pixel reads, loaded between `begin` and `values`.
+// Item of kPart channels of the four cells that a pixel reads; loads are in flight between `begin` and `values`.
 template <typename scalar_t, int kPart, bool kWide>
 class CornerItem {
     static constexpr int kWords = static_cast<int>(kPart * sizeof(scalar_t) / sizeof(unsigned));
@@ -84,11 +84,11 @@ public:
 
 private:
     Vec<unsigned, kWords> words_[4];  // as words, so that two 16-bit values take one register
-    Vec<scalar_t, kPart> values_[4];  // without kWide, instead of these
+    Vec<scalar_t, kPart> values_[4];  // without kWide, instead of words_
 };
 
-// Process kPart channels of a pixel: add their products with the four cells to `dots`, and their gradients to the cells
-// of grad_input.
+// Process kPart channels of a pixel: add their products with the four cells to `dots`, and their gradients to those
+// cells in grad_input.
 template <int kAccess, typename scalar_t, typename real_t, int kPart, bool kWide>
 __device__ __forceinline__ void scatter_item(
     const DeformProblem<scalar_t>& problem, Shared<real_t> columns, const Vec<int, 4>& cells,
@@ -128,7 +128,7 @@ __device__ __forceinline__ void scatter_item(
     }
 }
 
-// Compute kCount sums over kLanes adjacent lanes: lane i gets the sum of values[i % kCount].
+// Compute kCount sums over kLanes adjacent lanes: lane i returns the sum of values[i % kCount].
 template <int kLanes, int kCount, typename real_t>
 __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount]) {
     if constexpr (kCount == 1) {
@@ -151,10 +151,10 @@ __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount])
     }
 }
 
-// Gradients of input, offset and mask. A block computes 64 pixels at one tap and offset group: first grad_columns, into
-// shared memory. Then the lanes of a pixel, 16 bytes of channels each, multiply them with the four cells of the pixel
-// for offset and mask, and add to grad_input by float32 reductions in any order. If results must be deterministic, and
-// in float64, deform_conv2d_input_gradient.cuh computes grad_input.
+// Gradients of input, offset and mask. A block computes 64 pixels at one tap and offset group. It first computes
+// grad_columns in shared memory. The lanes of a pixel, 16 bytes of channels each, then multiply them with the pixel's
+// four cells, for offset and mask. They add gradients to grad_input by float32 reductions in any order. For
+// deterministic results, and in float64, deform_conv2d_input_gradient.cuh computes grad_input instead.
 template <typename operand_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_data_kernel(
     const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     constexpr int kItem = Product::kItem, kDepth = Product::kDepth;
     constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
     constexpr int kAccess = kWidth == 1 ? 1 : kPart;
-    // Limited by registers: loads of two pixels are in flight at once, and during a product, only with few sums.
+    // Limited by registers: loads of two pixels, or loads during a product, are in flight only with few sums.
     constexpr bool kEarly = sizeof(scalar_t) == 2 && Memory::kPasses == 1;
     constexpr int kPair = sizeof(scalar_t) == 2 ? 2 : 1;
     SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
@@ -320,7 +320,7 @@ constexpr size_t kWeightSharedBytes =
     TapTable<accum_t<element_t<operand_t>>, kTableEntries>::kSize * sizeof(accum_t<element_t<operand_t>>) +
     2 * WeightProduct<operand_t, kColumns>::kTilesSize * sizeof(element_t<operand_t>);
 
-// Positions of a run that a block computes: at most 64, and of at most as many taps as a table holds.
+// Positions of a run that a block computes: at most 64, and with at most as many taps as fit in a table.
 __host__ __device__ __forceinline__ int weight_tile_rows(int run) {
     return run * (kTableTaps - 1) < kProductRows ? run * (kTableTaps - 1) : kProductRows;
 }
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
     const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
     const int thread_pixel = static_cast<int>(threadIdx.x) / kRowItems;
     const int thread_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
-    // After the last position of the block, a thread gathers its first ones again; those sums are not used.
+    // Beyond the last position of the block, a thread repeats its first ones; those sums are not used.
     const int thread_flat = first_flat + thread_item < limit ? first_flat + thread_item : first_flat;
     const int thread_tap = thread_flat / problem.run,
               thread_channel = first_channel + thread_flat - thread_tap * problem.run;
@@ -500,8 +500,8 @@ void compute_weight_gradient(
     const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
     const int64_t runs = shape.channels / problem.run;
     const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
-    // Pixels are split into parts to occupy a large GPU. Their number is the same on every device, and none is so short
-    // that its sums cost more than its products.
+    // Pixels are split into parts to occupy a large GPU. The number of parts is the same on every device. Parts but
+    // the last have a multiple of kMinPixels pixels, so that adding the sums does not cost more than the products.
     constexpr int64_t kWantedBlocks = 264, kMinPixels = 512;
     const int64_t wanted =
         std::min(ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kMinPixels));

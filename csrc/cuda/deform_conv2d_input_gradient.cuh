@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradient w.r.t. the input of a deformable convolution, deterministic (no atomics on features):
+// Gradient w.r.t. the input of a deformable convolution, deterministic (without atomics on features):
 //
 //   grad_input[cell, c] = sum over taps k and outputs o of weight[k, c, o] * spread[cell, k, o]
-//   spread[cell, k, o]  = sum over the pixels p whose tap k reads the cell, in ascending order within each corner, of
-//                         mask * value * grad_output[p, o]
+//   spread[cell, k, o]  = sum of mask * value * grad_output[p, o] over the pixels p whose tap k reads the cell,
+//                         in ascending order within each corner
 //
 // The transpose of the forward pass: an implicit GEMM over input cells, with `spread` gathered into shared memory.
-// First, a counting sort builds for each slice (image, offset group, tap) the lists of output pixels by the top left
-// cell that they sample; each list is then sorted. A cell finds its readers in four lists: those of the cell itself, of
-// the cells to the left and above, and of the cell diagonally above.
+// First, a counting sort builds lists of output pixels by the top left cell of their samples. Each slice (image, offset
+// group, tap) has its lists, which are then sorted. The pixels that read a cell are in four lists: of the cell, its
+// left and upper neighbors, and the one between those.
 #pragma once
 
 #include "cuda/deform_conv2d.cuh"
@@ -19,13 +19,13 @@ namespace {
 
 constexpr int kListThreads = 256;
 
-// The lists of all slices; slice = (image * offset_groups + offset group) * taps + tap.
+// Lists of all slices; slice = (image * offset_groups + offset group) * taps + tap.
 struct ReaderLists {
-    Global<int> list;                                // (slice, pixel): the list that the sample is in, or -1
-    Global<int> rank;                                // (slice, pixel): its place there as counted
+    Global<int> list;                                // (slice, pixel): list that contains the sample, or -1
+    Global<int> rank;                                // (slice, pixel): position in the list before sorting
     Global<int> starts;                              // (slice, lists + 1)
-    Global<int> pixels;                              // (slice, image_pixels): by list
-    int slices, lists, image_pixels, offset_groups;  // lists: (H + 1) * (W + 1), of cells from (-1, -1) on
+    Global<int> pixels;                              // (slice, image_pixels): pixels, list after list
+    int slices, lists, image_pixels, offset_groups;  // lists: (H + 1) * (W + 1), one per cell from (-1, -1) on
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kListThreads) deform_count_readers_kernel(
     readers.rank[index] = atomicAdd(readers.starts + (static_cast<int64_t>(slice) * (readers.lists + 1) + list + 1), 1);
 }
 
-// Turn counts into start positions: a block computes the prefix sum of a slice.
+// Turn counts into start positions by a prefix sum: one block per slice.
 __global__ void __launch_bounds__(kListThreads) deform_sum_counts_kernel(const __grid_constant__ ReaderLists readers) {
     constexpr int kWarps = kListThreads / kWarpSize;
     SPATIALFLOW_SHARED(int, totals, kWarps);
@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kListThreads)
     }
 }
 
-// Sort a list by heap sort. Lists are short, but offsets can make a long one, for which the time must not be quadratic.
+// Sort each list by heap sort. Most lists are short, but offsets can make a long one, and its time must not be
+// quadratic.
 __global__ void __launch_bounds__(kListThreads)
     deform_sort_readers_kernel(const __grid_constant__ ReaderLists readers) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kListThreads)
     const int begin = readers.starts[start], count = readers.starts[start + 1] - begin;
     Global<int> list = readers.pixels + (slice * readers.image_pixels + begin);
     // While `next` is positive, the heap is built from its last inner node to its root. Then the greatest value moves
-    // to the end.
+    // to the end in each iteration.
     for (int next = count / 2, size = count; size > 1;) {
         int value, node;
         if (next > 0) {
@@ -150,7 +151,7 @@ struct Cell {
     int image, y, x;
 };
 
-// 16 bytes of `spread`: outputs output ... of the group, at one tap.
+// Item of 16 bytes of `spread`: adjacent outputs of the group from `output` on, at one tap.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ Vec<scalar_t, kVectorElements<scalar_t>> spread_item(
     const DeformProblem<scalar_t>& problem, const ReaderLists& readers, Global<const accum_t<scalar_t>> weights,
@@ -163,8 +164,7 @@ __device__ __forceinline__ Vec<scalar_t, kVectorElements<scalar_t>> spread_item(
     const int64_t first_pixel = static_cast<int64_t>(cell.image) * readers.image_pixels;
 #pragma unroll
     for (int above = 0; above < 2; ++above) {
-        // Lists are numbered from cell (-1, -1) on: `list` is that of the cell to the left, the next one that of the
-        // cell.
+        // List of the cell to the left; the next list is that of the cell. Lists are numbered from cell (-1, -1) on.
         const int64_t list = slice * (readers.lists + 1) + (cell.y + 1 - above) * (problem.width + 1) + cell.x;
         const int begin = readers.starts[list], middle = readers.starts[list + 1], end = readers.starts[list + 2];
         for (int i = begin; i < end; ++i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The accurate exp of the CUDA library, as the template argument of functions in csrc/common.
+// Accurate exp of the CUDA library, as a template argument for functions in csrc/common.
 #pragma once
 
 #include <cmath>

@@ -5,8 +5,8 @@
 //
 //   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32)
 //
-// in float64 for float64. Otherwise in float32, followed by the same weights in both 16-bit types (packed_halves) and by
-// a tag (packed_tag). Unpacked weights are packed for the call, in their dtype. All algorithms read the same float32
+// in float64 for float64. Otherwise in float32, followed by the same weights in both 16-bit types (packed_halves) and a
+// tag (packed_tag). Unpacked weights are packed for the call, in their dtype. All algorithms read the same float32
 // weights.
 #include "cuda/conv3x3.h"
 
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
     Global<const scalar_t> weight,  // (O, C, 3, 3)
     Global<packed_t> packed,        // (9, C, O padded); zeros at two and three times that size, if `has_zeros`
     Global<packed_t> tag,           // `tag_size` zeros
-    Global<float16> halves,         // (9, C, O padded) or null; as `bfloats`
+    Global<float16> halves,         // (9, C, O padded) or null; `bfloats` has the same layout
     Global<bfloat16> bfloats, const int64_t channels, const int64_t out_channels, const int64_t padded_channels,
     const int64_t size, const bool has_zeros, const int64_t tag_size) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Pack weights as packed_t, in `size` elements (nine taps, or packed_conv_size) and a tag. Without elements the tag is
-// not filled.
+// Pack weights as packed_t into `size` elements (nine taps, or packed_conv_size) and a tag. With `size` 0 the
+// tag is not filled.
 template <typename scalar_t, typename packed_t>
 Tensor pack(const Tensor& weight, int64_t size, int64_t tag, ScalarType packed_type, Stream stream) {
     const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
@@ -101,7 +101,7 @@ Tensor pack_conv3x3_cuda(const Tensor& weight, int64_t algorithm) {
     return packed;
 }
 
-// Convolution of `x`, with allocated results.
+// Convolution of `x`, with newly allocated results.
 Convolution convolution(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
     const std::optional<Tensor>& bias, int64_t out_channels, bool relu, int64_t algorithm) {

@@ -4,12 +4,12 @@
 //
 //   grad_weight[o, c, t] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + t, c]
 //
-// (The gradient w.r.t. x and flow is flow_conv2d with rotated weights, the gradient w.r.t. the bias a sum over pixels.)
+// flow_conv2d with rotated weights computes the gradient w.r.t. x and flow; that w.r.t. the bias is a sum over pixels.
 // Nine matrix products (outputs x pixels) by (pixels x channels), one per tap. Sources (N, H, W, C) and gradients (N,
-// H, W, O) by strides with channels adjacent; result (O, C, 3, 3). A block computes a rectangle of outputs by channels
-// for all taps over a part of the pixel tiles; a second kernel adds the partial sums (part, 9, O, C) in order. The
-// number of parts depends on the sizes alone, so results are deterministic. Non-finite values at the border of a map
-// may contaminate the gradient of every tap of that channel, including taps whose window is outside the map.
+// H, W, O) by strides with adjacent channels; result (O, C, 3, 3). A block computes outputs by channels for all taps,
+// over a part of the pixel tiles. A second kernel adds the partial sums (part, 9, O, C) in order. The number of parts
+// depends on sizes only, so results are deterministic. A non-finite value at the border of a map may affect the
+// gradients of all taps of its channel, even of taps outside the map.
 #include <algorithm>
 
 #include "cuda/conv3x3.h"
@@ -35,7 +35,7 @@ struct GradientTable {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// The tiles of a part, with a stride of the number of parts, so that parts take about the same time.
+// Tiles of a part, with a stride of the number of parts, so that all parts need about the same time.
 template <int kHeight, int kWidth, typename scalar_t>
 struct TileReader {
     const GradientTable<scalar_t>& table;
@@ -69,13 +69,13 @@ struct TensorCoreGradientConfig {
     static constexpr int kSteps = 8, kStepRows = kVector / 4;
     static constexpr int kHeight = kSteps * kStepRows, kWidth = 8, kPixels = kHeight * kWidth;
     static constexpr int kHaloWidth = kWidth + 2, kHaloPixels = (kHeight + 2) * kHaloWidth;
-    static constexpr int kChunkPixels = kThreads / (kChannels / kVector);  // pixels
+    static constexpr int kChunkPixels = kThreads / (kChannels / kVector);  // pixels that all threads load in one pass
     static constexpr int kChunks = (kHaloPixels + kChunkPixels - 1) / kChunkPixels;
     static constexpr int kFetched = kChunks * kChunkPixels;  // pixels with halo, padded to whole chunks
     static constexpr int kInputs =
         kVector == 8 ? kFetched : kHaloPixels;                       // of them stored: all, if shared memory suffices
     static constexpr int kCopied = kThreads / (kOutputs / kVector);  // pixels of gradients by all threads in one pass
-    // Of the shared arrays, padded against bank conflicts.
+    // Row lengths of the shared arrays, padded against bank conflicts.
     static constexpr int kInputRow = kChannels + 8, kGradientRow = kOutputs + 8;
     static constexpr int kGradients = kInputs * kInputRow;               // offset of the gradients
     static constexpr int kBuffer = kGradients + kPixels * kGradientRow;  // elements
@@ -83,8 +83,8 @@ struct TensorCoreGradientConfig {
     static_assert(kChunks <= kSteps, "a tile comes in while one is multiplied");
 };
 
-// Sums of a warp, by tap, 16 outputs and 8 channels. A step keeps inputs in registers, by row and column of taps, as
-// long as they are used. This lane reads the first row at `inputs` and `gradients`.
+// Sums of a warp, by tap, 16 outputs and 8 channels. Inputs stay in registers, by row and column of taps, while steps
+// use them. This lane reads the first rows at `inputs` and `gradients`.
 template <int kBlocks>
 using GradientSums = float[kTaps][2][kBlocks][4];
 
@@ -179,11 +179,11 @@ struct FloatStepProducts {
     }
 };
 
-// 16-bit types on the tensor cores, and float32 by TF32. In 16 bits a block of 8 warps computes 64 outputs x 64
-// channels, each warp 32 x 16 for all taps by mma.sync with float32 sums. A step is 2 rows of 8 pixels: rows of inputs,
-// loaded by ldmatrix.trans, serve all taps from registers, and the last ones the next step too. The next tile (16 x 8
-// pixels) is loaded inoffset to the other buffer meanwhile: gradients by cp.async, inputs through registers, a chunk
-// per step. In float32 a step is one row of 8 pixels and a tile 8 x 8.
+// Kernel for 16-bit types on the tensor cores, and float32 by TF32. In 16 bits a block of 8 warps computes 64 outputs x
+// 64 channels, a warp 32 x 16 for all taps, by mma.sync with float32 sums. A step is 2 rows of 8 pixels. Rows of
+// inputs, loaded by ldmatrix.trans, stay in registers for all taps; the last rows also for the next step. The next tile
+// (16 x 8 pixels) is loaded into the other buffer meanwhile: gradients by cp.async, inputs through registers, a chunk
+// per step. In float32 a step is one row of 8 pixels, and a tile 8 x 8.
 template <typename operand_t, int kAccess>
 __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads, 1)
     conv3x3_weight_gradient_tensor_core_kernel(
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads,
     const int first_channel = static_cast<int>(blockIdx.y) * Config::kChannels;
     const int warp_output = warp % 2 * 32, warp_channel = warp / 2 * Config::kWarpChannels;
 
-    // This thread loads 16 bytes of channels, and of outputs, of a pixel of each chunk.
+    // This thread loads 16 bytes of channels and 16 bytes of outputs of a pixel of each chunk.
     constexpr int kInputThreads = Config::kChannels / Config::kVector,
                   kGradientThreads = Config::kOutputs / Config::kVector;
     const int thread_channel = thread % kInputThreads * Config::kVector, thread_input = thread / kInputThreads;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads,
             store_inputs(chunk, chunks[chunk]);
         }
     }
-    // Offsets at which this lane reads by ldmatrix, or in float32 a pixel of a step.
+    // Offsets from which this lane reads by ldmatrix; in float32, its pixel of a step.
     constexpr int kInputStep = Config::kStepRows * Config::kHaloWidth * Config::kInputRow;
     constexpr int kGradientStep = Config::kStepRows * Config::kWidth * Config::kGradientRow;
     int input_at = (lane / 8 % 2 * Config::kHaloWidth + lane % 8) * Config::kInputRow + lane / 16 * 8;
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(SimtGradientConfig::kThreads, 1) conv3x3_weigh
     const int thread_output = thread / kWarpSize * SimtGradientConfig::kWarpOutputs;
     const int first_output = static_cast<int>(blockIdx.x) * SimtGradientConfig::kOutputs;
     const int first_channel = static_cast<int>(blockIdx.y) * SimtGradientConfig::kChannels;
-    // A thread whose sums are outside the weight only loads.
+    // A thread whose sums are outside the weight only loads tiles.
     const bool has_sums = first_output + thread_output < outputs && first_channel + lane < channels;
     scalar_t sums[SimtGradientConfig::kWarpOutputs][kTaps] = {};
     const auto multiply_pixel = [&](int pixel, const scalar_t(&window)[3][3]) {
@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(SimtGradientConfig::kThreads, 1) conv3x3_weigh
     }
 }
 
-// Sum over parts in order: a thread per output and channel.
+// Add the parts in order, one thread per output and channel.
 template <typename scalar_t>
 __global__ void __launch_bounds__(256) conv3x3_weight_gradient_sum_kernel(
     Global<const accum_t<scalar_t>> sums,  // (parts, 9, O, C)
@@ -471,7 +471,8 @@ __global__ void __launch_bounds__(256) conv3x3_weight_gradient_sum_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Number of blocks that the number of parts is chosen for: on a large GPU one per multiprocessor, or eight small ones.
+// Wanted number of blocks, which determines the number of parts: one per multiprocessor of a large GPU, or eight small
+// ones.
 template <typename operand_t>
 constexpr int64_t kWantedBlocks = kIsSimt<operand_t> ? 1056 : 132;
 

@@ -3,10 +3,10 @@
 // fused_subnets on CUDA: the sub-networks of SpatialFlow and their flows over a whole pyramid, one launch per
 // dependency level of the schedule in ops/fused_subnets_walk.h.
 //
-// The level of a convolution is one more than the highest level that it reads. All convolutions of a level, on all
-// maps, are one launch of conv3x3.cu; on compute capability 9.0 a level may be two launches (sm90_conv3x3.cu). A flow
-// is written to its own maps and added where the next convolution reads its input, so it depends on its source alone.
-// Four stages with all flows are 23 convolutions in 8 levels ("flow" and "f" are those of cls and of stuff):
+// The dependency level of a convolution is one more than the highest level that it reads. All convolutions of a level,
+// on all maps, are one launch of conv3x3.cu; on compute capability 9.0 a level may be two launches (sm90_conv3x3.cu). A
+// flow is written to separate maps, and added where the next convolution reads its input. So it depends on its source
+// only. Four stages with all flows are 23 convolutions in 8 levels ("flow" and "f" are those of cls and of stuff):
 //
 //   reg0 | reg1 flow0 | reg2 flow1 f0 | reg3 flow2 f1 | flow3 f2, flow of thing | f3 | semantic | thing
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace {
 // and freed after the last level that reads them.
 class ScheduledSubnets {
 public:
-    // Maps of the first `levels` levels of the pyramid. Those of a convolution are empty until it is launched.
+    // Maps of the first `levels` levels of the pyramid. The maps of a convolution are empty until its launch.
     struct Maps {
         std::vector<Tensor> tensors;
         size_t levels;

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// GroupNorm, ReLU and optional 2x upsampling on CUDA, channels-last, in two launches. Layouts are in
-// group_norm_relu.cuh.
+// GroupNorm, ReLU and optional 2x bilinear upsampling on CUDA in two launches. Layouts: see group_norm_relu.cuh.
 //
 //   y = relu((x - mean) * rstd * weight + bias), mean and rstd of a group in its image (common/group_norm_relu.h)
 //
-//   sums        a thread adds its pixels around the first of them, at most 64; float64 from there on. A block's groups
-//               go to a table (N, groups, blocks x slices of a group).
-//   normalize   a block first adds up the table of its groups, in order: no atomics, two runs agree to the last bit.
-//               Upsampling: a thread walks down a column of the result and keeps the two rows it lies between.
+//   sums        A thread sums x - pivot and (x - pivot)^2 over up to 64 pixels; pivot is its first pixel. Further sums
+//               are float64. Blocks write partial sums per group to a table (N, groups, blocks, slices of a group, 2).
+//   normalize   A block adds the partial sums of its groups in a fixed order, so results are deterministic. For
+//               upsampling, a thread processes a column of the output and keeps the two input rows around it.
 #include "cuda/group_norm_relu.cuh"
 
 namespace spatialflow {
@@ -74,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) group_norm_sums_kernel(
     }
 }
 
-// Mean and rstd of the groups of this block's slice, from the sums of all blocks; valid after the barrier within. The
-// block that `is_first` in its slice writes those of the groups that begin there to `statistics` too.
+// Compute mean and rstd of the groups in this block's slice from the sums of all blocks, and synchronize the block. The
+// block with `is_first` also writes the values of groups that begin in its slice to `statistics`.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ void collect_statistics(
     const NormMap<const scalar_t>& input, Global<const double> table, const NormShape& shape,
@@ -112,7 +111,7 @@ __device__ __forceinline__ void collect_statistics(
 
 template <typename real_t>
 __device__ __forceinline__ real_t relu(real_t value) {
-    return value < real_t(0) ? real_t(0) : value;  // NaN stays
+    return value < real_t(0) ? real_t(0) : value;  // NaN is kept
 }
 
 template <typename scalar_t, int kWidth>
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_upsample_kernel(
     const AffineVector<real_t, kWidth> affine = affine_of(shared, -place.first_group, by_channel, shape, place);
     const DoubledCell<real_t> cell = doubled_cell<real_t>(column, shape.width);
     const Global<const scalar_t> source = input.data + (place.image * input.stride_n + place.channel);
-    // A row of the input, normalized, at the place of the column.
+    // Normalize row `y` of the input, apply ReLU, and interpolate it at the column of this thread.
     const auto at_row = [&](int y, real_t(&result)[kWidth]) {
         const Global<const scalar_t> row = source + y * input.stride_h;
         const auto low = load_channels<kWidth>(row + cell.low * input.stride_w);

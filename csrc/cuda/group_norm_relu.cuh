@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the CUDA kernels of group_norm_relu share, forward and backward: layouts, how work is parted, sums over a block.
+// Code shared by the forward and backward kernels of group_norm_relu: layouts, division into blocks, block sums.
 //
-// Layouts: input (N, H, W, C) by strides, channels adjacent (others are copied into it first); all else dense.
-// A block takes a slice of channels and some pixels, 32 at a time. A slice is 8 vectors of 16 bytes, or of one channel
-// each where these do not align. 256 threads are 8 vectors x 32 pixels. So a small map fills the card by slices and
-// pixels.
+// Layouts: maps are read as (N, H, W, C) by strides with adjacent channels; other layouts are copied first. Results and
+// tables are dense. A block of 256 threads processes a slice of channels and some pixels, 8 vectors of channels by 32
+// pixels at a time. A vector has 16 bytes if all pixels are aligned to them, else one channel. Both slices and pixels
+// are distributed over blocks, so that small maps occupy a large GPU too.
 #pragma once
 
 #include "common/group_norm_relu.h"
@@ -21,28 +21,28 @@ namespace spatialflow {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kVectorLanes = 8;                       // vectors of channels
-constexpr int kPixelLanes = kThreads / kVectorLanes;  // pixels, or columns
+constexpr int kVectorLanes = 8;                       // threads along channels, a vector each
+constexpr int kPixelLanes = kThreads / kVectorLanes;  // threads along pixels or columns
 constexpr int kTurns = 4;                             // vectors that a thread loads before it uses the first
-constexpr int64_t kBlocks = 256;                      // that fill a card
+constexpr int64_t kBlocks = 256;                      // wanted in a launch, for a large GPU
 
 template <int kWidth>
-constexpr int kSlice = kVectorLanes * kWidth;  // channels
+constexpr int kSlice = kVectorLanes * kWidth;  // channels of a block
 
 struct NormShape {
     int batch, channels, groups, group_channels, height, width;
-    int slices, pieces;          // of the channels; slices that a group lies in, at most
-    int sum_blocks, sum_pixels;  // of an image and slice in the launch of the sums; pixels of each
+    int slices, pieces;          // slices of the channels; maximum slices that a group spans
+    int sum_blocks, sum_pixels;  // blocks per image and slice in the launch of the sums; pixels of each block
     double eps;
 
     __host__ __device__ int pixels() const { return height * width; }
     __host__ __device__ double group_size() const { return static_cast<double>(group_channels) * pixels(); }
 };
 
-// How an image and a slice are parted into blocks: pixels in order, or columns x segments of rows.
+// Division of an image and slice into blocks: consecutive pixels, or columns x segments of rows.
 struct NormParts {
-    int blocks, extent;  // pixels, or rows, of a block
-    int column_blocks;   // 0: pixels in order
+    int blocks, extent;  // extent: pixels or rows of a block
+    int column_blocks;   // 0: consecutive pixels
 };
 
 template <typename scalar_t>
@@ -61,13 +61,13 @@ struct ByChannel {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// What a thread works on.
+// Image, slice of channels, block and first channel of a thread.
 template <int kWidth>
 struct NormPlace {
     int image, slice, block;
-    int channel;  // the first of the thread's
+    int channel;  // first channel of the thread
     int pixel_lane;
-    int first_group, end_group;  // that the slice touches
+    int first_group, end_group;  // groups with channels in the slice
 
     __device__ __forceinline__ NormPlace(const NormShape& shape, int blocks) {
         const int index = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
@@ -90,7 +90,7 @@ __device__ __forceinline__ Global<scalar_t> pixel_of(
     return map.data + (image * map.stride_n + y * map.stride_h + (pixel - y * shape.width) * map.stride_w);
 }
 
-// The pixels of a thread, where a block has pixels in order: from `begin` on, every kPixelLanes-th.
+// Pixels of a thread in a block of consecutive pixels: every kPixelLanes-th one in [begin, end).
 struct PixelRange {
     int begin, end;
 
@@ -101,8 +101,8 @@ struct PixelRange {
           end(place.block + 1 < parts.blocks ? (place.block + 1) * parts.extent : shape.pixels()) {}
 };
 
-// Calls use(pixel, load(pixel), whether it is the first) for a range of pixels; kTurns of them are loaded before the
-// first of these is used.
+// Call use(pixel, load(pixel), is_first) for the pixels of a range. kTurns pixels are loaded before the first of them
+// is used.
 template <typename Load, typename Use>
 __device__ __forceinline__ void for_pixels(const PixelRange& range, const Load& load, const Use& use) {
     for (int first = range.begin; first < range.end; first += kTurns * kPixelLanes) {
@@ -122,7 +122,8 @@ __device__ __forceinline__ void for_pixels(const PixelRange& range, const Load& 
     }
 }
 
-// The sum over the lanes of a warp that differ in the bits of `from` and above, in a fixed order; all of them get it.
+// Sum over the lanes of a warp that differ only in the bits of `from`, a power of two, and above. The order is fixed,
+// and all of these lanes get the sum.
 __device__ __forceinline__ double sum_lanes(double value, int from) {
     for (int step = from; step < kWarpSize; step *= 2) {
         value += __shfl_xor_sync(kAllLanes, value, step);
@@ -130,7 +131,7 @@ __device__ __forceinline__ double sum_lanes(double value, int from) {
     return value;
 }
 
-// Sums over the block of two numbers by channel: first[c] and second[c] of the slice, valid after the barrier within.
+// Sum `first` and `second` over the block for each channel c of the slice: total[2 * c] and total[2 * c + 1].
 template <int kWidth>
 __device__ __forceinline__ void sum_block(
     const double (&first)[kWidth], const double (&second)[kWidth], Shared<double> of_warps, Shared<double> total) {
@@ -165,7 +166,8 @@ struct AffineVector {
     }
 };
 
-// Of the thread's channels. Group 0 of the image is, or would be, at `row` of the statistics.
+// Affine parameters of the channels of this thread. `row` is the row of `statistics` for group 0 of the image, and may
+// be negative.
 template <typename real_t, int kWidth, typename Statistics, typename Row>
 __device__ __forceinline__ AffineVector<real_t, kWidth> affine_of(
     const Statistics& statistics, Row row, const ByChannel<real_t>& by_channel, const NormShape& shape,
@@ -181,7 +183,7 @@ __device__ __forceinline__ AffineVector<real_t, kWidth> affine_of(
     return affine;
 }
 
-// A walk along a doubled axis, cell by cell: doubled_cell without a division each.
+// Iterator over the output positions of a doubled axis: doubled_cell without a division per position.
 template <typename real_t>
 struct DoubledWalk {
     int low, rest, size;
@@ -211,7 +213,7 @@ NormMap<const scalar_t> map_of(const Tensor& tensor) {
     return {data<scalar_t>(tensor), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3)};
 }
 
-// Pixels in order, as many in a block as leave kBlocks of them, at most `most` for a thread.
+// Blocks of consecutive pixels: about kBlocks blocks in the launch, at most `most` pixels per thread.
 inline NormParts pixel_parts(const NormShape& shape, int64_t most) {
     const int64_t pixels = shape.pixels(), slices = static_cast<int64_t>(shape.batch) * shape.slices;
     const int64_t wanted = ceil_div(pixels, ceil_div(kBlocks, slices));
@@ -219,7 +221,7 @@ inline NormParts pixel_parts(const NormShape& shape, int64_t most) {
     return {static_cast<int>(ceil_div(pixels, extent)), static_cast<int>(extent), 0};
 }
 
-// Columns by segments of `height` rows.
+// Blocks of kPixelLanes columns by segments of rows, for maps of `height` x `width`.
 inline NormParts column_parts(const NormShape& shape, int64_t height, int64_t width) {
     const int64_t columns = ceil_div(width, kPixelLanes);
     int64_t rows = 32;
@@ -246,7 +248,7 @@ NormShape shape_of(const Tensor& input, int64_t num_groups, double eps) {
     shape.height = static_cast<int>(input.size(2));
     shape.width = static_cast<int>(input.size(3));
     shape.slices = static_cast<int>(ceil_div(channels, kChannels));
-    for (int group = 0; group < std::min(groups, kChannels); ++group) {  // from there on they lie as before
+    for (int group = 0; group < std::min(groups, kChannels); ++group) {  // then positions in slices repeat
         const int begin = group * shape.group_channels;
         shape.pieces = std::max(shape.pieces, (begin + shape.group_channels - 1) / kChannels - begin / kChannels + 1);
     }
@@ -261,7 +263,8 @@ inline dim3 grid_of(const NormShape& shape, const NormParts& parts) {
     return dim3(grid_size("group_norm_relu", static_cast<int64_t>(shape.batch) * shape.slices * parts.blocks));
 }
 
-// Calls run(width) with the channels of a vector: 16 bytes if all pixels of `tensors` are made of those, else one.
+// Call run(width) with the channels of a vector: 16 bytes if all pixels of `tensors` consist of aligned 16-byte
+// vectors, else one.
 template <typename scalar_t, typename Run>
 void dispatch_width(std::initializer_list<const Tensor*> tensors, const Run& run) {
     constexpr int kWidth = kVectorElements<scalar_t>;

@@ -1,41 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradients of group_norm_relu on CUDA, in three launches. Layouts are in group_norm_relu.cuh.
+// Gradients of group_norm_relu on CUDA in three launches. Layouts: see group_norm_relu.cuh.
 //
-//   sums        of g and g * (x - mean) by channel, where g is the gradient of the input of ReLU. The transpose of
-//               upsampling gathers down the columns of the input, and stores g.
-//   channels    a warp per channel adds the sums of the blocks, in order: two runs agree to the last bit.
-//   gradient    of the input, from the sums of its groups.
+//   sums        sums of g and g * (x - mean) per channel and block; g is the gradient w.r.t. the input of ReLU. With
+//               upsampling, its transpose is computed by a gather along columns of the input, and g is stored.
+//   channels    a warp per channel adds the sums of the blocks in a fixed order, so results are deterministic
+//   gradient    gradient w.r.t. the input, from the sums of its groups
 #include "cuda/group_norm_relu.cuh"
 
 namespace spatialflow {
 namespace {
 
-constexpr int kReaders = 5;  // results of doubling that read one cell of an axis, at most
+constexpr int kReaders = 5;  // maximum number of outputs of doubling that read one cell of an axis
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Sums by channel of one block: of g and g * (x - shift), where g is the gradient by what ReLU takes.
+// Sums per channel of a thread: of g and g * (x - shift), where g is the gradient w.r.t. the input of ReLU.
 template <typename real_t, int kWidth>
 struct GradientSums {
     real_t gradient[kWidth] = {}, product[kWidth] = {};
 
-    // Clears what ReLU stops, and adds the rest.
+    // Set g to zero where the input of ReLU is not positive, then add g to the sums.
     template <typename scalar_t>
     __device__ __forceinline__ void add(
         const AffineVector<real_t, kWidth>& affine, const RawChannels<scalar_t, kWidth>& input, real_t (&g)[kWidth]) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
             const real_t x = input.value(i);
-            g[i] = affine.before_relu(i, x) <= real_t(0) ? real_t(0) : g[i];  // NaN passes
+            g[i] = affine.before_relu(i, x) <= real_t(0) ? real_t(0) : g[i];  // g is kept for NaN
             gradient[i] += g[i];
             product[i] += g[i] * (x - affine.of[i].shift);
         }
     }
 };
 
-// The transpose of upsampling: a thread goes down a column of the input. It sums each row of the incoming gradient over
-// the pixels that read the column, and adds the sum to the two cells that the row lies between.
+// Compute the transpose of upsampling for a column of the input per thread. It sums each row of the incoming gradient
+// over the pixels that read the column. Each sum is added to the two cells from which that row is interpolated.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void gather_column(
     const NormMap<const scalar_t>& grad_output, const NormMap<const scalar_t>& input,
@@ -62,7 +62,7 @@ __device__ __forceinline__ void gather_column(
         grad_output.data + (place.image * grad_output.stride_n + first_column * grad_output.stride_w + place.channel);
     const Global<real_t> target =
         masked + (static_cast<int64_t>(place.image) * shape.pixels() + column) * shape.channels + place.channel;
-    real_t above[kWidth] = {}, below[kWidth] = {};  // of the rows walk.low and the next
+    real_t above[kWidth] = {}, below[kWidth] = {};  // sums of rows walk.low and walk.low + 1
     const auto finish = [&](int y, real_t(&g)[kWidth]) {
         if (y < begin || y >= end) {
             return;
@@ -109,7 +109,7 @@ __device__ __forceinline__ void gather_column(
             }
         }
         const real_t weight = walk.high_weight();
-        if (walk.high() == low) {  // the last cell
+        if (walk.high() == low) {  // last cell of the axis
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) {
                 above[i] += row[i] * (real_t(1) - weight) + row[i] * weight;
@@ -131,7 +131,7 @@ template <typename scalar_t, bool kUpsample, int kWidth>
 __global__ void __launch_bounds__(kThreads, kUpsample ? 1 : 2) group_norm_relu_gradient_sums_kernel(
     const NormMap<const scalar_t> grad_output, const NormMap<const scalar_t> input, Global<const double> statistics,
     const ByChannel<accum_t<scalar_t>> by_channel,
-    Global<accum_t<scalar_t>> masked,  // (N, H, W, C), where upsampled
+    Global<accum_t<scalar_t>> masked,  // (N, H, W, C), only with upsampling
     Global<double> table,              // (N, blocks, C, 2)
     const NormShape shape, const NormParts parts) {
     using real_t = accum_t<scalar_t>;
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kUpsample ? 1 : 2) group_norm_relu_g
     }
 }
 
-// A warp per channel.
+// Add the sums of all blocks, one warp per channel.
 template <typename real_t>
 __global__ void __launch_bounds__(kThreads) group_norm_relu_channel_sums_kernel(
     Global<const double> table,       // (N, blocks, C, 2)
@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_channel_sums_kernel(
     }
 }
 
-// gradient_t: that of the features, or of what ReLU takes, kept by the sums (kMasked).
+// gradient_t: type of the incoming gradient, or (kMasked) of the gradient w.r.t. the input of ReLU that the sums
+// stored.
 template <typename scalar_t, typename gradient_t, bool kMasked, int kWidth>
 __global__ void __launch_bounds__(kThreads) group_norm_relu_input_gradient_kernel(
     const NormMap<const gradient_t> gradient, const NormMap<const scalar_t> input, Global<const double> statistics,
@@ -311,7 +312,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cuda(
         dispatch_floating("group_norm_relu_backward", dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
-            // The gradient by what ReLU takes, where it is not the incoming one masked.
+            // Gradient w.r.t. the input of ReLU. Without upsampling it is not stored, but computed from the incoming
+            // gradient.
             const std::vector<int64_t> size(input.sizes().begin(), input.sizes().end());
             const std::optional<Tensor> masked =
                 upsample ? std::optional<Tensor>(empty_like_sized(input, size, accumulated, MemoryFormat::ChannelsLast))

@@ -21,7 +21,7 @@ namespace spatialflow {
 
 #if defined(__CUDACC__)
 
-// Makes the device of a tensor current for the life of this object, and gives its stream. An operator opens one.
+// Scope in which the device of a tensor is current, with the current stream of that device. Each operator creates one.
 class DeviceScope {
 public:
     explicit DeviceScope(const Tensor& tensor) : device_(tensor.get_device()), guard_(device_) {
@@ -37,7 +37,8 @@ private:
     Stream stream_;
 };
 
-// `count` elements of a contiguous tensor from element `begin` on: a part that the interpreter watches like a tensor.
+// Pointer to `count` elements of a contiguous tensor from element `begin` on. The interpreter checks the bounds of this
+// part.
 template <typename scalar_t>
 inline scalar_t* mutable_data(const Tensor& tensor, int64_t begin, int64_t /*count*/) {
     return mutable_data<scalar_t>(tensor) + begin;
@@ -51,7 +52,7 @@ public:
     Stream stream() const { return {}; }
 };
 
-// Elements from the first to the last one that the strides reach.
+// Number of elements from the first to the last one that the strides reach.
 inline int64_t extent(const Tensor& tensor) {
     int64_t last = 0;
     for (int64_t d = 0; d < tensor.dim(); ++d) {
@@ -83,8 +84,7 @@ inline Global<scalar_t> mutable_data(const Tensor& tensor, int64_t begin, int64_
 
 #endif
 
-// Calls body(scalar_t{}) with the device type behind `dtype`: `[&](auto zero) { using scalar_t = decltype(zero); ...
-// }`.
+// Call body(scalar_t{}) with the device type for `dtype`. A generic lambda gets the type as decltype of its parameter.
 template <typename Body>
 inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
     dispatch_floating_types<float16, bfloat16>(op, dtype, body);
@@ -92,7 +92,7 @@ inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Returns a grid dimension; raises an error if a launch cannot have so many blocks.
+// Return a grid dimension; raise an error if a launch cannot have so many blocks.
 inline unsigned grid_size(const char* op, int64_t blocks) {
     check(blocks <= 0x7fffffff, op, ": the problem needs ", blocks, " thread blocks, a launch holds 2147483647");
     return static_cast<unsigned>(blocks);
@@ -107,7 +107,7 @@ inline bool is_aligned(const Global<T>& pointer, size_t bytes) {
 }
 #endif
 
-// A contiguous tensor that begins at a multiple of 16 bytes, the widest access: a slice of a larger one may not.
+// Contiguous tensor aligned to 16 bytes, the widest access: the tensor itself, or a copy.
 inline Tensor aligned(const Tensor& tensor) {
     return is_aligned(tensor.const_data_ptr(), 16)
                ? tensor

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Class-wise NMS of a batch on CUDA, from boxes (B, N, 4) and per-class scores (B, N, C), without a read back.
+// Class-wise NMS of a batch on CUDA, from boxes (B, N, 4) and per-class scores (B, N, C), without host synchronization.
 //
-// Class-wise NMS followed by the best D over all classes equals one greedy pass over all (box, class) pairs in score
-// order that stops when D pairs are kept. So only the best pairs are sorted:
+// Class-wise NMS, then the best D of all classes, equals one greedy pass over all (box, class) pairs in score order.
+// The pass stops when D pairs are kept, so only the best pairs are sorted:
 //
-//   collect   a thread per eight scores appends the scores above the threshold to a list of its image, in any order
-//   detect    a block per image takes the best 2048 pairs or fewer in order (best_chunks.cuh) and runs the greedy pass
-//             (nms.cuh) over batches of 1024. It repeats with the next pairs until D are kept or no pair is left.
+//   collect   a thread per eight scores appends those above the threshold to a list of its image, in any order
+//   detect    a block per image selects the best 2048 pairs or fewer in order (best_chunks.cuh) and runs the greedy
+//             pass (nms.cuh) over batches of 1024. It repeats with the next pairs until D are kept or none remains.
 //
 // Memory: 8 bytes per score (12 for float64) for the lists.
 #include "cuda/best_chunks.cuh"
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
                 kept_indices[kept + position] = row / classes;
             }
             kept += added;
-            __syncthreads();  // the boxes kept are read by all threads next
+            __syncthreads();  // all threads read the kept boxes next
         }
     }
     for (int i = kept + thread; i < limit; i += kGreedyThreads) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // RoIAlign over a feature pyramid on CUDA. The kernels of roi_align.cu choose the level per RoI (roi_level in
-// common/roi_align.h): one launch handles all levels, and the host never reads the boxes.
+// common/roi_align.h). So one launch computes all levels, and the host never reads the boxes.
 #include "ops/multilevel_roi_align.h"
 
 #include "cuda/launch.h"

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// nms and batched_nms on CUDA: greedy non-maximum suppression within classes (common/nms.h), with the result of the CPU
-// to the last bit. nms is batched_nms of one class. Memory is linear in N: 56 bytes a candidate (float64: 88).
+// nms and batched_nms on CUDA: greedy non-maximum suppression within classes (common/nms.h), bit for bit as on the CPU.
+// nms is batched_nms of one class. Memory is linear in N: 56 bytes per candidate (float64: 88).
 //
 //   1. order    sort the entries (class, score, row): chunks of 2048 in shared memory, then a search in all chunks
 //               (up to 4 chunks) or merges of runs (more chunks)
 //   2. gather   boxes in that order; for every tile of 1024 candidates, the begin of the class of its first candidate
-//   3. rounds   a class may span tiles, and a tile may hold classes; round r handles the r-th tile of every class
-//      suppress   a thread per candidate of later tiles tests it against the boxes that its class kept last round
+//   3. rounds   a class may span tiles, and a tile may contain several classes; round r is the r-th tile of every class
+//      suppress   a thread per candidate of later tiles tests it against the boxes of its class kept in the last round
 //      greedy     a block per tile decides on the candidates of this round: in round 0 all classes that begin in the
 //                 tile, in round r the class that began r tiles before
 //   4. collect  sort the kept entries by (score, row); entries of one class are in order already
@@ -26,15 +26,15 @@ constexpr int kMergeThreads = 256;
 constexpr int kMergeTile = 1024;
 constexpr int kTile = kGreedyThreads;
 constexpr int kSuppressThreads = 256;
-constexpr int kRankedChunks = 4;  // up to so many chunks are not merged: an entry is searched for in all of them
+constexpr int kRankedChunks = 4;  // maximum number of chunks that are searched instead of merged
 constexpr int64_t kRankedCount = static_cast<int64_t>(kRankedChunks) * kChunk;
-// Rounds of batched_nms that are launched before the host reads the number of rounds and of results. Only if a class
-// spans more tiles, the other rounds and a second read follow.
+// Rounds of batched_nms that are launched before the host reads the numbers of rounds and results. If a class spans
+// more tiles, the remaining rounds and a second read follow.
 constexpr int64_t kRoundsAhead = 2;
 static_assert(kChunk % kMergeTile == 0 && kTile % kSuppressThreads == 0, "a block works within one run, one tile");
 
-// An entry of a class. Its order is by class, then by descending score. Entries are sorted by comparisons, because
-// class numbers are any int64.
+// Entry of a candidate with its class, ordered by class, then by descending score. Entries are sorted by comparison,
+// because class numbers are any int64.
 template <typename key_t>
 struct alignas(sizeof(key_t) == 4 ? 16 : 8) ClassEntry {
     int64_t label;
@@ -49,7 +49,7 @@ __host__ __device__ __forceinline__ bool operator<(const ClassEntry<key_t>& a, c
 template <typename real_t>
 using ClassEntryOf = ClassEntry<ScoreKey<real_t>>;
 
-// Key of rows that are not candidates; they come last in their class.
+// Key of rows that are not candidates; these rows are last in their class.
 template <typename real_t>
 constexpr ScoreKey<real_t> kNoKey = ~ScoreKey<real_t>(0);
 
@@ -62,9 +62,9 @@ template <typename real_t>
 struct CandidateState {
     Global<const ClassEntryOf<real_t>> entries;  // (N)
     Global<Box<real_t>> boxes;                   // (N)
-    Global<int> removed;                         // (N), not 0: suppressed, or not a candidate
+    Global<int> removed;                         // (N), nonzero: suppressed, or not a candidate
     Global<int64_t> begins;                      // (tiles), where the class of the tile's first candidate begins
-    Global<unsigned> listed;                     // (N), per tile: positions kept of the class of its last candidate
+    Global<unsigned> listed;                     // (N), per tile: kept positions of the class of its last candidate
     Global<int> listed_count;                    // (tiles)
     Global<ClassEntryOf<real_t>> kept;           // (N), the result in any order, of class 0
     Global<unsigned> progress;                   // (2), a Progress
@@ -74,7 +74,7 @@ struct CandidateState {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// The arguments of the operator as a source of entries.
+// Source of entries: the arguments of the operator.
 template <typename real_t>
 struct Rows {
     Global<const Box<real_t>> boxes;  // (N)
@@ -90,8 +90,8 @@ struct Rows {
     }
 };
 
-// Sorted entries as a source of entries. It is a struct because a kernel must not have a restrict-qualified pointer as
-// a template argument: nvcc names such a kernel differently for host and device, and the launch fails ("invalid device
+// Source of entries: sorted entries. It is a struct because a kernel must not have a restrict-qualified pointer as a
+// template argument. nvcc names such a kernel differently for host and device, and the launch fails ("invalid device
 // function").
 template <typename real_t>
 struct Entries {
@@ -100,12 +100,12 @@ struct Entries {
     __device__ __forceinline__ ClassEntryOf<real_t> operator[](int64_t row) const { return values[row]; }
 };
 
-// Sorts chunks of kChunk entries each, of `source`: Rows or Entries.
+// Sort chunks of kChunk entries each from `source`: Rows or Entries.
 template <typename real_t, typename source_t>
 __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     const source_t source,                 // (N)
     Global<ClassEntryOf<real_t>> entries,  // (N)
-    Global<unsigned> progress,             // (2), becomes zero; or null
+    Global<unsigned> progress,             // (2), set to zero; or null
     const int64_t count) {
     using entry_t = ClassEntryOf<real_t>;
     SPATIALFLOW_SHARED(entry_t, chunk, kChunk);
@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     }
 }
 
-// Returns the first i in [low, high) for which before(i) is false, or high. before(i) is true up to that i. All lanes
-// of a warp call it.
+// Return the first i in [low, high) for which before(i) is false, or high. before(i) must be true for all smaller i.
+// All lanes of a warp must call it.
 template <typename Before>
 __device__ __forceinline__ int64_t partition_point(int64_t low, int64_t high, Before before) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -145,7 +145,7 @@ __device__ __forceinline__ int64_t partition_point(int64_t low, int64_t high, Be
     return low;
 }
 
-// Merges runs of `run` sorted entries, kChunk times a power of two, in pairs.
+// Merge runs of `run` sorted entries, kChunk times a power of two, in pairs.
 template <typename real_t>
 __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
     Global<const ClassEntryOf<real_t>> runs,  // (N)
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
     const int64_t right = left + run < count ? left + run : count, end = right + run < count ? right + run : count;
     const int size = static_cast<int>(end - first < kMergeTile ? end - first : kMergeTile);
     if (warp < 2) {
-        // Number of entries before the tile, or before its end, that come from the left run.
+        // Number of entries before the tile, or before its end, from the left run.
         const int64_t before = first - left + warp * size;
         const int64_t least = before > end - right ? before - (end - right) : 0;
         const int64_t most = before < right - left ? before : right - left;
@@ -189,11 +189,11 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
                 high = middle;
             }
         }
-        merged[first + i + low - from_left] = own;  // positions in the right part count from from_left
+        merged[first + i + low - from_left] = own;  // positions in the right part are relative to from_left
     }
 }
 
-// Number of entries of kRankedChunks sorted chunks that come before `own`. The searches of all chunks advance together.
+// Number of entries of kRankedChunks sorted chunks that precede `own`. The searches in all chunks advance together.
 template <typename entry_t>
 __device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int count, const entry_t& own) {
     int before[kRankedChunks] = {};
@@ -221,7 +221,7 @@ __device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int 
     return rank;
 }
 
-// Merges and gathers up to kRankedCount candidates.
+// Merge up to kRankedCount candidates, and gather their boxes.
 template <typename real_t>
 __global__ void __launch_bounds__(kRowThreads) nms_place_kernel(
     Global<const ClassEntryOf<real_t>> chunks,  // (N)
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kRowThreads) nms_place_kernel(
     }
 }
 
-// The rows of up to kRankedCount sorted entries.
+// Write the rows of up to kRankedCount sorted entries in merged order.
 template <typename real_t>
 __global__ void __launch_bounds__(kRowThreads) nms_place_rows_kernel(
     Global<const ClassEntryOf<real_t>> chunks,  // (kept)
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kRowThreads) nms_place_rows_kernel(
     }
 }
 
-// A block per tile.
+// Gather boxes and class begins, one block per tile.
 template <typename real_t>
 __global__ void __launch_bounds__(kTile) nms_gather_kernel(
     Global<const Box<real_t>> boxes,  // (N)
@@ -308,8 +308,8 @@ __global__ void __launch_bounds__(kTile)
     int position;
     const int added = greedy_pass<real_t, int64_t>(
         candidate, kTile, boxes, labels, kept_of_warp, slots, candidates.threshold, position);
-    // Only the last class of the tile can continue in later tiles. Its candidates come last, so the kept candidates of
-    // other classes have lower positions.
+    // Only the last class of the tile can continue in later tiles. Its candidates are last in the tile, so the kept
+    // candidates of other classes have lower positions.
     const int others = __syncthreads_count(position >= 0 && candidate.label != last_label);
     if (threadIdx.x == 0) {
         candidates.listed_count[tile] = added - others;
@@ -384,8 +384,8 @@ void sort_chunks(
         dim3(grid_size(op, ceil_div(count, kChunk))), dim3(kGreedyThreads), 0, stream, source, target, progress, count);
 }
 
-// Merges the sorted chunks of `entries`. `scratch` has the same size; the two are swapped if the result is in
-// `scratch`.
+// Merge the sorted chunks of `entries`. `scratch` has the same size. If the result is in `scratch`, the two are
+// swapped.
 template <typename real_t>
 void merge_chunks(
     const char* op, Global<ClassEntryOf<real_t>>& entries, Global<ClassEntryOf<real_t>>& scratch, int64_t count,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Block-wide functions of the NMS operators: the sort of a chunk of entries (also for select_candidates) and the greedy
-// pass (nms, multiclass_nms).
+// Block-wide functions of the NMS operators: the sort of a chunk of entries (also for select_candidates), and the
+// greedy pass (nms, multiclass_nms).
 #pragma once
 
 #include <cstring>
@@ -18,7 +18,7 @@ constexpr int kChunk = 2 * kGreedyThreads;
 template <typename real_t>
 using ScoreKey = decltype(descending_key(real_t{}));
 
-// A candidate by its score; ties go to the lower row.
+// Candidate ordered by its score; ties are ordered by row.
 template <typename key_t>
 struct Entry {
     key_t key;
@@ -44,7 +44,7 @@ __device__ __forceinline__ entry_t shuffle_xor(const entry_t& entry, int lanes) 
     return other;
 }
 
-// Runs the steps below 64 of the bitonic sort, for the widths from `first_width` to `last_width`, in registers. A warp
+// Run the steps below 64 of the bitonic sort, for the widths from `first_width` to `last_width`, in registers. A warp
 // has 64 adjacent entries, two per lane: lane l has entries l and l + 32.
 template <typename entry_t>
 __device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, int first_width, int last_width) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, 
 
 constexpr int kLeastPadded = 2 * kWarpSize;
 
-// Bitonic sort of `padded` entries, a power of two from kLeastPadded to kChunk, by the block's kGreedyThreads threads.
+// Sort `padded` entries, a power of two from kLeastPadded to kChunk, by a bitonic sort of kGreedyThreads threads.
 template <typename entry_t>
 __device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) {
     sort_warps<entry_t>(entries, padded, 2, kLeastPadded);
@@ -98,16 +98,16 @@ __device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) 
     }
 }
 
-// One candidate per thread, in score order by thread index within its label.
+// Candidate of a thread; within a label, thread indices are in score order.
 template <typename real_t, typename label_t>
 struct Candidate {
     Box<real_t> box;
     real_t area;
     label_t label;
-    bool alive;  // a candidate that is not suppressed so far
+    bool alive;  // a candidate that is not yet suppressed
 };
 
-// True if the candidate in shared memory at `other` suppresses `candidate`.
+// Return true if the candidate in shared memory at `other` suppresses `candidate`.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ bool is_suppressed_by(
     int other, const Candidate<real_t, label_t>& candidate, Shared<Box<real_t>> boxes, real_t threshold) {
@@ -118,16 +118,16 @@ __device__ __forceinline__ bool is_suppressed_by(
 constexpr int kLabelSlots = 256;
 constexpr int kGreedySlots = 3 * kLabelSlots;
 
-// Keeps the first candidate that is alive, drops the candidates of its label that it suppresses, and repeats until no
-// candidate is alive or `limit` are kept. Warp after warp decides among its 32 candidates by votes, for all its labels
-// at once. Then all later warps test their candidates against the ones it kept: one barrier per warp. A table by label
-// names the kept lanes that a candidate must be tested against. Returns the number of kept candidates; `position` is
-// the rank of this thread among them in order of threads, or -1. All threads of the block call it.
+// Keep the first live candidate, drop the candidates of its label that it suppresses, and repeat. The pass ends when no
+// candidate is alive or `limit` are kept. Each warp in order decides on its 32 candidates by votes, for all its labels
+// at once. Then all later warps test their candidates against those that it kept: one barrier per warp. A table by
+// label gives the kept lanes that a candidate must be tested against. Return the number of kept candidates. `position`
+// is the rank of this thread among them in order of threads, or -1. All threads of the block must call it.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ int greedy_pass(
     Candidate<real_t, label_t> candidate, int limit, Shared<Box<real_t>> boxes, Shared<label_t> labels,
     Shared<unsigned> kept_of_warp,  // (kGreedyWarps)
-    Shared<unsigned> slots,         // (kGreedySlots), three tables: lanes kept, by label
+    Shared<unsigned> slots,         // (kGreedySlots), three tables: kept lanes by label
     real_t threshold, int& position) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int slot = static_cast<int>(static_cast<unsigned>(candidate.label) % kLabelSlots);
@@ -164,7 +164,7 @@ __device__ __forceinline__ int greedy_pass(
             }
         }
         __syncthreads();
-        if (warp == turn - 1 && is_kept) {  // no warp reads the last table any more, or writes it in the next turn
+        if (warp == turn - 1 && is_kept) {  // no warp reads the last table, or writes it in the next iteration
             atomicExch(slots + (turn - 1) % 3 * kLabelSlots + slot, 0u);
         }
         if (warp > turn && candidate.alive) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ int greedy_pass(
         const unsigned bits = kept_of_warp[turn];
         kept += __popc(bits);
     }
-    __syncthreads();  // the arrays are free for the next call
+    __syncthreads();  // the arrays can be reused by the next call
     return kept < limit ? kept : limit;
 }
 

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Panoptic merge on CUDA: instances, a stuff label map and boxes to one id map and a table of segments, without a read
-// back to the host. The decisions are those of common/panoptic_merge.h. Which instances are kept depends on all earlier
-// ones: two kernels of one block decide, all other kernels are spread over the device (panoptic_merge_kernels.cuh).
+// Panoptic merge on CUDA, without synchronization with the host: instances, a stuff label map and boxes to an id map
+// and a table of segments. The rules are in common/panoptic_merge.h, the kernels in panoptic_merge_kernels.cuh. Each
+// decision on an instance or box depends on all earlier ones, so two kernels run as one block; the others use the whole
+// device.
 //
-// Layouts: an image is a row of pixels; bit i of word w is pixel 32 w + i. The kernels of one block keep their bits in
-// shared memory if it is large enough. Counts are integers, so the order of atomics and of blocks does not matter.
-// Parts of the scratch that need an initial value start at zero; so bounding boxes are stored as maxima, and a lower
-// edge as its distance from the far side of the image.
+// Layouts: an image is a flat array of pixels; bit i of word w is pixel 32 w + i. The kernels of one block keep their
+// bits in shared memory if it is large enough. Counts are integers, so the order of atomics and blocks does not matter.
+// Scratch memory is initialized with zeros, so bounding boxes are stored as maxima: of W - x1, H - y1, x2 and y2.
 #include "cuda/panoptic_merge_kernels.cuh"
 
 namespace spatialflow {
 namespace {
 
-// Owns the scratch of a merge, its layout and its pointers.
+// Scratch memory of a merge: its layout, allocation and pointers.
 class MergeWorkspace {
 public:
     MergeWorkspace(int64_t instances, int64_t stuff_labels, int64_t height, int64_t width, const Tensor& like)
@@ -54,12 +54,12 @@ public:
     }
 
 private:
-    // The initializers run in the order of the members: parts are laid out before the workspace is allocated.
+    // Initializers run in the order of the members, so all parts are laid out before the workspace is allocated.
     const int64_t instances_, stuff_labels_, height_, width_;
     const int64_t rows_ = instances_ + stuff_labels_;
     const int64_t words_ = ceil_div(height_ * width_, kGroup* kWarpSize) * kGroup;
     WorkspaceLayout layout_;
-    // Zero on entry.
+    // Zero before the first kernel.
     const WorkspacePart<int> candidates_ = layout_.add<int>(1), segments_ = layout_.add<int>(1);
     const WorkspacePart<int> area_ = layout_.add<int>(instances_), words_from_ = layout_.add<int>(instances_);
     const WorkspacePart<int> end_word_ = layout_.add<int>(instances_), id_of_ = layout_.add<int>(instances_);
@@ -77,18 +77,18 @@ private:
     const Workspace workspace_;
 };
 
-constexpr int64_t kStaticSharedBytes = 1024;  // of the kernels of one block, at most
+constexpr int64_t kStaticSharedBytes = 1024;  // maximum of the kernels of one block
 
 dim3 blocks_for(int64_t items, int64_t per_block) {
     return dim3(grid_size("panoptic_merge", ceil_div(items, per_block)));
 }
 
-// Launches the kernels of a merge. Each method launches those that need the same inputs.
+// Launcher of the kernels of a merge. Each method launches the kernels that need the same inputs.
 struct MergeLauncher {
     const MergeScratch scratch;
     const MergeOptions options;
     const bool has_boxes;
-    const bool in_shared;  // the bits of an image fit into shared memory
+    const bool in_shared;  // the bits of an image fit in shared memory
     const Stream stream;
 
     MergeLauncher(const MergeScratch& scratch, const MergeOptions& options, bool has_boxes, Stream stream)
@@ -114,7 +114,7 @@ struct MergeLauncher {
         }
     }
 
-    // Packs masks, as many pixels at a time as alignment allows.
+    // Pack masks, with the widest loads that alignment allows.
     void pack(const Tensor& masks) const {
         const auto are_aligned = [&](int64_t bytes) {
             return scratch.pixels % bytes == 0 && is_aligned(masks.const_data_ptr(), static_cast<size_t>(bytes));
@@ -136,7 +136,7 @@ struct MergeLauncher {
         }
     }
 
-    // Chooses the stuff labels, fills boxes and paints all pixels that no instance has.
+    // Choose the stuff labels, fill boxes, and write all pixels without an instance.
     template <typename label_t>
     void stuff(const Tensor& labels, const Tensor& id_map) const {
         const Global<const label_t> values = data<label_t>(labels);

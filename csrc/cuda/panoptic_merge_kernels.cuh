@@ -2,15 +2,15 @@
 //
 // Kernels of the panoptic merge; panoptic_merge.cu launches them in this order:
 //
-//   order    rank of every instance by score and its box in pixels; instances below the threshold are left out
-//   pack     masks to one bit per pixel, in score order, with their areas and the words they span
-//   greedy   (one block) instance by instance: count the pixels already used, keep or drop, mark the pixels
+//   order    rank of every instance by score, and its box in pixels; instances below the threshold are omitted
+//   pack     masks to one bit per pixel, in score order, with their areas and ranges of nonzero words
+//   greedy   (one block) for each instance: count the pixels already used, keep or drop it, mark its pixels
 //   count    free pixels of every stuff label
 //   label    (one warp) ids of the stuff labels with enough free pixels
 //   open     (with boxes) one bit for every void pixel
-//   fill     (with boxes, one block) box by box: count the void pixels in it, fill them or not
+//   fill     (with boxes, one block) for each box: count its void pixels, fill them or not
 //   paint    the id map: stuff and filled boxes, then instances
-//   measure  area and extent of every segment in the id map
+//   measure  area and bounding box of every segment in the id map
 //   table    the rows of the result
 #pragma once
 
@@ -26,36 +26,36 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kGreedyShift = 9;
 constexpr int kGreedyThreads = 1 << kGreedyShift;
 constexpr int kGreedyWarps = kGreedyThreads / kWarpSize;
-constexpr int kGroup = 4;       // words of a 16-byte access; images are whole groups
-constexpr int kHeldGroups = 6;  // of an instance, in the registers of a thread of the greedy block
-constexpr int kLoads = 4;       // that a lane has in flight where the device is busy with memory
+constexpr int kGroup = 4;       // words of a 16-byte access; images are padded to whole groups
+constexpr int kHeldGroups = 6;  // groups of an instance that a thread of the greedy block keeps in registers
+constexpr int kLoads = 4;       // loads of a lane in flight
 constexpr int kIgnoredPerLaunch = 32;
 
 using Words = Vec<unsigned, kGroup>;
 
-// Sizes, and scratch that all kernels share. Instances are numbered by rank: c-th best score.
+// Sizes, and scratch memory that all kernels share. Instances are numbered by rank c, in descending order of scores.
 struct MergeScratch {
     int instances, stuff_labels, height, width, pixels;
-    int words;  // of the bits of an image
-    // Zero on entry.
+    int words;  // in the bits of an image
+    // Zero before the first kernel.
     Global<int> candidates;  // (1), instances at or above the score threshold
-    Global<int> segments;    // (1), ids given
+    Global<int> segments;    // (1), ids assigned
     Global<int> area;        // (K), pixels of the mask
-    Global<int> words_from;  // (K), words from the first that is not zero to the end of the image
-    Global<int> end_word;    // (K), one beyond the last word that is not zero
-    Global<int> id_of;       // (K), 0: dropped
-    Global<int> fill_id;     // (K), what the box is filled with, 0: nothing
+    Global<int> words_from;  // (K), words from the first nonzero one to the end of the image
+    Global<int> end_word;    // (K), end of the nonzero words
+    Global<int> id_of;       // (K), 0: not kept
+    Global<int> fill_id;     // (K), id that fills the box; 0: not filled
     Global<int> stuff_area;  // (S)
-    Global<int> stuff_id;    // (S), 0: none
-    Global<int> ignored;     // (S)
-    Global<int> measured;    // (5, K + S), by id - 1: area, W - x1, H - y1, x2, y2, ends not included
-    Global<unsigned> used;   // (words), pixels of instances
-    // Written before it is read.
+    Global<int> stuff_id;    // (S), 0: not kept
+    Global<int> ignored;     // (S), nonzero: ignored
+    Global<int> measured;    // (5, K + S), by id - 1: area, W - x1, H - y1, x2, y2; x2, y2 exclusive
+    Global<unsigned> used;   // (words), pixels of kept instances
+    // Written before they are read.
     Global<int> order;           // (K), instance of rank c
     Global<int> boxes;           // (K, 4), pixels
     Global<int> segment_source;  // (K + S), by id - 1: rank of an instance, or K + stuff label
-    Global<unsigned> open;       // (words), void pixels; after fill: those that stay void
-    Global<unsigned> bits;       // (K, words); after greedy: the pixels that became the instance's own
+    Global<unsigned> open;       // (words), void pixels; after fill: those still void
+    Global<unsigned> bits;       // (K, words); after greedy, for kept instances: the pixels assigned to them
 
     __device__ __forceinline__ Global<unsigned> bits_of(int c) const { return bits + static_cast<int64_t>(c) * words; }
 };
@@ -65,7 +65,7 @@ struct MergeOptions {
     int64_t stuff_area_limit;
 };
 
-// Stuff labels to ignore, some at a time.
+// Stuff labels to ignore, up to kIgnoredPerLaunch at a time.
 struct IgnoredLabels {
     int64_t labels[kIgnoredPerLaunch];
     int count;
@@ -111,7 +111,8 @@ __global__ void merge_ignore_kernel(const MergeScratch scratch, const IgnoredLab
     }
 }
 
-// kPixels adjacent pixels of a mask, a byte each, as they were loaded: a vector of bytes would be taken apart at once.
+// kPixels adjacent pixels of a mask, a byte each, as words: the compiler would wait for a vector of bytes and unpack
+// it.
 template <int kPixels>
 struct PackedPixels {
     Vec<unsigned, kPixels / 4> words{};
@@ -119,7 +120,7 @@ struct PackedPixels {
     __device__ __forceinline__ void load(Global<const uint8_t> source) {
         words = load_vector<kPixels / 4>(pointer_cast<const unsigned>(source));
     }
-    // One bit for every byte that is not zero.
+    // One bit for every nonzero byte.
     __device__ __forceinline__ unsigned bits() const {
         unsigned result = 0;
 #pragma unroll
@@ -139,12 +140,12 @@ struct PackedPixels<1> {
     __device__ __forceinline__ unsigned bits() const { return value != 0; }
 };
 
-// A lane reads kPixels adjacent pixels at a time.
+// Pack the masks into bits. A lane reads kPixels adjacent pixels at a time.
 template <int kPixels>
 __global__ void __launch_bounds__(kThreads) merge_pack_kernel(
     Global<const uint8_t> masks,  // (K, H, W)
     const MergeScratch scratch) {
-    constexpr int kLanes = kWarpSize / kPixels > 0 ? kWarpSize / kPixels : 1;  // of a word
+    constexpr int kLanes = kWarpSize / kPixels > 0 ? kWarpSize / kPixels : 1;  // lanes that share a word
     constexpr int kStep = kWarpSize * kPixels;
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, c = static_cast<int>(blockIdx.y);
     if (c >= scratch.candidates[0]) {
@@ -189,8 +190,7 @@ __global__ void __launch_bounds__(kThreads) merge_pack_kernel(
     }
 }
 
-// Sum over the block, the same in all threads, with one barrier: `sums` may be used again only after that of another
-// call with other sums.
+// Sum over the block, returned in all threads, with one barrier. Consecutive calls must use different `sums`.
 __device__ __forceinline__ int block_sum(int value, Shared<unsigned> sums) {
     const unsigned of_warp = __reduce_add_sync(kAllLanes, static_cast<unsigned>(value));
     if (threadIdx.x % kWarpSize == 0) {
@@ -204,7 +204,7 @@ __device__ __forceinline__ int block_sum(int value, Shared<unsigned> sums) {
     return static_cast<int>(__reduce_add_sync(kAllLanes, other));
 }
 
-// Three counts for four words: popc is the slowest instruction here.
+// Number of common bits. A full adder reduces four popc to three, since popc is the slowest instruction here.
 __device__ __forceinline__ int common_pixels(const Words& a, const Words& b) {
     static_assert(kGroup == 4, "three words are added, the fourth is left");
     const unsigned x = a[0] & b[0], y = a[1] & b[1], z = a[2] & b[2], last = a[3] & b[3];
@@ -216,11 +216,11 @@ __device__ __forceinline__ bool has_pixels(const Words& words) {
     return (words[0] | words[1] | words[2] | words[3]) != 0;
 }
 
-// What the greedy block must know of an instance, as it was loaded, so that nothing waits for it before it is used.
+// Area and range of nonzero words of an instance, as loaded, so that only their first use waits for the loads.
 struct MergeSpan {
     int area = 0, words_from = 0, end_word = 0;
 
-    // Nothing for those beyond the last.
+    // Zeros for `c` beyond the last candidate.
     __device__ __forceinline__ MergeSpan(const MergeScratch& scratch, int c, int candidates) {
         if (c < candidates) {
             area = scratch.area[c];
@@ -228,7 +228,8 @@ struct MergeSpan {
             end_word = scratch.end_word[c];
         }
     }
-    // A thread's own groups lie kGreedyThreads apart, and are the same for all instances.
+    // First group of this thread in the range. The groups of a thread have a stride of kGreedyThreads, equal for all
+    // instances.
     __device__ __forceinline__ int first_of_thread(const MergeScratch& scratch) const {
         const int first = (scratch.words - words_from) / kGroup;
         const int start = first / kGreedyThreads * kGreedyThreads + static_cast<int>(threadIdx.x);
@@ -253,7 +254,7 @@ struct HeldGroups {
     }
 };
 
-// Adds a group of an instance's words to `used`, and leaves only the bits that no earlier instance has in `mask`.
+// Add a group of words of an instance to `used`, and keep in `mask` only the bits that no earlier instance uses.
 template <typename Used>
 __device__ __forceinline__ void use_group(Used used, Global<unsigned> mask, int group, const Words& words) {
     if (!has_pixels(words)) {
@@ -270,7 +271,7 @@ __device__ __forceinline__ void use_group(Used used, Global<unsigned> mask, int 
     store_vector(mask + kGroup * group, left);
 }
 
-// Adds the pixels of a group of words that earlier instances have to `overlap`.
+// Add to `overlap` the pixels of a group of words that earlier instances use.
 template <typename Used>
 __device__ __forceinline__ void add_used_pixels(Used used, int group, const Words& words, int& overlap) {
     if (has_pixels(words)) {
@@ -278,9 +279,9 @@ __device__ __forceinline__ void add_used_pixels(Used used, int group, const Word
     }
 }
 
-// Keeps or drops the instances in order. A kept instance keeps only the bits that no earlier instance has. Each group
-// of `used` is read and written by one thread, so the only barrier of an instance is the one of its sum. The next
-// instance is loaded before this one is decided.
+// Keep or drop the instances in order. A kept instance keeps only the pixels that no earlier instance uses. One thread
+// reads and writes each group of `used`, so an instance needs only the barrier of block_sum. The next instance is
+// loaded before the current one is decided. Return the number of segments.
 template <typename Used>
 __device__ __forceinline__ int merge_greedy(
     const MergeScratch& scratch, const MergeOptions& options, Used used, Shared<unsigned> sums) {
@@ -293,7 +294,7 @@ __device__ __forceinline__ int merge_greedy(
         const MergeSpan after_next(scratch, c + 2, candidates);
         Global<unsigned> mask = scratch.bits_of(c);
         const int first = span.first_of_thread(scratch), end = span.end();
-        const int beyond = first + kHeldGroups * kGreedyThreads;  // first group that is not held
+        const int beyond = first + kHeldGroups * kGreedyThreads;  // first group that is not in registers
         int overlap = 0;
 #pragma unroll
         for (int i = 0; i < kHeldGroups; ++i) {
@@ -303,7 +304,8 @@ __device__ __forceinline__ int merge_greedy(
             add_used_pixels(used, group, load_vector<kGroup>(mask + kGroup * group), overlap);
         }
         overlap = block_sum(overlap, sums + c % 2 * kGreedyWarps);
-        // With a threshold of 1 or more an instance can pass without a pixel that is free; no segment is empty.
+        // With a threshold of 1 or more, an instance without a free pixel passes the test. It is dropped: segments are
+        // not empty.
         if (merge_instance_is_kept(overlap, span.area, options.overlap_threshold) && overlap != span.area) {
 #pragma unroll
             for (int i = 0; i < kHeldGroups; ++i) {
@@ -325,7 +327,7 @@ __device__ __forceinline__ int merge_greedy(
     return segments;
 }
 
-// One block in all: it may take all registers of a multiprocessor.
+// Launched with one block, which may use all registers of a multiprocessor.
 template <bool kInShared>
 __global__ void __launch_bounds__(kGreedyThreads, 1)
     merge_greedy_kernel(const MergeScratch scratch, const MergeOptions options) {
@@ -348,7 +350,7 @@ __global__ void __launch_bounds__(kGreedyThreads, 1)
     }
 }
 
-// Calls body(value, lanes) in one lane of those that have the same value, for every value that the warp has.
+// Call body(value, lanes) for each different value in the warp, in the first lane of `lanes` that have this value.
 template <typename Body>
 __device__ __forceinline__ void for_each_value(int value, const Body& body) {
     const unsigned peers = __match_any_sync(kAllLanes, value);
@@ -357,8 +359,8 @@ __device__ __forceinline__ void for_each_value(int value, const Body& body) {
     }
 }
 
-// The stuff label of every lane's pixel in kLoads words from `word` on, or -1: outside the image or the labels, or a
-// pixel of an instance.
+// Load the stuff label of this lane's pixel in each of kLoads words from `word` on. It is -1 for pixels outside the
+// image, pixels of instances, and labels out of range.
 template <typename label_t>
 __device__ __forceinline__ void load_stuff(
     Global<const label_t> stuff, const MergeScratch& scratch, int word, int (&labels)[kLoads]) {
@@ -384,7 +386,7 @@ __device__ __forceinline__ void load_stuff(
     }
 }
 
-// First of the kLoads words that a warp works on.
+// First of the kLoads words that the warp processes.
 __device__ __forceinline__ int first_word_of_warp() {
     return (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize) * kLoads;
 }
@@ -438,7 +440,7 @@ __global__ void __launch_bounds__(kWarpSize)
         }
         segments += __popc(all);
     }
-    __syncwarp();  // every lane has read the old number
+    __syncwarp();  // all lanes have read the previous count
     if (lane == 0) {
         scratch.segments[0] = segments;
     }
@@ -462,17 +464,17 @@ __global__ void __launch_bounds__(kThreads) merge_open_kernel(
     }
 }
 
-// Bits of `word` that are among the pixels [begin, end), which it has some of.
+// Bits of `word` for the pixels [begin, end), of which at least one is in the word.
 __device__ __forceinline__ unsigned pixels_in_word(int word, int begin, int end) {
     const int from = begin - word * kWarpSize, to = end - word * kWarpSize;
     return (from <= 0 ? ~0u : ~0u << from) & (to >= kWarpSize ? ~0u : ~(~0u << to));
 }
 
-// The words of an image's bits that contain pixels of a box, spread over the threads of the block.
+// Words of an image's bits that contain pixels of a box, distributed over the threads of the block.
 struct BoxWords {
     int x1, y1, x2, y2, image_width;
-    int most_words;       // of a row of the box
-    int shift, row_step;  // 1 << shift threads for the words of a row; rows that the block visits at once
+    int most_words;       // maximum in a row of the box
+    int shift, row_step;  // 1 << shift threads for the words of a row; rows that the block processes at once
 
     __device__ __forceinline__ BoxWords(const Vec<int, 4>& box, int image_width)
         : x1(box[0]), y1(box[1]), x2(box[2]), y2(box[3]), image_width(image_width) {
@@ -482,7 +484,7 @@ struct BoxWords {
         row_step = kGreedyThreads >> shift;
     }
 
-    // Calls body(word, read(word), pixels of the word in the box); kLoads words are read before the first call.
+    // Call body(word, read(word), pixels of the word in the box). kLoads words are read before the first call.
     template <typename Read, typename Body>
     __device__ __forceinline__ void for_each(const Read& read, const Body& body) const {
         const int thread = static_cast<int>(threadIdx.x), stride = 1 << shift;
@@ -519,7 +521,8 @@ private:
     }
 };
 
-// Fills boxes in score order. A box with enough void pixels gives them to its own segment, or to a new segment.
+// Fill boxes in score order. If enough pixels of a box are void, they become pixels of its instance's segment. If the
+// instance was dropped, they become a new segment. Return the number of segments.
 template <typename Open>
 __device__ __forceinline__ int merge_fill(
     const MergeScratch& scratch, const MergeOptions& options, Open open, Shared<unsigned> sums) {
@@ -582,7 +585,7 @@ __global__ void __launch_bounds__(kGreedyThreads, 1)
         }
     } else {
         segments = merge_fill(scratch, options, scratch.open, sums);
-        __syncthreads();  // all threads have read the old number
+        __syncthreads();  // all threads have read the previous count
     }
     if (threadIdx.x == 0) {
         scratch.segments[0] = segments;
@@ -602,7 +605,7 @@ __device__ __forceinline__ int filled_box_at(const MergeScratch& scratch, int pi
     return id;
 }
 
-// Writes all pixels that no instance has: the id of their stuff label, or of the first box that was filled there.
+// Write the pixels without an instance: the id of their stuff label, or of the first filled box that contains them.
 template <typename label_t>
 __global__ void __launch_bounds__(kThreads) merge_paint_stuff_kernel(
     Global<const label_t> stuff,  // (H, W)
@@ -625,7 +628,8 @@ __global__ void __launch_bounds__(kThreads) merge_paint_stuff_kernel(
     }
 }
 
-// A warp takes 32 words of an instance, a lane each, then those that are not zero in turn, a lane per pixel.
+// Write the pixels of kept instances. A warp loads 32 words of an instance, one per lane. It then processes the nonzero
+// words in order, one pixel per lane.
 __global__ void __launch_bounds__(kThreads) merge_paint_instances_kernel(
     Global<int> id_map,  // (H, W)
     const MergeScratch scratch) {
@@ -647,10 +651,11 @@ __global__ void __launch_bounds__(kThreads) merge_paint_instances_kernel(
     }
 }
 
-// A warp takes kLoads times 32 pixels of a row. Where they are of one id alone, they are counted at once.
+// Add area and bounding box of the segments. A warp reads kLoads times 32 pixels of a row; if all have one id, it adds
+// them at once.
 __global__ void __launch_bounds__(kThreads) merge_measure_kernel(
     Global<const int> id_map,                       // (H, W)
-    const MergeScratch scratch, const int parts) {  // of a row
+    const MergeScratch scratch, const int parts) {  // warps of a row
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
     const int y = warp / parts, first_x = (warp - y * parts) * kLoads * kWarpSize;

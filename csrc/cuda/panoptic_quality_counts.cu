@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Pixels shared by every pair of segments of two id maps, on CUDA:
+// Number of pixels that each pair of segments of two id maps shares, on CUDA:
 //
 //   counts[g, p] = number of pixels with gt_map = g and pred_map = p, 0 <= g <= gt_segments, 0 <= p <= pred_segments
 //
-// A block takes a strip of adjacent pixels, a thread four of them at a time (two 16-byte loads) and holds on to its
-// last pair, since segments are large. Pairs are gathered in a hash table of the block in shared memory, and only what
-// is in there at the end touches global memory; a pair that finds no slot goes there at once. Sums of integers have no
-// order, so every run gives the same table.
+// A block processes a strip of adjacent pixels, a thread four at a time (two 16-byte loads). Since segments are large,
+// a thread counts consecutive equal pairs before it adds them to the block's hash table in shared memory. At the end
+// the block adds its table to global memory; pairs that find no slot are added there directly. Integer sums do not
+// depend on order, so results are deterministic.
 #include "cuda/launch.h"
 #include "ops/panoptic_quality_counts.h"
 
@@ -15,8 +15,8 @@ namespace spatialflow {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWidth = 4;  // pixels of one load
-constexpr int kLoads = 8;  // of one thread, for each map
+constexpr int kWidth = 4;  // pixels per load
+constexpr int kLoads = 8;  // loads of a thread from each map
 constexpr int kStrip = kThreads * kWidth * kLoads;
 constexpr int kSlots = 1024;  // a power of two
 constexpr int kProbes = 8;
@@ -28,7 +28,7 @@ struct CountsProblem {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Adds `count` pixels to `cell` of the table.
+// Add `count` pixels to `cell` of the table of counts.
 __device__ __forceinline__ void add_pixels(
     int64_t cell, int count, Shared<unsigned> keys, Shared<int> sums, Global<unsigned long long> counts) {
     if (cell < static_cast<int64_t>(kEmpty)) {

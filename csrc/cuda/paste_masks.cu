@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Pastes small masks into an image on CUDA:
+// Paste small masks into images on CUDA:
 //
 //   output[k, y, x] = bilinear(sigmoid(mask_logits[k]), y, x) >= threshold, zeros around the mask
 //
-// First the probabilities, with a frame of zeros, and the rows and columns under every box: K (M + 2)^2 numbers. Then a
-// thread per 16 pixels of the output, whatever rows they lie in, so that every store is 16 bytes. A thread without a
-// pixel under a box finds that out in whole numbers, by about 120 instructions: less time than storing 16 zeros takes.
-// Compiled without fused multiply-adds, so that pixels at the threshold are decided as on the CPU.
+// The first kernel computes probabilities with a border of zeros, and the ranges of rows and columns that each box
+// covers. In the second kernel a thread computes 16 consecutive pixels, across the ends of rows, so that stores are 16
+// bytes. A thread without a pixel in a box needs about 120 integer instructions, less time than its store of zeros
+// takes. Compiled without fused multiply-adds, so that comparisons with the threshold equal those of the CPU.
 #include "common/paste_masks.h"
 
 #include "cuda/launch.h"
@@ -17,7 +17,7 @@ namespace spatialflow {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPixels = 16;  // of one thread
+constexpr int kPixels = 16;  // of a thread
 
 struct PasteProblem {
     int64_t count, mask_height, mask_width;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) paste_prepare_kernel(
         value = real_t(1) / (real_t(1) + std::exp(-static_cast<real_t>(load(logit))));
     }
     probabilities[index] = value;
-    if (index < problem.count) {  // there are at least four cells to a mask
+    if (index < problem.count) {  // a mask has at least four threads
         const Global<const double> box = boxes + index * 4;
         const PixelRange columns = paste_range(paste_axis(box[0], box[2], problem.mask_width), problem.width);
         const PixelRange rows = paste_range(paste_axis(box[1], box[3], problem.mask_height), problem.height);
@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(kThreads) paste_masks_kernel(
     }
     const int count = problem.pixels - first < kPixels ? static_cast<int>(problem.pixels - first) : kPixels;
     const int64_t stride = problem.mask_width + 2;
-    int64_t row = first / problem.width;  // of all rows of all masks
+    int64_t row = first / problem.width;  // row index over all masks
     int x = static_cast<int>(first - row * problem.width);
-    Vec<uint64_t, 2> pixels{};  // a byte each
+    Vec<uint64_t, 2> pixels{};  // one byte per pixel
 #pragma unroll 1
-    for (int begin = 0, end = 0; begin < count; begin = end, x = 0, ++row) {  // pixels [begin, end) lie in one row
+    for (int begin = 0, end = 0; begin < count; begin = end, x = 0, ++row) {  // pixels [begin, end) are in one row
         end = problem.width - x < count - begin ? begin + (problem.width - x) : count;
         const int64_t k = row / problem.height;
         const int y = static_cast<int>(row - k * problem.height);

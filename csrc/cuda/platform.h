@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// CUDA entry point: kernels include CUDA by this header only. nvcc compiles them for a GPU, a C++ compiler for the SIMT
-// interpreter (csrc/simt), which runs them on a CPU and checks their memory accesses (docs/simt.md).
+// Entry point to CUDA, the only CUDA header that kernels include. nvcc compiles kernels for a GPU. Other C++ compilers
+// build them for the SIMT interpreter (csrc/simt), which runs them on a CPU and checks their memory accesses
+// (docs/simt.md).
 //
 // Differences from plain CUDA:
 //

@@ -44,19 +44,19 @@ using Global = T* __restrict__;
 template <typename T>
 using Shared = T*;
 
-// Aligned for the widest access, which the compiler does not see to: a float array is aligned to 4 bytes otherwise.
+// Aligned for the widest access; otherwise a float array has the alignment of a float, 4 bytes.
 #define SPATIALFLOW_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define SPATIALFLOW_DYNAMIC_SHARED(type, name)                                         \
     extern __shared__ __align__(128) unsigned char spatialflow_dynamic_shared_bytes[]; \
     type* name = reinterpret_cast<type*>(spatialflow_dynamic_shared_bytes)
 
-// The same memory seen as elements of another type.
+// Pointer to the same memory with another element type.
 template <typename To, typename From>
 __host__ __device__ __forceinline__ To* pointer_cast(From* pointer) {
     return reinterpret_cast<To*>(pointer);
 }
 
-// kWidth elements moved by one access where the hardware has it (2, 4, 8 or 16 bytes).
+// Vector of kWidth elements, loaded or stored by one access if its size is 2, 4, 8 or 16 bytes.
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vec {
     T values[kWidth];
@@ -69,7 +69,7 @@ __device__ __forceinline__ Vec<std::remove_const_t<T>, kWidth> load_vector(T* so
     return *reinterpret_cast<const Vec<std::remove_const_t<T>, kWidth>*>(source);
 }
 
-// 16 bytes go out as one number: of a Vec, or a uint4, the compiler may make a store of each element.
+// 16 bytes are stored as one number, since the compiler may split the store of a Vec or a uint4 into elements.
 template <int kWidth, typename T>
 __device__ __forceinline__ void store_vector(T* target, const Vec<T, kWidth>& value) {
     if constexpr (sizeof(value) == 16) {
@@ -83,8 +83,8 @@ __device__ __forceinline__ void store_vector(T* target, const Vec<T, kWidth>& va
     }
 }
 
-// target[i] += values[i] in global memory, atomically by element; one 16-byte reduction where the processor has it
-// (compute capability 9.0). `target` is aligned to kWidth elements.
+// Add values[i] to target[i] in global memory, atomically by element. Four floats are one 16-byte reduction from
+// compute capability 9.0 on. `target` is aligned to kWidth elements.
 template <typename real_t, int kWidth>
 __device__ __forceinline__ void reduce_add(real_t* target, const Vec<real_t, kWidth>& values) {
 #if __CUDA_ARCH__ >= 900
@@ -105,7 +105,7 @@ __device__ __forceinline__ void reduce_add(real_t* target, const Vec<real_t, kWi
     }
 }
 
-// A stream and the index of its device, so that no launch has to ask the runtime for the current device.
+// Stream with the index of its device, so that launches do not query the runtime for the current device.
 struct Stream {
     cudaStream_t handle;
     int device;
@@ -117,7 +117,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
     }
 }
 
-// One value from device memory; the host waits for all work on `stream`.
+// Copy one value from device memory to the host, which waits for all work on `stream`.
 template <typename T>
 inline std::remove_const_t<T> read_back(T* source, Stream stream) {
     std::remove_const_t<T> value;
@@ -127,17 +127,17 @@ inline std::remove_const_t<T> read_back(T* source, Stream stream) {
     return value;
 }
 
-// A number per device, zero until it is set: a cache of answers of the runtime.
+// Cache of an integer per device, initially zero, for results of runtime queries.
 class DeviceNumbers {
 public:
     int at(Stream stream) const { return numbers_[stream.device].load(std::memory_order_relaxed); }
     void set(Stream stream, int number) { numbers_[stream.device].store(number, std::memory_order_relaxed); }
 
 private:
-    std::atomic<int> numbers_[128] = {};  // torch's index of a device has 8 bits and a sign
+    std::atomic<int> numbers_[128] = {};  // torch's device index is a signed 8-bit integer
 };
 
-// An attribute of the stream's device; one that is never zero.
+// Attribute of the stream's device, cached; the attribute must not be zero.
 template <cudaDeviceAttr kAttribute>
 inline int device_attribute(Stream stream, const char* what) {
     static DeviceNumbers known;
@@ -153,12 +153,12 @@ inline int multiprocessors(Stream stream) {
     return device_attribute<cudaDevAttrMultiProcessorCount>(stream, "multiprocessors");
 }
 
-// Bytes of shared memory that a block may have, those that the runtime reserves included.
+// Maximum bytes of shared memory of a block, including those that the runtime reserves.
 inline int largest_shared_bytes(Stream stream) {
     return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(stream, "shared memory");
 }
 
-// A kernel gets more than 48 KiB of dynamic shared memory only where it has been allowed to.
+// Allow kKernel so many bytes of dynamic shared memory; CUDA requires this above 48 KiB.
 template <auto kKernel>
 inline void allow_shared_bytes(size_t shared_bytes, Stream stream) {
     static DeviceNumbers allowed;
@@ -166,7 +166,7 @@ inline void allow_shared_bytes(size_t shared_bytes, Stream stream) {
     if (bytes <= 48 * 1024 || bytes <= allowed.at(stream)) {
         return;
     }
-    static std::mutex raising;  // or a thread with a smaller number could have the last word
+    static std::mutex raising;  // otherwise a concurrent call could set a smaller limit last
     const std::lock_guard<std::mutex> lock(raising);
     if (bytes > allowed.at(stream)) {
         check_cuda(
@@ -176,8 +176,8 @@ inline void allow_shared_bytes(size_t shared_bytes, Stream stream) {
     }
 }
 
-// Blocks of kKernel that the stream's device runs at one time: the grid of a kernel whose blocks stay and loop. Asked
-// once for each device: a kernel comes with the same threads and shared bytes every time.
+// Number of blocks of kKernel that the stream's device runs at one time: the grid of a persistent kernel. It is queried
+// once per device, so all calls must pass the same threads and shared bytes.
 template <auto kKernel>
 inline int resident_blocks(int threads, size_t shared_bytes, Stream stream) {
     static DeviceNumbers known;
@@ -204,7 +204,7 @@ struct KernelArguments<void (*)(Parameters...)> {
     }
 };
 
-// Starts kKernel on `stream` and checks the launch; an empty grid does nothing.
+// Launch kKernel on `stream` and check for errors; an empty grid launches nothing.
 template <auto kKernel, typename... Arguments>
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Arguments&... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) {

@@ -4,10 +4,10 @@
 //
 //   output[n, y, x, c] = (resized(images[n])[y, x, 2 - c] - mean[c]) / std[c], zeros right of and below the image
 //
-// Images (H, W, 3) of any sizes, output channels-last. A thread makes the 48 bytes of a few adjacent pixels of one row
-// (4 in float32, 8 in a 16-bit type) and stores them in three 16-byte accesses; the source is read byte by byte through
-// L1, where neighbors find the same lines. grid.y is the image. Integers and double decide the result, so it equals
-// that of the CPU to the last bit; compiled without fused multiply-adds.
+// Images (H, W, 3) of any sizes, output channels-last. A thread computes the 48 bytes of adjacent pixels of a row (4 in
+// float32, 8 in a 16-bit type) and stores them in three 16-byte accesses. Source bytes are read one by one; adjacent
+// threads share cache lines in L1. blockIdx.y is the image. Integers and double without fused multiply-adds make the
+// result equal to that of the CPU bit for bit.
 #include "common/preprocess_images.h"
 
 #include "cuda/launch.h"
@@ -30,7 +30,7 @@ struct SourceImages {
 
 struct ImageBatch {
     int64_t height, width;  // padded
-    bool is_vectorizable;   // rows begin at multiples of 16 bytes and hold whole groups of pixels
+    bool is_vectorizable;   // rows consist of whole, aligned groups of pixels
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) preprocess_images_kernel(
     const __grid_constant__ SourceImages images, Global<scalar_t> output,  // (images, height, width, 3)
     const ImageBatch batch, const ImageNormalisation normalization) {
     constexpr int kPixels = kVectorElements<scalar_t>;
-    const int64_t groups = (batch.width + kPixels - 1) / kPixels;  // of a row
+    const int64_t groups = (batch.width + kPixels - 1) / kPixels;  // of pixels in a row
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
     if (index >= batch.height * groups) {
         return;

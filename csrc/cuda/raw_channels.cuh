@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Channels as 32-bit words, which are unpacked when they are used. With vectors of 16-bit numbers the compiler would
-// unpack each 16-byte load at once, and so wait for it before it issues the next load.
+// Channels as 32-bit words, unpacked at their use. The compiler would unpack vectors of 16-bit numbers right after each
+// 16-byte load. It would then wait for each load before the next one is issued.
 #pragma once
 
 #include <cstring>
@@ -11,14 +11,14 @@
 
 namespace spatialflow {
 
-// kWidth channels of a pixel.
+// Vector of kWidth channels of a pixel.
 template <typename scalar_t, int kWidth>
 struct RawChannels {
     using Word = std::conditional_t<sizeof(scalar_t) * kWidth % sizeof(unsigned) == 0, unsigned, scalar_t>;
     static constexpr int kWords = static_cast<int>(sizeof(scalar_t) * kWidth / sizeof(Word));
     Vec<Word, kWords> words;
 
-    // Channel i; i is known to the compiler.
+    // Channel i, a compile-time constant.
     __device__ __forceinline__ auto value(int i) const {
         if constexpr (std::is_same_v<scalar_t, bfloat16> && kWidth > 1) {  // the upper half of a float32
             return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
@@ -29,7 +29,7 @@ struct RawChannels {
         }
     }
 
-    // sums[i] += weight * channel i
+    // Add weight * channel i to sums[i] for all channels.
     template <typename real_t>
     __device__ __forceinline__ void add_to(real_t (&sums)[kWidth], real_t weight) const {
 #pragma unroll

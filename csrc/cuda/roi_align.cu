@@ -5,8 +5,8 @@
 //   output[k, c, ph, pw] = mean over the samples (y, x) of bin (ph, pw) of bilinear(level(k)[batch(k), c], y, x)
 //                        = sum_y wy[y] sum_x wx[x] level(k)[batch(k), c, y, x]     over the cells that the bin reads
 //
-// Layouts: features (N, H, W, C) by strides, channels adjacent (other layouts are copied first); output (K, PH, PW, C)
-// or (K, C, PH, PW). Mapping: a block takes a tile of bins of one RoI, a warp a bin row, a lane 16 bytes of channels.
+// Layouts: features (N, H, W, C) by strides with adjacent channels (others are copied first); output (K, PH, PW, C) or
+// (K, C, PH, PW). A block computes a tile of bins of one RoI, a warp a bin row, a lane 16 bytes of channels.
 #include "ops/roi_align.h"
 
 #include "cuda/roi_align_walk.cuh"
@@ -29,8 +29,8 @@
 namespace spatialflow {
 namespace {
 
-// A walk along a bin row that reads kRows rows of cells. Each column of cells is loaded once and summed over its rows,
-// then added to the bins that read it. Calls emit(sums) for each bin, from left to right.
+// Iteration along a bin row that reads kRows rows of cells. Each column of cells is loaded once, summed over its rows,
+// and added to the bins that read it. emit(sums) is called for each bin, from left to right.
 template <typename scalar_t, int kWidth, int kRows>
 class BinRowWalk {
     using real_t = accum_t<scalar_t>;
@@ -71,7 +71,7 @@ private:
         }
     }
 
-    // Runs the steps up to the next step that loads a column. Returns false after the last step.
+    // Run the steps up to the next step that loads a column. Return false after the last step.
     template <typename Emit>
     __device__ __forceinline__ bool advance(
         const real_t (&previous)[kWidth], real_t (&current)[kWidth], real_t (&sum)[kWidth], Emit&& emit) {
@@ -85,7 +85,7 @@ private:
             for (int r = 0; r < kRows; ++r) {
                 raw_[r].add_to(current, weight_[r]);
             }
-            fetch();  // loads run while this column is added and bins are stored
+            fetch();  // the loads are in flight while this column is added and bins are stored
         }
 #pragma unroll 1
         while (true) {
@@ -127,15 +127,15 @@ private:
     RawChannels<scalar_t, kWidth> raw_[kRows];
 };
 
-// Distance in channels between two bins in shared memory: the channels of a warp plus one access, so that the bins of
-// a channel are in different banks.
+// Distance between two bins in shared memory, in channels: the channels of a warp plus one access. So the bins of a
+// channel are in different banks.
 template <int kWidth>
 constexpr int kTileStride = kWarpSize * kWidth + kWidth;
 
 template <typename scalar_t>
-constexpr int kForwardBlocks = std::is_same_v<scalar_t, double> ? 3 : 4;  // on a multiprocessor: 168 or 128 registers
+constexpr int kForwardBlocks = std::is_same_v<scalar_t, double> ? 3 : 4;  // per multiprocessor: 168 or 128 registers
 
-// Stores the bins of a bin row, one call per bin. Channels-last output is stored at once; channels-first output is
+// Writer of the bins of a bin row, one call per bin. Channels-last output is stored at once; channels-first output is
 // collected in shared memory until `finish`.
 template <typename scalar_t, int kWidth>
 class BinRowWriter {
@@ -171,7 +171,7 @@ public:
         }
     }
 
-    // Stores a channels-first bin row: lanes along bins, then channels.
+    // Store a channels-first bin row, with lanes along bins, then channels.
     __device__ __forceinline__ void finish() {
         if (!problem_.channels_first) {
             return;
@@ -198,7 +198,7 @@ private:
     Shared<scalar_t> tile_, bin_tile_;  // of this warp
 };
 
-// Pools the bin rows of a block.
+// Pooling of the bin rows of a block.
 template <typename scalar_t, int kWidth>
 struct BinRowPooling {
     using real_t = accum_t<scalar_t>;
@@ -213,7 +213,7 @@ struct BinRowPooling {
     const CudaRoiLevel<const scalar_t>& level;
     int64_t image;
 
-    // A bin row with `count` taps that the tables hold.
+    // Pool a bin row whose `count` taps fit in the tables.
     __device__ __forceinline__ void pool_by_tables(
         int row, int count, Global<const scalar_t> feature, Writer& writer) const {
         const auto walk = [&](auto rows) {
@@ -238,7 +238,7 @@ struct BinRowPooling {
         }
     }
 
-    // A bin row that the tables have no room for.
+    // Pool a bin row whose taps do not fit in the tables.
     __device__ __forceinline__ void pool_by_cells(int row, Global<const scalar_t> feature, Writer& writer) const {
 #pragma unroll 1
         for (int bin = 0; bin < part.columns; ++bin) {
@@ -254,7 +254,7 @@ struct BinRowPooling {
         }
     }
 
-    // Pools the bin rows that the tables hold, or the other bin rows.
+    // Pool the bin rows that fit in the tables, or the other bin rows.
     template <bool kByTables>
     __device__ __forceinline__ void run(Global<scalar_t> output, Shared<scalar_t> tile) const {
         constexpr int kLaneStep = kWarpSize * kWidth;

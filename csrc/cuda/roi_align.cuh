@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Shared by the forward and the backward pass of RoIAlign on CUDA: kernel arguments, the geometry of a RoI, and sums
-// over the cells of a bin whose weights the lanes of a warp hold.
+// Code shared by the forward and backward pass of RoIAlign on CUDA: kernel arguments, geometry of a RoI, and sums over
+// cells. The weights of these cells are distributed over the lanes of a warp.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ struct RoiProblem {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Where a RoI reads. `valid` is false if the batch index is outside the batch or the level is empty.
+// Level and image that a RoI reads. `valid` is false if the batch index is outside the batch or the level is empty.
 struct RoiPlace {
     int level, image;
     bool valid;
@@ -69,7 +69,8 @@ __device__ __forceinline__ RoiAxis<real_t> axis_of(
 
 constexpr int kHalfWarp = kWarpSize / 2;
 
-// Adds the first kCount pairs in `left`, whose offsets and weights the lanes hold; their loads go out together.
+// Add the first kCount pairs in `left`, whose offsets and weights are distributed over the lanes. All loads are issued
+// before the first use.
 template <int kCount, int kWidth, typename scalar_t, typename real_t, typename offset_t>
 __device__ __forceinline__ void add_group(
     unsigned& left, offset_t offset, real_t weight, Global<const scalar_t> source, real_t (&sum)[kWidth]) {
@@ -89,9 +90,9 @@ __device__ __forceinline__ void add_group(
     }
 }
 
-// Lane l of the lower half of a warp holds the weight of row l, that of the upper half the weight of column l.
-// visit(pairs, offset, weight) takes the pairs of both that are not zero, 4 x 8 at a time: a lane each, `pairs` is the
-// mask of these lanes.
+// Call visit(pairs, offset, weight) for all pairs of a row and a column with nonzero weights, 4 x 8 at a time. Lane l
+// of the lower half of the warp holds the weight of row l; of the upper half, of column l. Each lane gets one pair;
+// `pairs` is the mask of the lanes with a nonzero product.
 template <typename real_t, typename offset_t, typename Visit>
 __device__ __forceinline__ void visit_pairs(real_t weight, offset_t row_stride, offset_t column_stride, Visit&& visit) {
     const int lane = threadIdx.x % kWarpSize;
@@ -135,8 +136,8 @@ __device__ __forceinline__ void add_pairs(
     });
 }
 
-// A bin that tables have no room for: visit(weight, row, column) takes its cells, 16 x 16 from (row, column) on, whose
-// weights the lanes hold as `visit_pairs` wants them.
+// Call visit(weight, row, column) for the cells of a bin that does not fit in the tables, 16 x 16 from (row, column)
+// on. The weights are distributed over the lanes as for `visit_pairs`.
 template <typename real_t, typename element_t, typename Visit>
 __device__ __forceinline__ void visit_cells(
     Global<const real_t> box, const CudaRoiLevel<element_t>& level, const RoiProblem& problem, int ph, int pw,
@@ -200,7 +201,7 @@ CudaRoiLevel<element_t> level_of(const char* op, const Tensor& tensor, Global<el
         scale};
 }
 
-// True if 16-byte accesses along channels are aligned in all levels.
+// Return true if 16-byte accesses along channels are aligned in all levels.
 inline bool levels_are_vectorizable(const std::vector<Tensor>& levels, int64_t width) {
     for (const Tensor& level : levels) {
         if (stride_of(level, 0) % width != 0 || stride_of(level, 2) % width != 0 || stride_of(level, 3) % width != 0 ||

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradient of RoIAlign for the features on CUDA, over one feature map or a pyramid. Two algorithms:
+// Gradient of RoIAlign w.r.t. the features on CUDA, over one feature map or a pyramid. Two algorithms:
 //
-//   scatter   the walk of the forward pass in reverse. Columns of cells are summed over bins, then added to the map in
-//             float32, 16 bytes a reduction; the order of the sums is not fixed.
-//   gather    a warp per cell adds up the bins that read the cell, RoIs in ascending order: deterministic, without a
-//             float32 buffer or atomics, but a cell under many RoIs is the work of one warp. Always used in float64.
+//   scatter   the transpose of the forward pass. Columns of cells are summed over bins, then added to the map by
+//             16-byte reductions in float32; the order of the sums is not fixed.
+//   gather    a warp per cell adds the bins that read the cell, RoIs in ascending order: deterministic, without a
+//             float32 buffer or atomics, but one warp adds all RoIs of a cell. Always used in float64.
 //
 // Layouts: gradient of the output (K, PH, PW, C); gradients of the levels (N, H, W, C).
 #include "cuda/roi_align_walk.cuh"
@@ -25,11 +25,11 @@ __device__ __forceinline__ void add_to_cell(Global<real_t> cell, const real_t (&
     reduce_add(cell, values);
 }
 
-// Reverses the walk of the forward pass: adds the gradients of bins to the two columns of cells that the walk holds,
-// and adds a column to its rows of cells when the walk drops the column.
+// Transpose the forward pass of a bin row. Gradients of bins are added to the two columns of cells in registers. A
+// column is added to its rows of cells before another column replaces it.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin_row(
-    Global<const scalar_t> source, int bins, int channels,  // bins one after the other, `channels` apart
+    Global<const scalar_t> source, int bins, int channels,  // bins at distances of `channels`
     Global<accum_t<scalar_t>> feature, bool active, int64_t row_stride, Shared<Tap<accum_t<scalar_t>>> rows,
     int row_count, Shared<Step<accum_t<scalar_t>>> steps, Shared<int64_t> columns, WalkLength length) {
     using real_t = accum_t<scalar_t>;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void scatter_bin_row(
     flush(current, current_column);
 }
 
-// A bin that the tables have no room for.
+// Scatter the gradient of a bin that does not fit in the tables.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin(
     Global<const scalar_t> source, Global<accum_t<scalar_t>> feature, bool active, Global<const accum_t<scalar_t>> box,
@@ -104,7 +104,7 @@ __device__ __forceinline__ void scatter_bin(
     });
 }
 
-// Four channels a lane: the 16 bytes of a lane's reduction and those of its neighbors fill whole sectors.
+// Four channels per lane: the 16-byte reductions of adjacent lanes fill whole sectors.
 constexpr int kScatterWidth = 4;
 
 template <typename scalar_t, int kWidth>
@@ -158,17 +158,17 @@ __global__ void __launch_bounds__(kWalkWarps* kWarpSize, 5) roi_align_scatter_ke
 
 // ---- gather ------------------------------------------------------------------------------------------------------
 
-// Kernel argument: the gradients of the levels, cut into tiles of cells.
+// Kernel argument: the gradients of the levels, divided into tiles of cells.
 template <typename element_t>
 struct TiledPyramid {
     RoiPyramid<element_t> pyramid;
     int tile_begin[kMaxRoiLevels];  // first block of a level
 };
 
-// Which levels, cells and images a RoI reads; computed once for the gather.
+// Level, image and cells that a RoI reads; computed once for the gather.
 struct alignas(32) RoiCells {
     int level, image;                                  // level -1: the RoI reads nothing
-    int first_row, end_row, first_column, end_column;  // no cell outside is read
+    int first_row, end_row, first_column, end_column;  // no cell outside this rectangle is read
     int unused[2];
 };
 
@@ -185,7 +185,7 @@ struct CellInterval {
     int first, end;
 };
 
-// Cells of an axis of `size` cells that the bins can read, widened by two cells and the rounding of coordinates.
+// Cells that the bins can read on an axis of `size` cells, widened by two cells and the rounding of coordinates.
 template <typename real_t>
 __device__ __forceinline__ CellInterval touched_cells(const RoiAxis<real_t>& axis, int bins, int size) {
     const real_t extent = real_t(bins) * axis.bin, end = axis.start + extent;
@@ -200,7 +200,7 @@ __device__ __forceinline__ CellInterval touched_cells(const RoiAxis<real_t>& axi
 
 constexpr int kTableThreads = 128;
 
-// Turns the `count` taps of a bin into weights of consecutive cells.
+// Convert the `count` taps of a bin to weights of consecutive cells.
 template <typename real_t>
 __device__ __forceinline__ void set_weights(BinWeights<real_t>& bin, Shared<Tap<real_t>> taps, int count) {
     bin.first = count == kTooMany ? kTooWide : 0x7fffffff;
@@ -220,7 +220,7 @@ __device__ __forceinline__ void set_weights(BinWeights<real_t>& bin, Shared<Tap<
     }
 }
 
-// A thread per bin of an axis of a RoI: first those of the y axis, then those of the x axis.
+// Compute the weights of the bins, a thread per bin of an axis of a RoI: first the y axis, then the x axis.
 template <typename real_t, typename element_t>
 __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
     Global<const real_t> boxes,  // (K, 5)
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
     weights[at] = bin;
 }
 
-// The bin of this lane: bin rows from ph0 on in the lower half of a warp, bin columns from pw0 on in the upper half.
+// Bin of this lane: bin row ph0 + l for lane l of the lower half-warp, bin column pw0 + l of the upper half-warp.
 struct LaneBin {
     bool of_rows, exists;
     int bin;
@@ -270,7 +270,7 @@ struct LaneBin {
         bin = of_rows ? ph0 + lane : pw0 + lane - kHalfWarp;
         exists = bin < (of_rows ? problem.pooled_height : problem.pooled_width);
     }
-    // The weights of this lane's bin; those of the first bin if this lane has no bin.
+    // Load the weights of this lane's bin; those of the first bin if this lane does not have a bin.
     template <typename real_t>
     __device__ __forceinline__ BinWeights<real_t> load(
         Global<const BinWeights<real_t>> weights, const RoiProblem& problem) const {
@@ -282,13 +282,13 @@ constexpr int kGatherThreads = 256;
 constexpr int kGatherWarps = kGatherThreads / kWarpSize;
 constexpr int kCellRows = 2, kCellColumns = 4;  // cells of a block of the gather, one per warp
 
-// The level, the image and the cells of a block of the gather.
+// Level, image and cells of a block of the gather.
 struct CellTile {
     int level, image, y, x;  // y, x: of the first cell
 
     template <typename element_t>
     __device__ __forceinline__ CellTile(const TiledPyramid<element_t>& gradients, const RoiProblem& problem)
-        : level(problem.num_levels - 1) {  // the coarsest comes first: its cells lie under the most RoIs
+        : level(problem.num_levels - 1) {  // the coarsest level is first: the most RoIs read its cells
         while (level > 0 && static_cast<int>(blockIdx.x) >= gradients.tile_begin[level - 1]) {
             --level;
         }
@@ -301,15 +301,15 @@ struct CellTile {
         y = tile_of_image / tiles_per_row * kCellRows;
         x = tile_of_image % tiles_per_row * kCellColumns;
     }
-    // False if the RoI reads no cell of this tile.
+    // Return false if the RoI does not read any cell of this tile.
     __device__ __forceinline__ bool may_be_read_by(const RoiCells& roi) const {
         return roi.level == level && roi.image == image && roi.first_row < y + kCellRows && roi.end_row > y &&
                roi.first_column < x + kCellColumns && roi.end_column > x;
     }
 };
 
-// Lists the RoIs among [base, base + kGatherThreads) that may read the tile, in ascending order, and returns their
-// number. The whole block calls it.
+// List the RoIs among [base, base + kGatherThreads) that may read the tile, in ascending order, and return their
+// number. All threads of the block must call it.
 __device__ __forceinline__ int list_rois_of_tile(
     Global<const RoiCells> cells, int num_rois, int base, const CellTile& tile, Shared<int> listed,
     Shared<int> listed_by_warp) {
@@ -338,7 +338,7 @@ __device__ __forceinline__ int list_rois_of_tile(
     return total;
 }
 
-// The sums of one cell: a warp adds up the bins that read the cell.
+// Sums of one cell: a warp adds the bins that read the cell.
 template <typename scalar_t, int kWidth>
 struct CellGather {
     using real_t = accum_t<scalar_t>;
@@ -373,7 +373,7 @@ struct CellGather {
         return weight;
     }
 
-    // Adds the gradients of the bins of a RoI; `bin` has the weights of bins (0, 0), which are loaded already.
+    // Add the gradients of the bins of a RoI; `bin` has the weights of bins (0, 0), which are already loaded.
     __device__ __forceinline__ void add_roi(int roi, BinWeights<real_t> bin, real_t (&sum)[kWidth]) const {
         const int64_t bins = static_cast<int64_t>(problem.pooled_height) * problem.pooled_width;
         Global<const scalar_t> source = grad_output + roi * bins * problem.channels;
@@ -393,7 +393,7 @@ struct CellGather {
         }
     }
 
-    // Adds the gradients of `total` listed RoIs. The weights of the next RoI are loaded before this one is added.
+    // Add the gradients of `total` listed RoIs. The weights of the next RoI are loaded before this one is added.
     __device__ __forceinline__ void add_rois(Shared<int> listed, int total, real_t (&sum)[kWidth]) const {
         int next_roi = 0;
         if (total > 0) {
@@ -413,8 +413,8 @@ struct CellGather {
     }
 };
 
-// A block takes kCellRows x kCellColumns cells, a warp one of the cells. The block lists the RoIs that may read its
-// cells, in order, kGatherThreads candidates at a time; each warp then adds up the bins that read its cell.
+// A block computes kCellRows x kCellColumns cells, one per warp. It lists the RoIs that may read its cells, in order,
+// from kGatherThreads candidates at a time. Each warp then adds the bins that read its cell.
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(kGatherThreads, 2) roi_align_gather_kernel(
     Global<const scalar_t> grad_output,                   // (K, PH, PW, C)
@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(kGatherThreads, 2) roi_align_gather_kernel(
         for (int base = 0; base < problem.num_rois; base += kGatherThreads) {
             const int total = list_rois_of_tile(cells, problem.num_rois, base, tile, listed, listed_by_warp);
             cell.add_rois(listed, exists ? total : 0, sum);
-            __syncthreads();  // the list is read to its end before the next candidates overwrite it
+            __syncthreads();  // all warps have read the list before it is overwritten
         }
         if (active && exists) {
             Vec<scalar_t, kWidth> values;

@@ -1,43 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tables in shared memory for a walk along a row of bins, shared by the forward pass and the scatter of RoIAlign.
+// Tables in shared memory for the iteration along a row of bins, shared by the forward pass and the scatter of
+// RoIAlign.
 #pragma once
 
 #include "cuda/roi_align.cuh"
 
 namespace spatialflow {
 
-constexpr int kMaxBinColumns = 16;  // of a block: half a warp; the other half takes its bin rows
-constexpr int kWalkWarps = 4;       // of a block, which takes as many bin rows
-constexpr int kMaxSamples = 32;     // of a bin on an axis, for a bin that tables hold
+constexpr int kMaxBinColumns = 16;  // of a block: half a warp; the other half computes its bin rows
+constexpr int kWalkWarps = 4;       // of a block, which has as many bin rows
+constexpr int kMaxSamples = 32;     // of a bin on an axis, for a bin that fits in the tables
 constexpr int kMaxTaps = 8;
 constexpr int kTooMany = kMaxTaps + 1;
-constexpr int kTapStride = kWarpSize;  // from a lane's tap to its next one: lanes side by side, in different banks
-constexpr int kMaxRows = 4;            // taps of a bin row that registers hold
+constexpr int kTapStride = kWarpSize;  // between taps of a lane: adjacent lanes are in different banks
+constexpr int kMaxRows = 4;            // taps of a bin row that fit in registers
 
-// The bins of a RoI, cut into the tiles that blocks take.
+// Division of the bins of a RoI into tiles, one per block.
 struct BinTiles {
     int rows, columns;            // bins of a tile
     int row_tiles, column_tiles;  // tiles of a RoI
 };
 
-// A cell of an axis and its weight in the mean over the samples of a bin; never zero.
+// Tap: a cell of an axis and its nonzero weight in the mean over the samples of a bin.
 template <typename real_t>
 struct alignas(2 * sizeof(real_t)) Tap {
     int cell;
     real_t weight;
 };
 
-// One addition of a walk along a bin row, which holds the last two columns of cells that it has loaded.
+// Step of the iteration along a bin row: one addition. The last two loaded columns of cells are in registers.
 template <typename real_t>
 struct alignas(4 * sizeof(real_t)) Step {
-    real_t previous, current;  // weights of the two columns; zero: not read
+    real_t previous, current;  // weights of the two columns; zero: the column is not read
     int flags;
 };
-constexpr int kLoadsColumn = 1;  // before: the next column becomes the current one, the current one the previous
+constexpr int kLoadsColumn = 1;  // first, the current column becomes the previous one, and the next column is loaded
 constexpr int kEndsBin = 2;
 
-// Adds `weight` to the tap of `cell`. Samples ascend, so a cell seen before is one of the last two.
+// Add `weight` to the tap of `cell`. Samples ascend, so a repeated cell is one of the last two.
 template <typename real_t>
 __device__ __forceinline__ void add_tap(Shared<Tap<real_t>> taps, int& count, int cell, real_t weight) {
     if (weight == real_t(0)) {
@@ -60,7 +61,7 @@ __device__ __forceinline__ void add_tap(Shared<Tap<real_t>> taps, int& count, in
     count = count < kTooMany ? count + 1 : kTooMany;
 }
 
-// Taps of a bin, up to kMaxTaps of them; returns their number, or kTooMany.
+// Collect the taps of a bin, up to kMaxTaps of them; return their number, or kTooMany.
 template <typename real_t>
 __device__ __forceinline__ int collect_taps(
     const RoiAxis<real_t>& axis, int bin, int64_t size, Shared<Tap<real_t>> taps) {
@@ -91,9 +92,9 @@ struct WalkLength {
     int steps, columns;
 };
 
-// Writes the walk over the bins of lanes [0, bins), `count` taps each, and the offsets of the columns that it loads;
-// called by a whole warp. -1 steps if a bin has too many taps. A column is loaded once where bins follow each other
-// upwards.
+// Write the steps over the bins of lanes [0, bins), `count` taps each, and the offsets of the columns that they load.
+// All lanes of the warp must call it. If a bin has too many taps, the result is -1 steps. If the cells of all bins
+// ascend, columns in registers are not loaded again.
 template <typename real_t>
 __device__ __forceinline__ WalkLength write_walk(
     Shared<Tap<real_t>> taps, int count, int bins, int64_t column_stride, Shared<Step<real_t>> steps,
@@ -103,7 +104,7 @@ __device__ __forceinline__ WalkLength write_walk(
     if (__any_sync(kAllLanes, count == kTooMany)) {
         return {-1, 0};
     }
-    // Cells of the first and the last two taps; negative: none.
+    // Cells of the first two and the last two taps; negative: none.
     int first = -1, second = -1, last = -1, before_last = -2;
     bool ascends = true;
 #pragma unroll 1
@@ -115,17 +116,17 @@ __device__ __forceinline__ WalkLength write_walk(
         before_last = j > 0 ? last : -2;
         last = tap.cell;
     }
-    // The walk holds these columns when it comes to this bin, if every bin goes on from the one before.
+    // Columns that are in registers at the start of this bin, if the cells of all bins ascend.
     int held = __shfl_up_sync(kAllLanes, last, 1), held_before = __shfl_up_sync(kAllLanes, before_last, 1);
     held = lane > 0 ? held : -1;
     held_before = lane > 0 ? held_before : -2;
     const bool follows = count == 0 || first >= held || (first == held_before && second == held);
     const bool reuses = __all_sync(kAllLanes, ascends && follows) && (first == held || first == held_before);
     const int taps_held = count == 0 || !reuses ? 0 : first == held_before ? 2 : 1;
-    const int first_taps = reuses && count > 1 ? 2 : 1;  // of the first step
+    const int first_taps = reuses && count > 1 ? 2 : 1;  // of the bin's first step
     const int lane_steps = lane < bins ? (count > first_taps ? count - first_taps + 1 : 1) : 0;
     const int lane_columns = count - taps_held;
-    int ends = lane_steps << 16 | lane_columns;  // of this lane's steps and columns, once summed over the lanes before
+    int ends = lane_steps << 16 | lane_columns;  // of this lane, then summed over all lanes up to this one
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
         const int before = __shfl_up_sync(kAllLanes, ends, distance);
@@ -154,12 +155,12 @@ __device__ __forceinline__ WalkLength write_walk(
     return {ends >> 16, ends & 0xffff};
 }
 
-// Tables in shared memory of a block's part of a RoI.
+// Tables in shared memory for the bins of a block.
 template <typename real_t>
 struct WalkTables {
-    Shared<Tap<real_t>> taps;    // (kMaxTaps, kTapStride): of the bin columns, from kMaxBinColumns on of the bin rows
+    Shared<Tap<real_t>> taps;    // (kMaxTaps, kTapStride): of bin columns; from kMaxBinColumns on, of bin rows
     Shared<Step<real_t>> steps;  // (kMaxBinColumns * kMaxTaps,)
-    Shared<int64_t> columns;     // the same
+    Shared<int64_t> columns;     // (kMaxBinColumns * kMaxTaps,)
     Shared<int> row_taps;        // (kWalkWarps,): taps of each bin row, or kTooMany
     Shared<int> place;           // (4,): level, image, numbers of steps and of columns
 };
@@ -173,7 +174,7 @@ struct WalkTables {
         tables##_taps, tables##_steps, tables##_columns, tables##_row_taps, tables##_place \
     }
 
-// The bins that a block takes.
+// Bins of a block.
 struct RoiPart {
     int roi, first_row, first_column, rows, columns;
 
@@ -188,7 +189,8 @@ struct RoiPart {
     }
 };
 
-// Fills the tables; the whole block calls it. `column_unit` is what offsets of columns count: an element or its bytes.
+// Fill the tables; all threads of the block must call it. `column_unit` is the unit of offsets of columns: an element
+// or its bytes.
 template <typename real_t, typename element_t>
 __device__ __forceinline__ void write_tables(
     const WalkTables<real_t>& tables, Global<const real_t> box, const RoiPart& part,
@@ -223,8 +225,8 @@ __device__ __forceinline__ void write_tables(
     __syncthreads();
 }
 
-// Launch of a kernel whose blocks take tiles of bins, its warps kWarpSize * `width` channels of a bin row. Wide tiles
-// share the most columns of cells, but few RoIs need more of them to fill the card.
+// Launch grid of a kernel whose blocks compute tiles of bins, and whose warps compute kWarpSize * `width` channels of a
+// bin row. Wide tiles share the most columns of cells; for few RoIs, narrower tiles occupy more of the GPU.
 struct WalkGrid {
     BinTiles tiles;
     dim3 grid, block;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Selection and decoding of the best anchors of every level on CUDA. All levels and images share four launches, and
-// nothing is read back. For levels with more anchors than are kept:
+// Selection and decoding of the best anchors of every level on CUDA, in four launches for all levels and images,
+// without host synchronization. For levels with more anchors than are kept:
 //
 //   clear     set the histograms to zero
 //   best      a few lanes per anchor reduce its logits to the best one. A block writes the keys of 256 anchors and adds
@@ -28,8 +28,8 @@ namespace {
 
 constexpr int kMaxLevels = 8;
 constexpr int kThreads = 256;
-constexpr int kVectorsAhead = 5;  // that a lane loads before it uses the first; 80 classes take two or four lanes
-constexpr int kBestBlocks = 4;    // on a multiprocessor: leaves registers for the vectors ahead
+constexpr int kVectorsAhead = 5;  // that a lane loads before it uses the first; 80 classes need two or four lanes
+constexpr int kBestBlocks = 4;    // per multiprocessor: leaves registers for the loads in flight
 constexpr int kKeysAhead = 4;     // vectors of keys
 
 template <typename key_t>
@@ -54,13 +54,13 @@ struct CandidateLevel {
     bool is_selected;                 // it has more anchors than candidates
 };
 
-// A level with more anchors than are kept.
+// Level with more anchors than are kept.
 struct SelectedLevel {
     int level;
     unsigned anchors;
     int64_t begin, count;  // of its candidates among those of an image
     int64_t key_begin;     // of its keys among those of an image
-    unsigned block_begin;  // of its blocks that look for best logits
+    unsigned block_begin;  // of the blocks that compute its keys
 };
 
 struct SelectedLevels {
@@ -80,7 +80,7 @@ struct CandidateProblem {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Cell and number of an anchor.
+// Cell of an anchor, and the anchor's number in the cell.
 struct AnchorPlace {
     unsigned y, x, anchor;
 };
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
     const SelectedLevel& own_level = selected.levels[index];
     const CandidateLevel<scalar_t>& level = problem.levels[own_level.level];
     const unsigned first = (blockIdx.x - own_level.block_begin) * kThreads;
-    const unsigned last = own_level.anchors - 1 - first;  // from `first` on, as the sum could be beyond 32 bits
+    const unsigned last = own_level.anchors - 1 - first;  // relative to `first`, as the sum could exceed 32 bits
     const int group = problem.group, member = thread % group, vectors = problem.classes / kWidth;
 #pragma unroll 1
     for (int turn = thread / group; turn < kThreads; turn += kThreads / group) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
             for (int i = 0; i < kVectorsAhead; ++i) {
 #pragma unroll
                 for (int k = 0; k < kWidth; ++k) {
-                    best = std::fmax(best, static_cast<real_t>(load(values[i][k])));  // NaN is never the larger
+                    best = std::fmax(best, static_cast<real_t>(load(values[i][k])));  // fmax ignores NaN
                 }
             }
         }
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     __syncthreads();
     const unsigned count = listed[1];
     Entry<key_t> begin{0, 0};
-    for (unsigned done = 0; done < wanted;) {  // the list has as many
+    for (unsigned done = 0; done < wanted;) {  // the list has at least as many
         const int taken = next_chunk<key_t>(own_list_keys, own_list_rows, count, begin, chunk, histogram, sums, cut);
         for (int i = thread; i < taken && done + static_cast<unsigned>(i) < wanted; i += kGreedyThreads) {
             const Entry<key_t> entry = chunk[i];
@@ -288,7 +288,7 @@ LevelValues<scalar_t> level_values(const Tensor& tensor) {
     return {data<scalar_t>(tensor), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3)};
 }
 
-// True if the logits of every anchor are whole, aligned 16-byte vectors.
+// Return true if the logits of every anchor consist of whole, aligned 16-byte vectors.
 template <typename scalar_t>
 bool is_vectorizable(const std::vector<Tensor>& logits, int64_t classes) {
     constexpr int kWidth = kVectorElements<scalar_t>;
@@ -300,8 +300,8 @@ bool is_vectorizable(const std::vector<Tensor>& logits, int64_t classes) {
     return vectorizable;
 }
 
-// The smallest power of two of lanes that load all vectors of an anchor at once. With two vectors or more it is at
-// least two, so that the lanes read whole sectors.
+// Smallest power of two of lanes that load all vectors of an anchor at once. For two vectors or more it is at least
+// two, so that the lanes read whole sectors.
 int lanes_of_anchor(int64_t vectors) {
     int lanes = vectors > 1 ? 2 : 1;
     while (lanes < kWarpSize && lanes * kVectorsAhead < vectors) {

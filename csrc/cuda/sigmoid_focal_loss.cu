@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sigmoid focal loss on CUDA, from class indices: no one-hot target is ever made.
+// Sigmoid focal loss on CUDA from class indices, without a one-hot target.
 //
 //   loss[r, c] = weight * f(z),  z = -logit for the label's class, +logit for the others (common/sigmoid_focal_loss.h)
 //
-// Logits (rows, classes), labels (rows). A vector of logits lies in one row: 16 bytes where a row is made of those, one
-// logit otherwise. All its elements are taken for other classes; a branch that few warps take puts the label's class
-// right. The sum is one double per block, then one block that adds them in order: two runs agree to the last bit.
+// Logits (rows, classes), labels (rows). A vector of logits is in one row: 16 bytes if rows consist of aligned 16-byte
+// vectors, else one logit. All elements are first computed as other classes than the label's; a branch that few warps
+// take corrects the label's class. For the sum, each block writes one double, and one more block adds these in a fixed
+// order, so results are deterministic.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>
@@ -21,8 +22,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTotalThreads = 1024;
-// Vectors that a thread loads before it uses the first of them, and how often a thread of the sum does so. For that
-// many, with the blocks on a multiprocessor, there are registers.
+// Vectors that a thread of the sum loads before it uses the first, and resident blocks of a multiprocessor: both
+// limited by registers. A thread loads kSumTurns times.
 template <typename scalar_t>
 constexpr int kSumVectors = sizeof(scalar_t) == sizeof(float) ? 4 : 2;
 template <typename scalar_t>
@@ -30,18 +31,18 @@ constexpr int kSumBlocks = sizeof(scalar_t) == sizeof(double) ? 2 : 4;
 constexpr int kSumTurns = 4, kElementwiseVectors = 2;
 
 struct FocalOptions {
-    int classes, row_vectors;  // of a row
-    int whole;                 // vectors that a thread has at least
-    int64_t row_step, rest;    // rows from one to its next; threads of the first `rest` rows have one more
+    int classes, row_vectors;  // row_vectors: vectors of a row
+    int whole;                 // minimum number of vectors of a thread
+    int64_t row_step, rest;    // rows between vectors of a thread; threads of the first `rest` rows have one more
     double gamma, positive_weight, negative_weight;
 };
 
-// What elements are multiplied with: nothing, one number, or a number each.
+// Factor of the results: none, one for all elements, or one for each element.
 enum class Factor { kNone, kOne, kEach };
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// For float, a few instructions: the relative error of exp is below 2e-7 + 6e-8 |x|, that of log1p below 4e-7.
+// Fast functions for float: the relative error of exp is below 2e-7 + 6e-8 |x|, that of log1p below 4e-7.
 struct DeviceMath {
     static __device__ __forceinline__ float exp(float x) {
         const float exponent = x * 1.44269504f;
@@ -53,7 +54,7 @@ struct DeviceMath {
         return std::exp2(exponent);
 #endif
     }
-    // The polynomial of least relative error on [0, 1].
+    // Evaluate the polynomial with the least maximum relative error on [0, 1].
     static __device__ __forceinline__ float log1p(float x) {
         constexpr float kCoefficients[] = {0.999999821f, -0.499974042f, 0.332754791f,  -0.244954631f,
                                            0.177452415f, -0.107681707f, 0.0440896265f, -0.00853920635f};
@@ -68,12 +69,12 @@ struct DeviceMath {
     static __device__ __forceinline__ double log1p(double x) { return ::log1p(x); }
 };
 
-// A thread's vectors are of the same columns, in rows that lie row_step apart.
+// Position of a thread's vectors: the same columns, in rows at a distance of row_step.
 template <typename scalar_t, int kWidth>
 struct FocalPlace {
-    int64_t element, element_step;  // the first, and from one vector to the next
-    int count, column;              // vectors; of the first element
-    Global<const int64_t> labels;   // of the first row
+    int64_t element, element_step;  // offset of the first element, and from one vector to the next
+    int count, column;              // number of vectors; column of the first element
+    Global<const int64_t> labels;   // from the first row on
 
     __device__ __forceinline__ FocalPlace(Global<const int64_t> all_labels, const FocalOptions& options)
         : labels(all_labels) {
@@ -90,15 +91,15 @@ struct FocalPlace {
 template <typename scalar_t, int kWidth>
 struct FocalVector {
     Vec<scalar_t, kWidth> logits;
-    bool is_counted;  // in a row with a label in [0, classes]; `classes` itself is background
-    unsigned label;   // counted from the first element; kWidth or more if it is not in the vector
+    bool is_counted;  // the label is in [0, classes]; `classes` is background
+    unsigned label;   // relative to the first element; at least kWidth if it is outside the vector
 
     __device__ __forceinline__ bool has_label() const { return label < kWidth; }
-    // All its elements are of other classes than the label's.
+    // True if the row is counted and no element is of the label's class.
     __device__ __forceinline__ bool is_plain() const { return is_counted && !has_label(); }
 };
 
-// Those from the `first` on. All loads come before the first use of one.
+// Load the vectors of a thread from number `first` on. All loads are issued before the first use.
 template <typename scalar_t, int kWidth, int kVectors>
 __device__ __forceinline__ void load_focal_vectors(
     Global<const scalar_t> logits, const FocalPlace<scalar_t, kWidth>& place, const FocalOptions& options, int first,
@@ -123,19 +124,19 @@ __device__ __forceinline__ void load_focal_vectors(
     }
 }
 
-// The element of the label's class, out of a vector of logits or of what belongs to them.
+// Element at index `label` of a vector of logits or factors.
 template <typename value_t, int kWidth>
 __device__ __forceinline__ accum_t<value_t> at_label(const Vec<value_t, kWidth>& values, unsigned label) {
     value_t found = values[0];
 #pragma unroll
     for (unsigned i = 1; i < kWidth; ++i) {
-        const value_t value = values[i];  // not the choice of an address
+        const value_t value = values[i];  // selects a value, not an address
         found = label == i ? value : found;
     }
     return load(found);
 }
 
-// output = factor * focal
+// output = factor * weight * focal_term
 template <int order, typename scalar_t, typename factor_t, Factor kFactor, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) focal_elementwise_kernel(
     Global<const scalar_t> logits,   // (rows, classes)
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 2) focal_elementwise_kernel(
     }
 }
 
-// Adds up the loss of some vectors, without weights: of the labels' classes and of the others.
+// Add the loss of some vectors, without weights: labels' classes to `positive`, other classes to `negative`.
 template <typename scalar_t, int kWidth, int kVectors, typename real_t>
 __device__ __forceinline__ void add_focal(
     FocalVector<scalar_t, kWidth> (&vectors)[kVectors], real_t gamma, real_t& positive, real_t& negative) {
@@ -214,7 +215,7 @@ __device__ __forceinline__ void add_focal(
         all_plain &= vectors[v].is_plain();
     }
     if (!all_plain) {
-        // What does not count among the others becomes minus infinity, which has no loss.
+        // Elements that are not counted as other classes become minus infinity, for which the loss is zero.
         scalar_t nothing;
         store(nothing, -std::numeric_limits<real_t>::infinity());
 #pragma unroll
@@ -240,7 +241,7 @@ __device__ __forceinline__ void add_focal(
     }
 }
 
-// Sum over the block, in an order that depends on nothing but the thread index; valid in thread 0.
+// Sum over the block in a fixed order; valid in thread 0.
 template <int kWarps>
 __device__ __forceinline__ double block_sum(double value, Shared<double> of_warps) {
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
@@ -301,7 +302,7 @@ __global__ void __launch_bounds__(kTotalThreads)
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// For vectors of `width` elements, `vectors` of them in a thread.
+// Options for `vectors` vectors of `width` elements per thread.
 FocalOptions options_of(const Tensor& logits, int64_t width, int64_t vectors, double gamma, double alpha) {
     const int64_t classes = logits.size(logits.dim() - 1), rows = logits.numel() / classes;
     check(classes <= 0x7fffffff, "sigmoid_focal_loss: at most 2147483647 classes on CUDA, got ", classes);
@@ -316,7 +317,8 @@ unsigned blocks_of(const FocalOptions& options) {
     return grid_size("sigmoid_focal_loss", ceil_div(options.row_step * options.row_vectors, kThreads));
 }
 
-// Calls run(width) with the elements of a vector: 16 bytes if rows are made of those in all `tensors`, one otherwise.
+// Call run(width) with the elements of a vector: 16 bytes if rows of all `tensors` consist of aligned 16-byte vectors,
+// else one.
 template <typename scalar_t, typename Run>
 void dispatch_width(int64_t classes, std::initializer_list<const Tensor*> tensors, const Run& run) {
     constexpr int kWidth = kVectorElements<scalar_t>;
@@ -398,7 +400,7 @@ Tensor sigmoid_focal_loss_derivative_cuda(
     if (output.numel() == 0) {
         return output;
     }
-    // One number comes in more precision than 16-bit logits have.
+    // A scalar factor is read as double, since 16-bit types would round it.
     const bool one_factor = factor.dim() == 0 && logits.dim() != 0;
     const Tensor factors = contiguous_as(factor, one_factor ? ScalarType::Double : logits.scalar_type());
     dispatch_floating("sigmoid_focal_loss", logits.scalar_type(), [&](auto zero) {

@@ -2,13 +2,12 @@
 //
 // 1x1 convolutions of conv1x1.cu in 16-bit types on compute capability 9.0a, by TMA and wgmma.
 //
-// A matrix product of pixels (pixels, C) and weights (O, C), 64 channels a step. Persistent blocks compute tiles of 64
-// to 256 pixels by 64 or 128 outputs. One warp loads pixels and weights by TMA, several steps ahead; one or two
-// warpgroups multiply, half of the pixels each. Channels and outputs beyond the last one are read as zeros. A tile is a
-// rectangle of pixels; if all pixels of x have the same distance, as in a channels-last map, the map is treated as one
-// row. TMA loads the weights two rows of every eight at a time, so that a lane has eight adjacent outputs of each 32
-// and stores them as 16 bytes. The residual is loaded into registers during the products. Sums are float32, rounded
-// once.
+// A matrix product of pixels (pixels, C) and weights (O, C), 64 channels per step. Persistent blocks compute tiles of
+// 64 to 256 pixels by 64 or 128 outputs. One warp loads pixels and weights by TMA, several steps ahead; one or two
+// warpgroups multiply, half of the pixels each. Channels and outputs beyond the last are read as zeros. A tile is a
+// rectangle of pixels. If all pixels of x have the same stride, as in a channels-last map, the map is one row. TMA
+// loads two rows of every eight of the weights at a time. So a lane has eight adjacent outputs of each 32 and stores
+// them as 16 bytes. The residual is loaded into registers during the products. Sums are float32, rounded once.
 #include "cuda/sm90_conv1x1.h"
 
 #include <algorithm>
@@ -53,7 +52,7 @@ struct Conv1x1Problem {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Empty for other architectures than 9.0a. The host queries the static shared memory to learn whether there is code.
+// The kernel is empty for architectures other than 9.0a. The host queries its static shared memory to detect this.
 template <typename scalar_t, int kTileOutputs, int kTileRowTiles, int kTileConsumers>
 __global__ void __launch_bounds__(
     Sm90Conv1x1Config<kTileOutputs, kTileRowTiles, kTileConsumers>::kThreads,
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(
     SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
     SPATIALFLOW_SHARED(uint64_t, barriers, 2 * kStages);
     const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
-    // Addresses of the mbarriers of stages that are ready for wgmma, or free.
+    // Addresses of the mbarriers for stages that are ready for wgmma, and for free stages.
     const unsigned full = shared_address(barriers), empty = full + 8 * kStages;
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(
     __syncthreads();
 
     struct Tile {
-        int x, y, image, output;  // the first ones
+        int x, y, image, output;  // the first ones of the tile
     };
     const int tile_width = 1 << problem.log_tile_width, tile_height = Config::kPixels >> problem.log_tile_width;
     const auto tile_at = [&](int index) {
@@ -88,10 +87,10 @@ __global__ void __launch_bounds__(
     };
     const int first = static_cast<int>(blockIdx.x), step_tiles = static_cast<int>(gridDim.x);
 
-    // The compiler must see that all lanes of a warp agree on this.
+    // The shuffle tells the compiler that all lanes of a warp have the same value.
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    constexpr bool kMovesRegisters = kRowTiles > 1;  // two tiles take more registers than all threads can have
+    constexpr bool kMovesRegisters = kRowTiles > 1;  // two tiles need more registers than all threads can have
     if (warp >= 4 * Config::kConsumers) {
         if constexpr (kMovesRegisters) {
             decrease_registers<40>();
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(
             mbarrier_arrive(empty + 8 * read_stage);
         }
 
-        // Pair i of a lane's eight outputs is in the columns of the i-th box of weights.
+        // Pair i of a lane's eight outputs is in the columns of box i of the weights.
 #pragma unroll
         for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
@@ -247,7 +246,7 @@ struct Sm90Conv1x1Kernel {
     using Config = Sm90Conv1x1Config<kOutputs, kRowTiles, kConsumers>;
     static constexpr auto kKernel = &conv1x1_sm90_kernel<scalar_t, kOutputs, kRowTiles, kConsumers>;
 
-    // Tiles of a grid of pixels: the shape with the fewest tiles, and of equal ones the widest.
+    // Tiles of a grid of pixels: the shape with the fewest tiles; of equal ones, the widest.
     struct Tiling {
         int log_width = 0;
         int64_t columns, rows, tiles;
@@ -266,7 +265,7 @@ struct Sm90Conv1x1Kernel {
         }
     };
 
-    // Estimated cycles: for a tile the larger of its products and its memory traffic, and a constant for start and end.
+    // Estimated cycles: the larger of a tile's products and memory traffic, plus a constant for start and end.
     static double cost(const Conv1x1Problem<scalar_t>& problem, const PixelGrid& grid, Stream stream) {
         constexpr double kBytesPerCycle = 45;
         const double products = 4.0 * problem.steps * kRowTiles * kConsumers * kOutputs / 2;

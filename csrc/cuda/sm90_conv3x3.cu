@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Host side of the 3x3 convolutions in 16-bit types on compute capability 9.0a: the table of a launch, and the choice
-// of its tiles by an estimate of cycles. The kernel is in sm90_conv3x3_kernel.cuh.
+// Host side of the 3x3 convolutions in 16-bit types on compute capability 9.0a. It fills the table of a launch, and
+// chooses tiles by an estimate of cycles. The kernel is in sm90_conv3x3_kernel.cuh.
 #include "cuda/sm90_conv3x3.h"
 
 #include <algorithm>
@@ -40,8 +40,8 @@ struct Sm90Kernel {
         }
         return all;
     }
-    // Estimated cycles of a tile. A step takes the largest of three times: products, traffic of shared memory (128
-    // bytes a cycle) and of L2 (32). Start and stores of the tile are added.
+    // Estimated cycles of a tile. A step needs the maximum of three times: products, traffic of shared memory (128
+    // bytes per cycle) and of L2 (32). Start and stores of the tile are added.
     static double tile_cost(const Sm90Table<scalar_t>& table) {
         constexpr double kProducts = 36.0 * kSubTiles * kOutputs / 2, kInputBytes = kSubTiles * kHaloBytes;
         constexpr double kWeights = kTaps * Config::kWeightStage, kOperands = 36.0 * kSubTiles * (2048 + 32 * kOutputs);
@@ -74,15 +74,15 @@ struct Sm90Kernel {
     }
 };
 
-// Two launches: whole rounds of tiles of four sub-tiles, then the rest in tiles of two. So a last round of few tiles
-// takes half the time.
+// Two launches: whole rounds of tiles of four sub-tiles, then the remaining ones in tiles of two. So a last round of
+// few tiles needs half the time.
 template <typename scalar_t, int kOutputs>
 struct Sm90Rounds {
     using Large = Sm90Kernel<scalar_t, kOutputs, 4>;
     using Small = Sm90Kernel<scalar_t, kOutputs, 2>;
 
     // Number of tiles in whole rounds. Sub-tiles whose outputs would be split between the two launches are not
-    // included. `rest` gets the convolutions of the other tiles.
+    // included. `rest` returns the convolutions of the other tiles.
     static int64_t whole_rounds(const Sm90Table<scalar_t>& table, Stream stream, Sm90Table<scalar_t>& rest) {
         const int64_t whole = Large::tiles(table) / multiprocessors(stream) * multiprocessors(stream);
         int64_t tiles = 0;
@@ -111,7 +111,7 @@ struct Sm90Rounds {
     static void run(Sm90Table<scalar_t>& table, Stream stream) {
         Sm90Table<scalar_t> rest = table;
         whole_rounds(table, stream, rest);
-        // The rest begins in the convolution in which the whole rounds end.
+        // The remaining tiles begin in the convolution in which the whole rounds end.
         table.num_convolutions -= rest.num_convolutions;
         const Sm90Convolution& divided = rest.convolutions[0];
         Sm90Convolution& last = table.convolutions[table.num_convolutions];
@@ -124,7 +124,7 @@ struct Sm90Rounds {
     }
 };
 
-// Append a convolution with at least one non-empty level; false if the kernel cannot run it.
+// Append a convolution with at least one non-empty level; return false if the kernel cannot run it.
 template <typename scalar_t>
 bool append(Sm90Table<scalar_t>& table, const Convolution& conv) {
     const int64_t channels = conv.x[0].size(1), outputs = conv.out[0].size(1);
@@ -178,7 +178,7 @@ bool append(Sm90Table<scalar_t>& table, const Convolution& conv) {
     return true;
 }
 
-// Results do not depend on the choice of tiles.
+// Choose tiles and launch the kernel; results do not depend on the choice.
 template <typename scalar_t>
 void run(Sm90Table<scalar_t>& table, Stream stream) {
     if (table.num_convolutions == 0) {

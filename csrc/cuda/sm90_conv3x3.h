@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 3x3 convolutions by wgmma, where compute capability 9.0a has it; the kernel is in sm90_conv3x3.cu.
+// 3x3 convolutions by wgmma on devices of compute capability 9.0a; the kernel is in sm90_conv3x3.cu.
 #pragma once
 
 #include "cuda/conv3x3.h"
@@ -8,7 +8,7 @@
 namespace spatialflow {
 
 // Run the convolutions that the kernel supports: 16-bit types, channels a multiple of 64, maps that TMA can read.
-// Return the others; on other devices these are all.
+// Return the others; on other devices, return all.
 template <typename scalar_t>
 std::vector<Convolution> convolve3x3_sm90(
     const std::vector<Convolution>& convolutions, Stream stream, const std::optional<Tensor>& active);

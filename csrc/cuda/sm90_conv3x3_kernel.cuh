@@ -3,11 +3,11 @@
 // Kernel of the 3x3 convolutions of conv3x3.cu in 16-bit types on compute capability 9.0a, by TMA and wgmma.
 //
 // A block computes tiles of four or two sub-tiles of 8 x 8 pixels by 128 or 64 outputs; sub-tiles are numbered over all
-// levels of a convolution. For every 64 channels, sub-tiles with their halo (10 x 10 pixels of 128 bytes, 128-byte
-// swizzle) are loaded once for nine taps: the matrix of tap (dy, dx) starts dy rows and dx pixels later. Weights are
-// (64 channels, outputs) of a tap, outputs adjacent as packed. Warp 0 loads inputs, warp 1 weights; warps 2 and 3 add
-// the flow to the inputs in shared memory, with one rounding; two warpgroups multiply, half of the sub-tiles each. A
-// lane has eight adjacent outputs of each 32 (packed_position) and stores them as 16 bytes.
+// levels of a convolution. For every 64 channels, sub-tiles with their halo are loaded once for nine taps: 10 x 10
+// pixels of 128 bytes, 128-byte swizzle. The matrix of tap (dy, dx) starts dy rows and dx pixels later. Weights are (64
+// channels, outputs) of a tap, outputs adjacent as packed. Warp 0 loads inputs, warp 1 weights. Warps 2 and 3 add the
+// flow to the inputs in shared memory, with one rounding. Two warpgroups multiply, half of the sub-tiles each. A lane
+// has eight adjacent outputs of each 32 (packed_position) and stores them as 16 bytes.
 #pragma once
 
 #include "cuda/conv3x3_table.cuh"
@@ -35,7 +35,7 @@ struct Sm90Conv3x3Config {
     static_assert(kSharedBytes + 1024 <= kSharedLimit, "dynamic and static shared memory of a block");
 };
 
-// One level of a convolution.
+// Level of a convolution.
 template <typename scalar_t>
 struct Sm90Level {
     TensorMap x, flow;                // boxes of 10 x 10 pixels and 64 channels
@@ -71,17 +71,17 @@ static_assert(sizeof(Sm90Table<bfloat16>) <= 32 * 1024 - 4, "kernel parameters")
 
 #if SPATIALFLOW_HAS_SM90
 
-// One block: the tiles it processes, its shared memory, and the roles of its warps.
+// Block of the kernel: its tiles, its shared memory, and the roles of its warps.
 template <typename scalar_t, typename Config>
 struct Sm90Conv3x3Block {
     static constexpr int kInputStages = Config::kInputStages, kWeightStages = Config::kWeightStages;
     static constexpr int kSubTiles = Config::kSubTiles,
                          kBarriers = 3 * kInputStages + 2 * kWeightStages + 2 * kAddWarps;
-    // Of a warpgroup; of packed_position.
+    // Sub-tiles of a warpgroup; blocks of packed_position.
     static constexpr int kWarpgroupSubTiles = kSubTiles / 2, kBlocks = Config::kOutputs / 32;
 
     struct Tile {
-        int convolution, sub_tile, output;  // the first ones
+        int convolution, sub_tile, output;  // the first ones of the tile
     };
     struct SubTile {
         int level;
@@ -93,7 +93,7 @@ struct Sm90Conv3x3Block {
     Shared<unsigned> skipped;
     unsigned begin, flow_memory, weight_memory;
     int first_tile, tile_step;
-    // Addresses of the mbarriers. Inputs: ready for wgmma, free, ready for the addition; weights and flows: ready,
+    // Addresses of the mbarriers. Inputs: ready for wgmma, free, ready for the addition. Weights and flows: ready,
     // free.
     unsigned input_full, input_empty, term_full, weight_full, weight_empty, flow_full, flow_empty;
 
@@ -140,7 +140,8 @@ struct Sm90Conv3x3Block {
             local % output_tiles * Config::kOutputs};
     }
 
-    // Beyond the last sub-tile: one below the map, which loads zeros and stores nothing.
+    // Position of a sub-tile. An index beyond the last one gives a sub-tile below the map, which loads zeros and stores
+    // nothing.
     __device__ __forceinline__ SubTile sub_tile_at(const Sm90Convolution& convolution, int sub_tile) const {
         const int first = convolution.first_level;
         if (sub_tile >= convolution.sub_tile_end) {
@@ -155,7 +156,7 @@ struct Sm90Conv3x3Block {
 
     __device__ __forceinline__ bool is_active(int image) const { return !table.active || table.active[image] != 0; }
 
-    // Skips tiles without an active image, and fills their outputs with zeros.
+    // Skip tiles without an active image, and fill their outputs with zeros.
     __device__ __forceinline__ void skip_inactive_tiles() const {
         skip_tiles(
             skipped, table.num_tiles,
@@ -266,7 +267,7 @@ struct Sm90Conv3x3Block {
         const Shared<unsigned char> inputs = memory + (begin - shared_address(memory)) + lane * 16;
         const Shared<unsigned char> flow = inputs + kInputStages * Config::kInputStage + adder * kHaloStride;
         int stage = 0;
-        unsigned parity = 0, flow_parity = 0;  // a bit for each stage
+        unsigned parity = 0, flow_parity = 0;  // one bit per stage
         for_each_tile([&](const Tile&, const Sm90Convolution& convolution) {
             for (int step = 0; step < convolution.steps; ++step) {
                 if (convolution.has_flow) {
@@ -392,7 +393,7 @@ struct Sm90Conv3x3Block {
         const float (&bias)[kBlocks][8], const WgmmaSums<Config::kOutputs / 2>& sums) const {
         const bool relu = convolution.relu, vectorized = convolution.vectorized;
         const Sm90Level<scalar_t>& level = table.levels[sub_tile.level];
-        const bool active = is_active(sub_tile.map.image);  // a tile with an active image may have inactive ones too
+        const bool active = is_active(sub_tile.map.image);  // a tile with an active image may also have inactive ones
         const int x = sub_tile.map.x + lane / 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -425,7 +426,7 @@ struct Sm90Conv3x3Block {
 
 #endif
 
-// Empty for other architectures than 9.0a. The host queries the static shared memory to learn whether there is code.
+// The kernel is empty for architectures other than 9.0a. The host queries its static shared memory to detect this.
 template <typename scalar_t, int kTileOutputs, int kTileSubTiles>
 __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_constant__ Sm90Table<scalar_t> table) {
 #if SPATIALFLOW_HAS_SM90
@@ -442,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv3x3_sm90_kernel(const __grid_
         block.skip_inactive_tiles();
     }
 
-    // The compiler must see that all lanes of a warp agree on these.
+    // Shuffles tell the compiler that all lanes of a warp have the same values.
     const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) % 128 / kWarpSize, 0);
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;

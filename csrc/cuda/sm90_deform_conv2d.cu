@@ -3,12 +3,11 @@
 // Forward pass of deform_conv2d.cu in 16-bit types on compute capability 9.0a, by TMA and wgmma.
 //
 // A block computes 64 or 128 pixels by 128 or 256 outputs; a step of the sum is 64 channels of a tap, in the order of
-// the packed weight. Eight warps gather columns, (pixels, 64 channels) with 128-byte swizzle, and one of their threads
-// loads weights, (64 channels, outputs), by TMA. One or two warpgroups multiply, 64 pixels each. The cells of the next
-// step are loaded into registers while those of this step are interpolated in float32 and rounded once. If there are
-// few pixels, blocks split the steps of a tile, and each writes a partial sum in float32; deform_conv2d.cu adds them.
-// One instruction for all 256 outputs needs 154 registers, and 512 threads start with 128: two instructions for 128
-// outputs each.
+// the packed weight. Eight warps gather columns, (pixels, 64 channels) with 128-byte swizzle. One of their threads
+// loads weights, (64 channels, outputs), by TMA. One or two warpgroups multiply, 64 pixels each. Cells of the next step
+// are loaded into registers while those of this step are interpolated in float32 and rounded once. For few pixels,
+// blocks split the steps of a tile, write partial sums in float32, and deform_conv2d.cu adds them. 256 outputs are two
+// instructions: one instruction needs 154 registers, but 512 threads start with 128.
 #include "cuda/sm90_deform_conv2d.h"
 
 #include <algorithm>
@@ -25,7 +24,7 @@ constexpr int kWeightBytes = kStepChannels * kRowBytes;  // of 64 outputs
 constexpr int kProducers = 256;
 constexpr int kSharedLimit = 227 * 1024;  // of a block, static memory included
 
-// A consumer is a warpgroup that multiplies 64 pixels.
+// Sizes of the kernel. A consumer is a warpgroup that multiplies 64 pixels.
 template <int kOutputs, int kConsumers>
 struct Sm90DeformConfig {
     static constexpr int kPixels = 64 * kConsumers, kThreads = kProducers + 128 * kConsumers;
@@ -41,7 +40,7 @@ struct Sm90DeformConfig {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Empty for other architectures than 9.0a. The host queries the static shared memory to learn whether there is code.
+// The kernel is empty for architectures other than 9.0a. The host queries its static shared memory to detect this.
 template <typename scalar_t, int kOutputs, int kConsumers>
 __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThreads, 1) deform_conv2d_sm90_kernel(
     const __grid_constant__ DeformProblem<scalar_t> problem,
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
     const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
     const Shared<unsigned char> stages = memory + (begin - shared_address(memory));
     const typename Config::Table table(pointer_cast<float>(stages + kStages * Config::kStage));
-    // Addresses of the mbarriers of stages that are ready for wgmma, or free.
+    // Addresses of the mbarriers for stages that are ready for wgmma, and for free stages.
     const unsigned full = shared_address(barriers), empty = full + 8 * kStages;
     const int first_output = static_cast<int>(blockIdx.y) * kOutputs;
     const int first = static_cast<int>(blockIdx.z) * part_steps;
@@ -87,15 +86,15 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
     }
     __syncthreads();
 
-    // The compiler must see that all lanes of a warp agree on these.
+    // Shuffles tell the compiler that all lanes of a warp have the same values.
     const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0), warp = __shfl_sync(kAllLanes, thread / kWarpSize, 0);
     if (warpgroup < kProducers / 128) {
         decrease_registers<kLimitedRegisters ? 96 : 120>();
         constexpr int kItemChannels = kVectorElements<scalar_t>, kRowItems = kStepChannels / kItemChannels;
         constexpr int kItemRows = kProducers / kRowItems, kItems = kPixels / kItemRows;  // of a thread and step
         const int thread_row = thread / kRowItems, thread_channel = thread % kRowItems * kItemChannels;
-        // A row of columns has 128 bytes, and the rows of a thread differ by multiples of eight: all have the same
-        // swizzle.
+        // A row of columns has 128 bytes, and the rows of a thread differ by multiples of eight. So they all have the
+        // same swizzle.
         const Shared<unsigned char> thread_target =
             stages + thread_row * kRowBytes + (thread % kRowItems ^ thread_row % 8) * 16;
         const int group_steps = problem.offset_group_channels / kStepChannels * problem.taps;
@@ -103,7 +102,8 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
         for (int step = first; step < end;) {
             const int group = step / group_steps, tap = step % problem.taps;
             const int group_end = (group + 1) * group_steps, last = group_end < end ? group_end : end;
-            // Table of the taps that are needed: those from `tap` on if they are of the same channels, else all.
+            // Fill the table with the taps of the next steps: from `tap` on if they are in one chunk of channels, else
+            // all taps.
             const bool adjacent = tap + last - step <= problem.taps;
             const int first_tap = adjacent ? tap : 0, slots = adjacent ? last - step : problem.taps;
             named_barrier<1, kProducers>();
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
     }
     finish_products(sums);
 
-    // Of eight outputs, a lane has two, selected by lane % 4.
+    // A lane has two of eight outputs, selected by lane % 4.
     const int pair = lane % 4, first_row = consumer * 64 + warp % 4 * 16 + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
             }
             continue;
         }
-        // Adjacent lanes exchange words, so that each has four adjacent outputs of one of two groups of eight.
+        // Adjacent lanes exchange words: each then has four adjacent outputs of one of two groups of eight.
         const bool odd = pair % 2 != 0;
         const int lane_output = odd * 8 + pair / 2 * 4;
         const Global<scalar_t> target =
@@ -252,7 +252,7 @@ bool deform_conv2d_sm90(
             {64, kStepChannels, 1})) {
         return false;
     }
-    // The number of parts depends on shapes alone, so results do not depend on the device.
+    // The number of parts depends on shapes only, so results do not depend on the device.
     constexpr int64_t kWantedBlocks = 132, kMinSteps = 4;
     const bool outputs_256 = problem.out_channels > 128;
     const int64_t tiles = ceil_div(problem.pixels, 64),

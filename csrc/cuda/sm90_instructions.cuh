@@ -10,8 +10,7 @@
 //   Wgmma<outputs, adjacent>   d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent or K-major)
 //   WgmmaSums<count>           d of a thread; readable once wgmma_wait has waited for the products
 //
-// Code for other architectures than 9.0a may include this header; SPATIALFLOW_HAS_SM90 tells whether kernels have a
-// body.
+// Code for architectures other than 9.0a may include this header; kernels have a body only if SPATIALFLOW_HAS_SM90.
 #pragma once
 
 #include "cuda/tensor_core.cuh"
@@ -24,8 +23,9 @@
 
 namespace spatialflow {
 
-// The offset between groups of eight rows is `stride`. With outputs adjacent, rows are channels, and `leading` is the
-// offset between groups of 64 outputs; K-major, rows are pixels or outputs, and `leading` is not read.
+// Encode the descriptor of a matrix. `stride` is the offset between groups of eight rows. With outputs adjacent, rows
+// are channels, and `leading` is the offset between groups of 64 outputs. If K-major, rows are pixels or outputs, and
+// `leading` is not read.
 __device__ __forceinline__ uint64_t matrix_descriptor(unsigned start, unsigned leading, unsigned stride) {
     constexpr uint64_t kSwizzle128 = 1;
     return static_cast<uint64_t>((start & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
@@ -49,7 +49,7 @@ __device__ __forceinline__ void mbarrier_init(unsigned barrier, unsigned arrival
 __device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
 }
-// Arrive, and make the phase wait for `bytes` bytes.
+// Arrive, and add `bytes` to the bytes that the phase waits for.
 __device__ __forceinline__ void mbarrier_expect(unsigned barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -70,7 +70,7 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
     }
 }
 
-// For kThreads threads, a multiple of 32; 0 is the barrier of __syncthreads.
+// Wait for kThreads threads, a multiple of 32, at barrier kId; 0 is the barrier of __syncthreads.
 template <int kId, int kThreads>
 __device__ __forceinline__ void named_barrier() {
     asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
@@ -96,7 +96,7 @@ __device__ __forceinline__ void tma_load_4d(
         : "memory");
 }
 
-// Set the registers of each thread of the warpgroup.
+// Set the number of registers of each thread of the warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void decrease_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -117,7 +117,7 @@ struct WgmmaSums {
     float values[kCount];
     __device__ __forceinline__ float operator[](int i) const { return values[i]; }
 };
-// Keep other uses of the sums from moving across the wgmma instructions; without this ptxas serializes these.
+// Keep other uses of the sums from moving across the wgmma instructions; otherwise ptxas serializes these.
 template <int kCount>
 __device__ __forceinline__ void pin(WgmmaSums<kCount>& d) {
 #pragma unroll
@@ -139,7 +139,8 @@ __device__ __forceinline__ void pin(WgmmaSums<kCount>& d) {
     SPATIALFLOW_NAMES_32                                                                                               \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
     "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// Operands: sums, descriptors of a and b, whether to add, whether b is transposed (K-major is not); a never is.
+// Operands: sums, descriptors of a and b, whether to add to the sums, and whether b is transposed (not K-major). a is
+// never transposed.
 #define SPATIALFLOW_WGMMA(outputs, type, names, a, b, add, transposed)                             \
     "{\n.reg .pred p;\nsetp.ne.b32 p, " add                                                        \
     ", 0;\n"                                                                                       \

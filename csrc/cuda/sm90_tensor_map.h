@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tensor maps of TMA, encoded on the host (compute capability 9.0). Those of the interpreter are in csrc/simt/sm90.h.
+// Tensor maps of TMA, encoded on the host (compute capability 9.0). The interpreter's tensor maps are in
+// csrc/simt/sm90.h.
 #pragma once
 
 #include "cuda/platform.h"
 
 namespace spatialflow {
 
-// Strides of (C, W, H, N) for TMA; false unless each is a multiple of the previous one, which TMA is known to support.
-// Sizes are from the innermost dimension on, channels adjacent, 16-bit numbers. The stride of a dimension of size 1 is
-// arbitrary; it gets that of the next larger dimension.
+// Compute the strides of (C, W, H, N) for TMA. Return false unless each is a multiple of the previous one, which TMA is
+// known to support. Sizes begin with the innermost dimension; channels are adjacent 16-bit numbers. The stride of a
+// dimension of size 1 is arbitrary, so it is replaced by that of the next larger dimension.
 inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&tensor_strides)[3], int64_t (&strides)[3]) {
     int64_t stride = 8, span = sizes[0];  // 8: 16 bytes
     for (int i = 0; i < 3; ++i) {
@@ -41,7 +42,7 @@ namespace spatialflow {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// Function of the driver, which the library is not linked with; null if the driver is too old.
+// Return the driver function, with which the library is not linked; null if the driver is too old.
 inline EncodeTiled encode_tiled() {
     static const EncodeTiled encode = [] {
         void* address_of_entry = nullptr;
@@ -57,11 +58,11 @@ inline EncodeTiled encode_tiled() {
     return encode;
 }
 
-// Whether the device of `stream` runs kKernel. For architectures other than 9.0a the kernel is empty, without static
-// shared memory.
+// Return whether the device of `stream` can run kKernel. For architectures other than 9.0a the kernel is empty, without
+// static shared memory.
 template <auto kKernel>
 inline bool runs_sm90(Stream stream) {
-    static DeviceNumbers known;  // 1: no, 2: yes
+    static DeviceNumbers known;  // 1: false, 2: true
     if (known.at(stream) == 0) {
         cudaFuncAttributes attributes{};
         check_cuda(cudaFuncGetAttributes(&attributes, kKernel), "attributes of a kernel for 9.0a");
@@ -70,12 +71,12 @@ inline bool runs_sm90(Stream stream) {
     return known.at(stream) == 2;
 }
 
-// Bind the context of the device to this thread. Functions of the driver need it, and a thread that has not used CUDA
-// yet has no context, even if the device is current.
+// Bind the context of the device to this thread. Driver functions need it, and a thread that has not used CUDA yet does
+// not have a context, even if the device is current.
 inline void bind_context(Stream stream) { check_cuda(cudaSetDevice(stream.device), "binding a device to a thread"); }
 
-// Encode a tensor map; false if TMA cannot read such a tensor. Call `bind_context` before. Sizes, strides and box are
-// in elements, from the innermost dimension on.
+// Encode a tensor map; return false if TMA cannot read such a tensor. Call `bind_context` before. Sizes, strides and
+// box are in elements, innermost dimension first.
 template <typename scalar_t, int kDimensions>
 inline bool encode_map(
     CUtensorMap& map, const scalar_t* address, const int64_t (&sizes)[kDimensions],

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best class of every pixel, from logits at a quarter of the network's input, in one launch on CUDA:
+// Best class of every pixel, from logits at a quarter of the size of the network's input, in one launch on CUDA:
 //
-//   output[y, x] = argmax_c bilinear(logits[c], y, x), the first such class; NaN is never the best
+//   output[y, x] = argmax_c bilinear(logits[c], y, x); ties: the first class; NaN is never the maximum
 //
-// logits (C, h, w) of any strides, output (H, W). A block takes up to 128 adjacent pixels of a row, one per thread. The
-// cells under the block, of the two rows of logits around it, are blended into shared memory (cells, classes), lanes
-// along whichever of the two is closer in memory, two classes per load where they align. Rows there have an odd length,
-// so that lanes at different cells meet different banks. Then every thread goes through the classes of its two cells.
-// Classes that do not fit at once follow in turns. Compiled without fused multiply-adds: the labels are the CPU's.
+// logits (C, h, w) of any strides, output (H, W). A block computes up to 128 adjacent pixels of a row, one per thread.
+// It interpolates the two adjacent rows of logits into shared memory (cells, classes), as many classes at a time as
+// fit. Loads run along classes or cells, whichever have the smaller stride, two classes per load if aligned. Rows in
+// shared memory have an odd length against bank conflicts. Each thread then interpolates between its two cells for each
+// class. Compiled without fused multiply-adds, so that labels equal those of the CPU.
 #include <cmath>
 
 #include "common/stuff_labels.h"
@@ -19,17 +19,17 @@ namespace spatialflow {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxCells = 160;  // under a block
+constexpr int kMaxCells = 160;  // of a block
 constexpr int64_t kSharedBytes = 48 * 1024;
 
 struct LabelProblem {
     LabelAxis rows, columns;
     int64_t class_stride, row_stride, column_stride;
     int classes;
-    bool has_classes_inside;  // closer in memory than cells
-    int tile_classes = 0;     // at a time
-    int pixels = kThreads;    // of a block
-    int segments = 0;         // blocks of a row
+    bool has_classes_inside;  // classes have a smaller stride than columns
+    int tile_classes = 0;     // classes in shared memory at a time
+    int pixels = kThreads;    // maximum of a block
+    int segments = 0;         // blocks per row
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) stuff_labels_kernel(
         const int rest = problem.classes - first_class;
         const int classes = rest < problem.tile_classes ? rest : problem.tile_classes;
         if (first_class > 0) {
-            __syncthreads();  // the classes before are done with
+            __syncthreads();  // all threads have read the previous classes
         }
         const int64_t corner = first_cell * problem.column_stride + first_class * problem.class_stride;
         const Global<const scalar_t> upper = logits + (row.first * problem.row_stride + corner);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) stuff_labels_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Most cells that `pixels` adjacent pixels of a block lie between.
+// Maximum number of cells from which the pixels of a block of `pixels` adjacent pixels are interpolated.
 int64_t widest_block(const LabelAxis& columns, int pixels) {
     int64_t widest = 0;
     for (int64_t begin = 0; begin < columns.pixels; begin += pixels) {
@@ -123,7 +123,7 @@ template <typename scalar_t, typename label_t>
 void label_pixels(const Tensor& logits, const Tensor& output, LabelProblem problem, Stream stream) {
     using real_t = accum_t<scalar_t>;
     while (widest_block(problem.columns, problem.pixels) > kMaxCells) {
-        problem.pixels /= 2;  // a single pixel lies between two cells
+        problem.pixels /= 2;  // a single pixel reads two cells
     }
     const int64_t cells = widest_block(problem.columns, problem.pixels);
     const int64_t fitting = (kSharedBytes / static_cast<int64_t>(sizeof(real_t)) / cells - 1) / 2 * 2;

@@ -87,7 +87,8 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
     return bits;
 }
 
-// Words instead of vectors of 16-bit values: the compiler would unpack such vectors, and wait for the load to do so.
+// Pair of 16-bit values in a word. The compiler would wait for a load of vectors of 16-bit values in order to unpack
+// them.
 template <typename scalar_t>
 struct PairOf {
     using type = __nv_bfloat162;
@@ -129,9 +130,9 @@ __device__ __forceinline__ unsigned rectify_pairs(unsigned a, scalar_t /* type o
 
 namespace spatialflow {
 
-// Operand types of tensor-core kernels: float16, bfloat16, or one of these two for float32.
+// Operand types of tensor-core kernels: float16, bfloat16, or for float32 one of these two.
 struct Tf32 {};    // rounded to TF32
-struct Tf32x3 {};  // as the sum of two TF32 numbers, by three products: almost the precision of float32
+struct Tf32x3 {};  // as the sum of two TF32 numbers, by three products: almost float32 precision
 
 constexpr unsigned kTf32Bits = 0xffffe000u;  // of a float32
 
@@ -147,11 +148,11 @@ template <>
 struct ElementType<Tf32x3> {
     using type = float;
 };
-// The type in memory.
+// Type of an operand in memory.
 template <typename operand_t>
 using element_t = typename ElementType<operand_t>::type;
 
-// Types that are multiplied without tensor cores, by SIMT instructions.
+// True for types that are multiplied without tensor cores, by SIMT instructions.
 template <typename operand_t>
 constexpr bool kIsSimt = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
 
@@ -171,7 +172,7 @@ __device__ __forceinline__ Vec<float, kCount> prepared(Vec<float, kCount> values
     return values;
 }
 
-// A lane's part of an operand of a product: of mma_16816 two 16-bit values in each word, of mma_1688 one number.
+// Part of a product's operand in a lane: two 16-bit values per word for mma_16816, one number for mma_1688.
 template <typename operand_t, int kCount>
 struct Fragment {
     unsigned words[kCount];
@@ -179,7 +180,7 @@ struct Fragment {
     __device__ __forceinline__ void set(int i, unsigned prepared) { words[i] = prepared; }
 };
 
-// Cut off instead of rounded: the rest is exact, and no finite number becomes infinity.
+// The first number is truncated, not rounded: the remainder is exact, and a finite number does not become infinity.
 template <int kCount>
 struct Fragment<Tf32x3, kCount> {
     unsigned high[kCount], low[kCount];
@@ -190,7 +191,7 @@ struct Fragment<Tf32x3, kCount> {
     }
 };
 
-// d += a * b, 16 rows by 8 columns; 16 deep in 16-bit types, 8 deep in float32.
+// Compute d += a * b, 16 rows by 8 columns; depth 16 in 16-bit types, 8 in float32.
 template <typename scalar_t>
 __device__ __forceinline__ void multiply_add(
     float (&d)[4], const Fragment<scalar_t, 4>& a, const Fragment<scalar_t, 2>& b) {
@@ -199,8 +200,9 @@ __device__ __forceinline__ void multiply_add(
 __device__ __forceinline__ void multiply_add(float (&d)[4], const Fragment<Tf32, 4>& a, const Fragment<Tf32, 2>& b) {
     mma_1688(d, a.words, b.words);
 }
-// The product low * low is negligible. Tensor cores truncate sums, which loses more precision in a long sum than the
-// operands do. So they add up three products only, and these sums are added to `d` in float32, rounded to nearest.
+// Compute d += a * b for Tf32x3. The product low * low is negligible. Tensor cores truncate sums, which loses more
+// precision in a long sum than the operands do. So they add only three products, and these sums are added to `d` in
+// float32, rounded to nearest.
 __device__ __forceinline__ void multiply_add(
     float (&d)[4], const Fragment<Tf32x3, 4>& a, const Fragment<Tf32x3, 2>& b) {
     float sum[4];

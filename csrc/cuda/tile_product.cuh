@@ -5,9 +5,9 @@
 //   sums (kRows x kColumns) += left (kRows x kDepth) * right (kDepth x kColumns)
 //
 // A tile is stored by rows, (row, depth) on the left and (column, depth) on the right, or by depth, (depth, row) and
-// (depth, column). Its values are `prepared` for the operand type. kDepth is 64 bytes: a thread loads one 16-byte item
-// of the left tile and kColumns / kRows of the right. Rows are padded against bank conflicts, by 16 bytes, or by eight
-// elements for tensor cores if stored by depth.
+// (depth, column). Its values are `prepared` for the operand type. kDepth is 64 bytes. A thread loads one 16-byte item
+// of the left tile and kColumns / kRows of the right. Rows are padded against bank conflicts by 16 bytes; for tensor
+// cores, if stored by depth, by eight elements.
 //
 //   16-bit types         mma.sync m16n8k16, float32 sums; kRows / 32 x 4 warps of 32 rows x kColumns / 4 columns each
 //   float32 by TF32      the same by m16n8k8, once or (Tf32x3) three times
@@ -33,7 +33,7 @@ struct TileLayout {
     static constexpr int kTilesSize = kLeftSize + kRightSize;
 };
 
-// By fused multiply-adds.
+// Product by fused multiply-adds.
 template <
     typename scalar_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows = kProductRows,
     bool kSimt = kIsSimt<scalar_t>>
@@ -64,8 +64,8 @@ public:
         }
     }
 
-    // Call visit(of_row, of_column, column, sums) for all sums of this thread, kVisitColumns columns from `column` on,
-    // with the results of begin_row(row) and begin_column(column).
+    // Call visit(of_row, of_column, column, sums) for all sums of this thread, kVisitColumns columns from `column` on.
+    // of_row and of_column are the results of begin_row(row) and begin_column(column).
     template <typename BeginRow, typename BeginColumn, typename Visit>
     __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
         decltype(begin_column(0)) of_columns[kThreadColumns / kVisitColumns];
@@ -95,7 +95,7 @@ public:
             [&](int row, int, int column, const Vec<scalar_t, kVisitColumns>& sums) { visit(row, column, sums); });
     }
 
-    // The interface of the tensor-core version, for one part.
+    // Same interface as the tensor-core version, for a single part.
     template <int kPart, int kParts, typename Visit>
     __device__ __forceinline__ void for_each_of_part(Visit visit) const {
         static_assert(kParts == 1, "a product in one part");
@@ -108,13 +108,14 @@ public:
 
 private:
     __device__ static __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) / 16 * kThreadRows + i; }
-    // Adjacent columns if a row of memory is a range of columns, else strided against bank conflicts.
+    // Column j of this thread: adjacent columns if rows in memory are ranges of columns, else strided against bank
+    // conflicts.
     __device__ static __forceinline__ int column(int j) {
         const int thread = static_cast<int>(threadIdx.x) % 16;
         return kRightByDepth ? j / kPart * 16 * kPart + thread * kPart + j % kPart : thread + 16 * j;
     }
 
-    // Layout::kItem steps of depth of the rows or columns of this thread, by 16-byte loads.
+    // Load Layout::kItem steps of depth of this thread's rows or columns, by 16-byte loads.
     template <int kCount, bool kByDepth, typename Position>
     __device__ static __forceinline__ void load_side(
         Shared<scalar_t> tile, int tile_row, int k, Position position, scalar_t (&values)[kCount][Layout::kItem]) {
@@ -145,15 +146,15 @@ private:
     scalar_t sums_[kThreadRows][kThreadColumns] = {};
 };
 
-// On the tensor cores.
+// Product on the tensor cores.
 template <typename operand_t, int kColumns, bool kLeftByDepth, bool kRightByDepth, int kRows>
 class TileProduct<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows, false>
     : public TileLayout<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows> {
     using Layout = TileLayout<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows>;
     using scalar_t = element_t<operand_t>;
     static constexpr int kWarpColumns = kColumns / 4;
-    // ldmatrix does not transpose 32-bit numbers. If stored by depth, a lane loads pairs: two adjacent elements are
-    // rows g and g + 8 of a product, or column g of two products.
+    // ldmatrix does not transpose 32-bit numbers. If the tile is stored by depth, a lane loads pairs of adjacent
+    // elements. A pair is rows g and g + 8 of a product, or column g of two products.
     static constexpr bool kPairedRows = sizeof(scalar_t) == 4 && kLeftByDepth;
     static constexpr bool kPairedColumns = sizeof(scalar_t) == 4 && kRightByDepth;
 
@@ -208,7 +209,7 @@ public:
             [&](int row, int, int column, const Vec<float, kVisitColumns>& sums) { visit(row, column, sums); });
     }
 
-    // The columns in kParts parts: visit(row, column, sums) for a part, its columns counted without those of others.
+    // Call visit(row, column, sums) for part kPart of kParts; columns are numbered within the part.
     template <int kPart, int kParts, typename Visit>
     __device__ __forceinline__ void for_each_of_part(Visit visit) const {
         constexpr int kPartVisits = kVisits / kParts;
@@ -236,14 +237,14 @@ private:
     __device__ static __forceinline__ int warp_column() {
         return static_cast<int>(threadIdx.x) / kWarpSize % 4 * kWarpColumns;
     }
-    // Of the four rows that a lane has sums of.
+    // Row i of the four rows of this lane's sums.
     __device__ static __forceinline__ int row(int i) {
         return warp_row() + (kPairedRows ? i / 2 * 16 + lane() / 4 * 2 + i % 2 : i * 8 + lane() / 4);
     }
-    // Of the warp's: the first of kVisitColumns adjacent ones.
+    // Column j in the warp: the first of kVisitColumns adjacent columns.
     __device__ static __forceinline__ int column(int j) { return (j * 4 + lane() % 4) * kVisitColumns; }
     __device__ __forceinline__ Vec<float, kVisitColumns> sums_of(int i, int j) const {
-        constexpr int kProducts = kVisitColumns / 2;  // that alternate with the columns
+        constexpr int kProducts = kVisitColumns / 2;  // that alternate along columns
         Vec<float, kVisitColumns> values;
 #pragma unroll
         for (int v = 0; v < kVisitColumns; ++v) {
@@ -252,8 +253,8 @@ private:
         return values;
     }
 
-    // Load the lane's part of 16 rows. ldmatrix loads four matrices, whose row addresses come from lanes 0-7, 8-15,
-    // 16-23 and 24-31.
+    // Load the lane's part of 16 rows. ldmatrix loads four matrices, whose row addresses are in lanes 0-7, 8-15, 16-23
+    // and 24-31.
     __device__ static __forceinline__ void load_left(
         Shared<scalar_t> tile, int k, int first, Fragment<operand_t, 4>& fragment) {
         unsigned words[4];
@@ -277,7 +278,7 @@ private:
         }
     }
 
-    // Load the lane's part of 16 columns, those of two products.
+    // Load the lane's part of 16 columns, which are two products.
     __device__ static __forceinline__ void load_right(
         Shared<scalar_t> tile, int k, int first, Fragment<operand_t, 2> (&fragments)[2]) {
         unsigned words[4];  // of the first product, of the second
@@ -305,9 +306,9 @@ private:
     float sums_[2][kWarpColumns / 8][4] = {};
 };
 
-// Run the sum over `depth` in steps of kStep, double-buffered. begin(k, buffer) starts the loads of the step at k, by
-// cp.async or into registers; finish(buffer) stores registers to shared memory; multiply(buffer) uses loaded tiles.
-// Ends with a barrier after the last use of the buffers.
+// Sum over `depth` in steps of kStep, with double buffering. begin(k, buffer) starts the loads of the step at k, by
+// cp.async or into registers. finish(buffer) stores the registers to shared memory; multiply(buffer) uses the loaded
+// tiles. The function ends with a barrier after the last use of the buffers.
 template <int kStep, typename Begin, typename Multiply, typename Finish>
 __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multiply, Finish finish) {
     begin(0, 0);
@@ -332,7 +333,7 @@ __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multi
     }
 }
 
-// Call load(row, item, target) for every 16-byte item of kRows rows of kRowItems items, spread over the block.
+// Call load(row, item, target) for every 16-byte item of kRows rows of kRowItems items, distributed over the block.
 template <int kRows, int kRowItems, int kThreads = kProductThreads, typename scalar_t, typename Load>
 __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, Load load) {
     constexpr int kItem = kVectorElements<scalar_t>, kStepRows = kThreads / kRowItems;
@@ -345,7 +346,7 @@ __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, 
     }
 }
 
-// Prepares the items that this thread has copied by load_items and cp.async, once they have arrived.
+// Prepare the items that this thread has copied by load_items and cp.async; the copies must be complete.
 template <typename operand_t, int kRows, int kRowItems, int kThreads = kProductThreads>
 __device__ __forceinline__ void prepare_items(Shared<element_t<operand_t>> tile, int tile_row) {
     if constexpr (std::is_same_v<operand_t, Tf32>) {

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scratch memory of an operator: one tensor of 32-bit words, divided into parts, so that it is one allocation.
+// Scratch memory of an operator: a single tensor of 32-bit words, divided into parts.
 #pragma once
 
 #include "cuda/launch.h"
 
 namespace spatialflow {
 
-// `count` elements from word `begin` on.
+// Part of a workspace: `count` elements from word `begin` on.
 template <typename T>
 struct WorkspacePart {
     int64_t begin, count;
 };
 
-// Layout of the parts, in the order of add(). Each part begins at a cache line.
+// Layout of the parts, in the order of add(). Each part begins at a multiple of 128 bytes.
 struct WorkspaceLayout {
     static constexpr int64_t kLineWords = 32;
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) clear_words_kernel(Global<int> words
     }
 }
 
-// Sets the first `count` words to zero.
+// Set the first `count` words to zero.
 inline void clear_words(const Workspace& workspace, int64_t count, Stream stream) {
     constexpr int kThreads = 256;
     const int64_t blocks = ceil_div(count, kThreads);

@@ -25,13 +25,13 @@ namespace simt {
 
 class Block;
 
-// Address of the first byte of a block's shared memory. As on a GPU it is not a multiple of 1024: reserved and static
-// memory come first.
+// Address of the first byte of a block's shared memory. As on a GPU it is not a multiple of 1024, because reserved and
+// static memory precede it.
 constexpr int64_t kSharedWindow = 1024 + 128;
 
 enum class Sm90 { kOff, kLate, kEarly };
 
-// Whether kernels for compute capability 9.0 run, and in which order.
+// Return whether kernels for compute capability 9.0 run, and in which order.
 inline Sm90 sm90() {
     static const Sm90 chosen = [] {
         const char* variable = std::getenv("SPATIALFLOW_SIMT_SM90");
@@ -54,9 +54,9 @@ struct MemoryBarrier {
     uint32_t init_moment;
     SourceLocation location;
     Clocks::Row arriving, completed;
-    std::vector<uint32_t> seen;  // of each thread: one more than the number of complete phases at its last wait
+    std::vector<uint32_t> seen;  // by thread: complete phases at its last wait, plus one
     uint32_t last_seen = 0;      // of the last wait of any thread
-    // The last copy that completes here: the phase after which it may be read, and the thread that started it.
+    // Last copy that completes at this mbarrier: the phase after which it may be read, and the thread that started it.
     struct Copy {
         uint32_t phase = 0;
         unsigned thread;
@@ -66,7 +66,7 @@ struct MemoryBarrier {
 };
 
 struct TensorCopy {
-    TensorMap map;  // a copy, as the map of the kernel may be destroyed before
+    TensorMap map;  // a copy of the map, as the kernel's map may be destroyed earlier
     int coordinates[kMaxTensorMapDimensions];
     size_t target;
     MemoryBarrier* barrier;
@@ -78,11 +78,11 @@ struct TensorCopy {
 // State of the sums of one thread.
 struct SumsState {
     uint32_t running = 0;      // products that have not been waited for
-    uint32_t last_access = 0;  // wgmma.fences of the thread when it last last_access them
+    uint32_t last_access = 0;  // wgmma.fences of the thread at its last access to the sums
     SourceLocation location;   // of the last product
 };
 
-// The part of a product that one warp computes: 16 rows of d += a * b.
+// Part of a product that one warp computes: 16 rows of d += a * b.
 struct WarpProduct {
     float* sums[kLanes];
     SumsState* states[kLanes];
@@ -90,7 +90,7 @@ struct WarpProduct {
     int outputs;
     bool adjacent_k;  // of b
     bool add;
-    float (*number)(uint16_t bits);  // of an operand
+    float (*number)(uint16_t bits);  // conversion of an operand's value
 };
 
 struct WgmmaUnit {
@@ -111,12 +111,12 @@ public:
 
     // ---- defined in tensor_copy.h ----
 
-    // Deliver the newest copy in flight; false if there is none.
+    // Deliver the newest copy in flight; return false if no copy is in flight.
     bool deliver_latest(Block& block);
-    // When all threads have exited.
+    // Check the state of the units when all threads have exited.
     void check_end(Block& block);
 
-    // States of all mbarriers, for a report.
+    // Return the states of all mbarriers, for a report.
     std::string describe() const {
         std::string text;
         for (const std::unique_ptr<MemoryBarrier>& barrier : barriers) {
@@ -137,9 +137,9 @@ public:
     std::vector<std::unique_ptr<MemoryBarrier>> barriers;
     std::vector<TensorCopy> copies;  // in flight
     std::vector<Box> boxes;          // of all copies of the block, by number - 1
-    std::vector<WgmmaUnit> units;    // of each warp
+    std::vector<WgmmaUnit> units;    // one per warp
     uint64_t operands = 0;           // number of operands that wgmma has read, including earlier blocks
-    // Of each 16 bytes of shared memory: the last operand, by number.
+    // Last operand that contains each 16 bytes of shared memory, by number.
     std::vector<uint64_t> operand_of = std::vector<uint64_t>(kMaxSharedBytes / kChunk);
     struct Registers {
         int count = 0;  // of each thread; zero until it is set

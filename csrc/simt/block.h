@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One block: its threads as fibers, barriers, warp collectives and shared memory. A block runs on one OS thread. Fibers
-// yield only at barriers and collectives, so execution is deterministic.
+// Execution of one block: its threads as fibers, barriers, warp collectives and shared memory. A block runs on one OS
+// thread. Fibers yield only at barriers and collectives, so execution is deterministic.
 #pragma once
 
 #include <atomic>
@@ -36,7 +36,7 @@ struct Thread {
     unsigned linear = 0;
     Block* block = nullptr;
     State state = kReady;
-    // The condition that the thread waits for, if the state is a waiting one.
+    // Condition that the thread waits for, in a waiting state.
     const char* waits_in = nullptr;
     const void* slot_type = nullptr;
     void* slot = nullptr;
@@ -44,7 +44,7 @@ struct Thread {
     uint32_t mask = 0;
     int predicate = 0;
     SourceLocation location;
-    // Copies of cp.async in flight.
+    // Copy of cp.async in flight.
     struct Copy {
         size_t target;
         unsigned bytes;
@@ -55,7 +55,7 @@ struct Thread {
     uint32_t wgmma_fences = 0;              // counted from one on
 };
 
-// A launch, shared by the OS threads that run its blocks.
+// State of a launch, shared by the OS threads that run its blocks.
 struct Launch {
     std::string kernel;
     dim3 grid, block;
@@ -83,7 +83,7 @@ public:
     const Launch& launch() const { return *launch_; }
     unsigned num_threads() const { return num_threads_; }
 
-    // Run all threads of block `block_index`; false after a failure, which is reported to the launch.
+    // Run all threads of block `block_index`. A failure is reported to the launch, and false is returned.
     bool run(Launch& launch, uint3 block_index) {
         start(launch, block_index);
         while (exited_ < num_threads_ && !failed_) {
@@ -105,7 +105,7 @@ public:
 
     AsyncUnits async;
 
-    // Report a failure that is not in the running thread; `thread` caused it.
+    // Report a failure outside the running thread, caused by `thread`.
     void report(unsigned thread, SourceLocation location, const std::string& what) {
         report_at(threads_[thread], location, what);
     }
@@ -141,7 +141,7 @@ public:
         }
     }
 
-    // Wait until wake(object).
+    // Wait until wake(object) is called.
     void wait(const char* name, const void* object, SourceLocation location) {
         Thread& self = *current_thread;
         self.state = Thread::kWaiting;
@@ -188,7 +188,7 @@ public:
         wake(&barrier);
     }
 
-    // Wait for the 128 threads of the warpgroup at the same line; the last one calls complete(slots).
+    // Wait for the 128 threads of the warpgroup at the same line; the last thread calls complete(slots).
     template <typename Slot, typename Complete>
     void warpgroup_collective(const char* name, Slot& slot, SourceLocation location, Complete complete) {
         constexpr unsigned kThreads = 4 * kLanes;
@@ -228,7 +228,7 @@ public:
         }
     }
 
-    // Offset of `bytes` bytes at an address of the shared window; they must be inside one array.
+    // Return the offset of an address of the shared window. `bytes` bytes from there must be inside one array.
     size_t locate(int64_t address, size_t bytes, const char* what, SourceLocation location) {
         const int64_t at = address - kSharedWindow;
         for (const Array& array : arrays_) {
@@ -264,8 +264,8 @@ public:
         return barrier_nonzero_;
     }
 
-    // Wait for the lanes in `mask`; the last one calls complete(slots). slots[lane] is the `slot` of a lane, or null
-    // outside the mask.
+    // Wait for the lanes in `mask`; the last lane calls complete(slots). slots[lane] points to the `slot` of a lane; it
+    // is null outside the mask.
     template <typename Slot, typename Complete>
     void collective(const char* name, uint32_t mask, Slot& slot, SourceLocation location, Complete complete) {
         static const char slot_type = 0;
@@ -322,7 +322,7 @@ public:
         size_t begin, end;
     };
 
-    // The array declared at `tag`, the same for all threads; the first thread allocates it.
+    // Return the array declared at `tag`, which is the same for all threads; the first thread allocates it.
     Array declare(const void* tag, const char* name, size_t bytes, SourceLocation location) {
         for (const Array& array : arrays_) {
             if (array.tag == tag) {
@@ -483,7 +483,8 @@ private:
             "simt: kernel ", launch_->kernel, ", block (", index.x, ", ", index.y, ", ", index.z, "), ",
             name_of(thread), ", ", location.text(), ": ", what));
     }
-    // A thread that is absent from the block barrier, collective or warpgroup in which `waiting` waits; or null.
+    // Return a thread that is missing from the block barrier, collective or warpgroup in which `waiting` waits; or
+    // null.
     const Thread* absent_for(const Thread& waiting) const {
         unsigned first = 0, last = num_threads_;
         if (waiting.state != Thread::kAtBarrier) {
@@ -505,7 +506,7 @@ private:
         return nullptr;
     }
 
-    // The thread to report for a deadlock: the one that the others wait for, if there is one.
+    // Return the thread to report for a deadlock: if possible, the thread that the others wait for.
     const Thread& cause_of_deadlock() const {
         const Thread* found = nullptr;
         for (unsigned i = 0; i < num_threads_; ++i) {

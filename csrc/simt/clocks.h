@@ -2,12 +2,12 @@
 //
 // Vector clocks: the order of the accesses of a block.
 //
-// Actors are the threads of the block, the wgmma unit of each warp (its time counts groups of products) and mbarriers
-// (their time counts phases). The time of an actor only grows. A thread knows, for every actor, the time up to which it
-// has synchronized with that actor. An access is ordered after one of actor `a` at moment `m` if its thread knows `a`
-// at `m` or later.
+// Actors are the threads of the block, the wgmma unit of each warp (its time counts groups of products), and mbarriers
+// (their time counts phases). The time of an actor never decreases. A thread stores, for every actor, the time up to
+// which it has synchronized with that actor. An access by actor `a` at moment `m` is ordered before an access by a
+// thread that has synchronized with `a` up to `m` or later.
 //
-// Most kernels order their warps by __syncthreads alone, which the epochs of the shadow memory count (shadow.h). So at
+// Most kernels order their warps only by __syncthreads, which the epochs of the shadow memory count (shadow.h). So at
 // first a thread tracks only the lanes of its warp. It tracks all actors once the block uses mbarriers, named barriers
 // or proxy fences.
 #pragma once
@@ -24,8 +24,8 @@ constexpr unsigned kMaxMemoryBarriers = 64;
 
 class Clocks {
 public:
-    // The knowledge of a thread about all actors. `fenced` is the part that fence.proxy.async has made visible to the
-    // asynchronous proxy.
+    // Known times of all actors, for a thread. `fenced` contains the part that fence.proxy.async has made visible to
+    // the asynchronous proxy.
     struct Row {
         std::vector<uint32_t> known, fenced;
     };
@@ -55,7 +55,7 @@ public:
         return fenced_[cell(thread, actor)] >= moment;
     }
 
-    // Track actors of other warps from here on; their known times are those of the last __syncthreads.
+    // Track actors of other warps from now on; their known times are those of the last __syncthreads.
     void track_all() {
         if (tracks_all_) {
             return;
@@ -116,7 +116,7 @@ public:
         }
     }
 
-    // Synchronize these threads.
+    // Synchronize `threads` with each other.
     void synchronize(const std::vector<unsigned>& threads) {
         Row together = empty_row();
         for (const unsigned thread : threads) {
@@ -128,7 +128,7 @@ public:
     }
 
     Row empty_row() const { return {std::vector<uint32_t>(width_, 0), std::vector<uint32_t>(width_, 0)}; }
-    // Add the knowledge of the thread to `row`; later accesses are not included.
+    // Merge the known times of the thread into `row`; later accesses are not included.
     void release(unsigned thread, Row& row) {
         raise(row.known.data(), known_.data() + size_t{thread} * width_);
         raise(row.fenced.data(), fenced_.data() + size_t{thread} * width_);
@@ -144,15 +144,15 @@ public:
         known = std::max(known, moment);
         alike_[thread / kLanes] = false;
     }
-    // Make the knowledge of the thread visible to the asynchronous proxy, for this thread and those that synchronize
-    // with it later. Later accesses are not included.
+    // Make the known times of the thread visible to the asynchronous proxy, for this thread and for threads that
+    // synchronize with it later. Later accesses are not included.
     void fence(unsigned thread) {
         const auto row = known_.begin() + size_t{thread} * width_;
         std::copy(row, row + width_, fenced_.begin() + size_t{thread} * width_);
         ++time_of(thread);
         alike_[thread / kLanes] = false;
     }
-    // Whether two lanes of a warp have equal knowledge about the actors of other warps.
+    // Return whether two lanes of a warp have equal known times of the actors of other warps.
     bool know_alike(unsigned a, unsigned b) const {
         const unsigned first_lane = a / kLanes * kLanes;
         const auto equal = [&](const std::vector<uint32_t>& rows, unsigned begin, unsigned end) {
@@ -161,7 +161,7 @@ public:
         };
         return equal(known_, 0, first_lane) && equal(known_, first_lane + kLanes, width_) && equal(fenced_, 0, width_);
     }
-    // Whether all lanes of a warp have equal knowledge about the actors of other warps.
+    // Return whether all lanes of a warp have equal known times of the actors of other warps.
     bool know_alike(unsigned warp) {
         if (!alike_[warp]) {
             bool alike = true;
@@ -208,7 +208,7 @@ private:
     bool tracks_all_ = false;
     std::vector<uint32_t> known_, fenced_;  // [thread][actor]
     std::vector<uint32_t> at_barrier_;      // time of each thread at the last __syncthreads
-    std::vector<bool> alike_;               // for each warp: whether its lanes have equal knowledge about other warps
+    std::vector<bool> alike_;               // for each warp: whether its lanes have equal known times of other warps
     std::vector<uint32_t> joined_;
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fibers: functions with separate stacks between which one OS thread switches in a few instructions.
+// Fibers: functions with separate stacks, between which an OS thread switches in a few instructions.
 #pragma once
 
 #include <sys/mman.h>
@@ -21,7 +21,7 @@
 #endif
 
 #if defined(__x86_64__)
-// Saves the callee-saved registers on the stack and the stack pointer in *save, then takes the other stack's.
+// Save the callee-saved registers on the stack and the stack pointer in *save, then switch to the stack at `target`.
 extern "C" void spatialflow_simt_switch(void** save, void* target) __attribute__((visibility("hidden")));
 asm(R"(
 .pushsection .text.spatialflow_simt_switch,"axG",@progbits,spatialflow_simt_switch,comdat
@@ -95,18 +95,19 @@ constexpr size_t kStackBytes = 512 * 1024;
 constexpr size_t kStackBytes = 128 * 1024;
 #endif
 
-// A context: a fiber, or the scheduler on the stack of the OS thread.
+// Execution context: a fiber, or the scheduler on the stack of the OS thread.
 class Fiber {
 public:
-    // Makes this a fiber that will run `entry` on [stack, stack + kStackBytes). `entry` never returns.
+    // Prepare a fiber that will run `entry` on [stack, stack + kStackBytes). `entry` must not return.
     void prepare(char* stack, void (*entry)()) {
         stack_ = stack;
 #if defined(__SANITIZE_ADDRESS__)
-        __asan_unpoison_memory_region(stack, kStackBytes);  // what an abandoned fiber left poisoned
+        __asan_unpoison_memory_region(stack, kStackBytes);  // memory that an abandoned fiber left poisoned
         fake_stack_ = nullptr;
 #endif
 #if defined(__x86_64__)
-        // As if `entry` had been called: the return address slot above it keeps the stack aligned as the ABI asks.
+        // Same stack layout as after a call of `entry`: the slot of the return address above it aligns the stack as the
+        // ABI requires.
         void** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;
         *top = reinterpret_cast<void*>(entry);
         top -= 6;
@@ -125,7 +126,7 @@ public:
 #endif
     }
 
-    // Leaves `from` (the side that is running) for `to`. Returns when something switches back to `from`.
+    // Switch from the running context `from` to `to`. Return when another context switches back to `from`.
     static void swap(Fiber& from, Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_start_switch_fiber(&from.fake_stack_, to.bottom(), to.bytes());
@@ -140,7 +141,7 @@ public:
 #endif
     }
 
-    // Must be called first in `entry`; records the stack of the OS thread.
+    // Record the stack of the OS thread; must be called first in `entry`.
     static void entered([[maybe_unused]] Fiber& scheduler) {
 #if defined(__SANITIZE_ADDRESS__)
         __sanitizer_finish_switch_fiber(nullptr, &scheduler.own_bottom_, &scheduler.own_bytes_);

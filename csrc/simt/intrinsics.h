@@ -54,7 +54,7 @@ inline void __threadfence_block() {}
 namespace spatialflow {
 namespace simt {
 
-// Lane that lane `lane` reads from in a shuffle, or -1 for the value of the lane itself.
+// Function that returns the source lane of lane `lane` in a shuffle, or -1 for the value of the lane itself.
 using ShuffleSource = int (*)(int lane, int argument, int width);
 
 template <typename T>
@@ -87,7 +87,7 @@ inline T shuffle(
     return slot.result;
 }
 
-// Every lane of the mask gets reduce(values, lane), values[lane] being null for lanes outside it.
+// Return reduce(values, lane) to each lane of the mask. values[lane] is null for lanes outside the mask.
 template <typename In, typename Reduce>
 inline auto vote(const char* name, unsigned mask, In value, SourceLocation location, Reduce reduce) {
     struct Slot {
@@ -213,7 +213,7 @@ inline unsigned __reduce_min_sync(
     return spatialflow::simt::reduce_lanes(
         "__reduce_min_sync", mask, value, location, [](unsigned a, unsigned b) { return a < b ? a : b; });
 }
-// CUDA guarantees only a snapshot of the active lanes; the lane alone is always valid.
+// CUDA guarantees only a snapshot of the active lanes; a mask of only this lane is always valid.
 inline unsigned __activemask() { return 1u << (spatialflow::simt::current_thread->linear % 32); }
 
 // ---- atomics -----------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ inline unsigned __activemask() { return 1u << (spatialflow::simt::current_thread
 namespace spatialflow {
 namespace simt {
 
-// old = *target; *target = change(old); by compare and swap of the bits.
+// Compute old = *target; *target = change(old) by compare-and-swap of the bits, and return old.
 template <typename T, typename Change>
 inline T exchange(T* target, Change change) {
     using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
@@ -257,7 +257,7 @@ struct Same {
     using type = T;
 };
 template <typename T>
-using same_t = typename Same<T>::type;  // not deduced: the pointer decides the type
+using same_t = typename Same<T>::type;  // not deduced: the pointer determines the type
 
 }  // namespace simt
 }  // namespace spatialflow
@@ -339,7 +339,7 @@ inline float __logf(float value) { return std::log(value); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
-// Rounded separately, never fused, for decisions that must not depend on the compiler.
+// Round the sum separately, never fused, for decisions that must not depend on the compiler.
 inline float __fadd_rn(float a, float b) {
     volatile float result = a + b;
     return result;

@@ -15,7 +15,7 @@ struct Stream {};
 
 namespace simt {
 
-// Blocks (stacks, shadow memory) are expensive to create and are reused by the next launch.
+// Pool of blocks (stacks, shadow memory), which are expensive to create, for reuse by later launches.
 class BlockPool {
 public:
     static BlockPool& instance() {
@@ -66,7 +66,8 @@ inline unsigned os_threads() {
     return count;
 }
 
-// "... [with auto kKernel = spatialflow::my_kernel<float>; ...]" -> "spatialflow::my_kernel<float>"
+// Extract the kernel's name: "... [with auto kKernel = spatialflow::my_kernel<float>; ...]" ->
+// "spatialflow::my_kernel<float>"
 inline std::string kernel_name(const std::string& function) {
     const std::string key = "kKernel = ";
     const size_t begin = function.find(key);
@@ -83,7 +84,7 @@ inline void run_grid(Launch& launch) {
     if (blocks == 0) {
         return;
     }
-    sm90();  // refuses a wrong SPATIALFLOW_SIMT_SM90 here: a kernel could not
+    sm90();  // throws for an invalid SPATIALFLOW_SIMT_SM90 here, since a kernel cannot
     if (block_threads == 0 || block_threads > 1024 || launch.grid.y > 65535 || launch.grid.z > 65535 ||
         launch.grid.x > 0x7fffffffu || launch.dynamic_shared_bytes > kMaxSharedBytes) {
         throw std::runtime_error(concatenate(
@@ -94,7 +95,7 @@ inline void run_grid(Launch& launch) {
     if (std::getenv("SPATIALFLOW_SIMT_TRACE")) {
         std::fprintf(stderr, "launch: %s\n", launch.kernel.c_str());
     }
-    // OS threads are worth their start for a few hundred fibers or more.
+    // One OS thread per 512 fibers, since it takes time to start a thread.
     const uint64_t useful = std::min<uint64_t>({os_threads(), blocks, blocks * block_threads / 512 + 1});
     std::vector<std::thread> workers;
     for (uint64_t i = 1; i < useful; ++i) {
@@ -126,16 +127,16 @@ inline std::remove_const_t<T> read_back(const Global<T>& source, Stream) {
     return *source.checked(1, simt::SourceLocation::current());
 }
 
-// Few, so that persistent blocks process several tiles in small problems too.
+// A small number, so that persistent blocks process several tiles in small problems too.
 template <auto kKernel>
 inline int resident_blocks(int, size_t, Stream) {
     return 3;
 }
 
-// Few, for kernels that choose their tiles by the number of multiprocessors.
+// A small number, for kernels that choose their tiles by the number of multiprocessors.
 inline int multiprocessors(Stream) { return 3; }
 
-// Small, so that small problems use both code paths: in shared memory, and without it if they do not fit.
+// A small number, so that small problems use both code paths: with data in shared memory, and without.
 inline int largest_shared_bytes(Stream) { return 2048; }
 
 template <auto kKernel, typename... Arguments>

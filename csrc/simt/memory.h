@@ -10,7 +10,7 @@
 
 namespace spatialflow {
 
-// kWidth elements moved by one access.
+// Vector of kWidth elements, loaded or stored by one access.
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vec {
     T values[kWidth];
@@ -40,7 +40,7 @@ public:
 
     T& operator[](const simt::Index& index) const { return *(*this + index.value).checked(1, index.location); }
 
-    // `count` adjacent elements from here, aligned to all of them together (at most 16 bytes).
+    // Return a pointer to `count` adjacent elements from here, aligned to their total size (at most 16 bytes).
     T* checked(int count, simt::SourceLocation location) const {
         const uintptr_t at = address(data_), bytes = sizeof(T) * static_cast<size_t>(count);
         if (__builtin_expect(at < begin_ || at + bytes > end_, 0)) {
@@ -60,7 +60,7 @@ public:
         return data_;
     }
 
-    // For host functions that pass the address to the hardware.
+    // Raw pointer, for host functions that pass the address to the hardware.
     T* data() const { return data_; }
     bool holds(int64_t count) const {
         return address(data_) >= begin_ && address(data_) + static_cast<uintptr_t>(count) * sizeof(T) <= end_;
@@ -85,8 +85,8 @@ private:
     uintptr_t begin_ = 0, end_ = 0;
 };
 
-// Proxy of one element of shared memory: a conversion reads it, an assignment writes it. It cannot be copied: kernels
-// write `float x = tile[i]`, not `auto`.
+// Proxy of one element of shared memory: a conversion reads it, an assignment writes it. The proxy cannot be copied:
+// kernels write `float x = tile[i]`, not `auto`.
 template <typename T>
 class SharedElement {
 public:
@@ -150,7 +150,7 @@ public:
         return SharedElement<Element>(element.checked(sizeof(T), alignof(T), index.location), index.location);
     }
 
-    // Offset in the block's shared memory of `bytes` bytes from here.
+    // Return the offset of this pointer in the block's shared memory, checked for an access of `bytes` bytes.
     size_t checked(size_t bytes, size_t alignment, simt::SourceLocation location) const {
         simt::current_block().check_shared(begin_, at_, end_, bytes, alignment, location);
         return static_cast<size_t>(at_);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Shadow memory: for every two bytes of a block's shared memory, the last write and the reads after it. Detects races
-// and reads of uninitialized memory.
+// Shadow memory: for every two bytes of a block's shared memory, the last write and the reads after it. It detects
+// races and reads of uninitialized memory.
 //
-// There are two logical clocks. `epoch` counts barriers of the block and is never reset, so that accesses of an earlier
-// block are older than all of this block. Within an epoch, and for asynchronous operations, vector clocks order
-// accesses (clocks.h).
+// There are two logical clocks. `epoch` counts barriers of the block and is never reset, so that accesses of a previous
+// block are older than all accesses of the current one. Within an epoch, and for asynchronous operations, vector clocks
+// order accesses (clocks.h).
 #pragma once
 
 #include <string>
@@ -18,10 +18,10 @@ namespace spatialflow {
 namespace simt {
 
 constexpr int kGranularity = 2;
-constexpr int kChunk = 16;  // bytes of the widest access, and of what TMA and wgmma move
+constexpr int kChunk = 16;  // bytes of the widest access, and unit of TMA and wgmma accesses
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 
-// A thread that accesses shared memory, and the time of the access.
+// Thread that accesses shared memory, and the time of the access.
 struct Accessor {
     uint32_t epoch, first_epoch;
     uint32_t readers_from;  // reads of earlier epochs are ordered before this access by a barrier of the block
@@ -33,11 +33,11 @@ struct Accessor {
 
 class Shadow {
 public:
-    // kPending: a cp.async that has not been waited for. kCopied: by TMA. kBarrier: an mbarrier lives there.
+    // kPending: by a cp.async that has not been waited for. kCopied: by TMA. kBarrier: occupied by an mbarrier.
     enum Kind : uint8_t { kPlain, kAtomic, kPending, kCopied, kBarrier };
 
     struct Conflict {
-        const char* what = nullptr;  // null: none
+        const char* what = nullptr;  // null: no conflict
         SourceLocation other;
         unsigned other_thread = 0;
     };
@@ -68,8 +68,8 @@ public:
         });
     }
 
-    // Record a read of 16 bytes by the wgmma unit of the accessor's warp. It ends when group `group` has been waited
-    // for.
+    // Record a read of 16 bytes by the wgmma unit of the accessor's warp. The read ends when group `group` has been
+    // waited for.
     Conflict read_by_unit(size_t begin, const Accessor& by, uint32_t group, SourceLocation location) {
         return visit(begin, kChunk, by, [&](Cell& cell) -> Conflict {
             if (const Conflict conflict = check_read(cell, by, kPlain); conflict.what) {
@@ -85,7 +85,7 @@ public:
             return {};
         });
     }
-    // Box position of 16 bytes that one TMA copy has written; {} for others.
+    // Return the box position of 16 bytes that one TMA copy has written; {} for other bytes.
     BoxPosition box_position(size_t begin) const {
         const Cell& cell = cells_[begin / kGranularity];
         return whole_[begin / kChunk] && cell.write_kind == kCopied ? cell.box_position : BoxPosition{};
@@ -113,12 +113,13 @@ public:
     }
 
 private:
-    // A reader: lanes of a warp at a moment, or the wgmma unit of a warp as lane 0 of a slot after those of all warps.
+    // Record of reads: by lanes of a warp at a moment, or by the wgmma unit of a warp. The slots of these units follow
+    // those of all warps, and use lane 0.
     struct Reader {
         unsigned slot;
         uint32_t lanes;  // since the last read after all others
         uint32_t moment;
-        unsigned thread;  // the last one, for reports
+        unsigned thread;  // last reader, for reports
         SourceLocation location;
     };
     static constexpr uint32_t kNone = 0xffffffffu;
@@ -127,12 +128,12 @@ private:
         SourceLocation write_location;
         uint32_t write_epoch = 0, write_moment = 0;
         uint32_t read_epoch = 0;
-        uint32_t more_readers = kNone;  // entry of readers_, instead of `reader`
+        uint32_t more_readers = kNone;  // index into readers_, used instead of `reader`
         Reader reader = {0, 0, 0, 0, {}};
         BoxPosition box_position;
-        uint16_t writer = 0, write_thread = 0;  // actor; the thread to name
+        uint16_t writer = 0, write_thread = 0;  // actor; thread for reports
         Kind write_kind = kPlain;
-        bool read_by_warps = false;  // by several warps, while clocks track single warps
+        bool read_by_warps = false;  // by several warps, while clocks track warps separately
     };
 
     // Call check(cell) for all cells until one has a conflict. One cell represents 16 bytes with the same history.
@@ -277,12 +278,13 @@ private:
         return true;
     }
 
-    // The warps of read_by_warps are unknown: they are dropped once clocks track all actors.
+    // Return whether reads of the cell are recorded. Warps of read_by_warps are unknown, so these reads are dropped
+    // once clocks track all actors.
     static bool has_readers(const Cell& cell, const Accessor& by) {
         return cell.read_epoch >= by.readers_from && !(cell.read_by_warps && by.clocks->tracks_all());
     }
 
-    // A reader that the accessor is not ordered after, or null.
+    // Return a reader that is not ordered before the accessor, or null.
     const Reader* unordered_reader(const Cell& cell, const Accessor& by) const {
         if (!has_readers(cell, by)) {
             return nullptr;
@@ -343,7 +345,7 @@ private:
         }
         all.push_back(reader);
     }
-    // Merge `reader` into `target`; false if one entry cannot represent both. Lanes of a warp that synchronize
+    // Merge `reader` into `target`; return false if one entry cannot represent both. Lanes of a warp that synchronize
     // separately have different times.
     static bool add_to(Reader& target, const Reader& reader) {
         if (target.slot != reader.slot || (target.moment != reader.moment && (target.lanes & ~reader.lanes) != 0)) {

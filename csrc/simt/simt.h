@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The SIMT interpreter: CUDA kernels as plain C++, run on a CPU with checked accesses. csrc/cuda/platform.h includes it
-// if the compiler is not nvcc; docs/simt.md lists what it reports and what it cannot detect.
+// SIMT interpreter: CUDA kernels as plain C++, run on a CPU with checked accesses. csrc/cuda/platform.h includes it if
+// the compiler is not nvcc. docs/simt.md lists the faults that it reports and those that it cannot detect.
 #pragma once
 
 #include "common/scalar.h"

@@ -10,7 +10,7 @@
 namespace spatialflow {
 namespace simt {
 
-// A source line, in one word to keep the shadow memory small. By default arguments it is the line of the caller.
+// Source line, packed in one word to keep the shadow memory small. As a default argument it is the line of the caller.
 struct SourceLocation {
     uint64_t packed = 0;
 
@@ -27,8 +27,8 @@ struct SourceLocation {
     }
 };
 
-// An index into checked memory with the line that uses it. The implicit conversion records the line of the caller,
-// which operator[] cannot have as a default argument.
+// Index into checked memory, with the line that uses it. The implicit conversion records the line of the caller,
+// because operator[] cannot have default arguments.
 struct Index {
     int64_t value;
     SourceLocation location;

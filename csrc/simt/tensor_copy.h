@@ -13,7 +13,7 @@ namespace simt {
 
 constexpr int64_t kMaxPendingBytes = (1 << 20) - 1;
 
-// Begin the next phase if all arrivals and bytes of this one are complete. Returns an error text, or an empty string.
+// Begin the next phase if all arrivals and bytes of this phase are complete. Return an error text, or an empty string.
 inline std::string advance(Block& block, MemoryBarrier& barrier) {
     if (barrier.bytes > kMaxPendingBytes || barrier.bytes < -kMaxPendingBytes) {
         return concatenate("mbarrier: ", barrier.bytes, " bytes pending, more than the maximum ", kMaxPendingBytes);
@@ -37,7 +37,7 @@ inline std::string advance(Block& block, MemoryBarrier& barrier) {
     return {};
 }
 
-// The mbarrier at an address; its initialization must be visible to the running thread.
+// Return the mbarrier at an address; its initialization must be visible to the running thread.
 inline MemoryBarrier& memory_barrier(Block& block, const char* name, unsigned address, SourceLocation location) {
     const int64_t at = address - kSharedWindow;
     for (const std::unique_ptr<MemoryBarrier>& barrier : block.async.barriers) {
@@ -130,7 +130,7 @@ inline bool AsyncUnits::deliver_latest(Block& block) {
     return true;
 }
 
-// Registers that ptxas can assign to a thread of a block that is alone on a multiprocessor.
+// Registers that ptxas can assign to a thread if its block is alone on a multiprocessor.
 inline int registers_at_launch(const Block& block) {
     return std::min(255, 65536 / static_cast<int>(block.num_threads())) / 8 * 8;
 }

@@ -2,8 +2,8 @@
 //
 // cp.async, ldmatrix and mma.sync for interpreted kernels (PTX manual, "Data Movement" and "Warp Level Matrix").
 //
-// A cp.async in flight is modeled pessimistically: from its start no other thread may read or write the target. Until
-// its group is waited for, no thread may read the target, which still holds its previous contents.
+// A cp.async in flight is modeled pessimistically: from its start, no other thread may read or write the target. Until
+// its group is waited for, no thread may read the target, which still has its previous contents.
 #pragma once
 
 #include "simt/intrinsics.h"
@@ -54,8 +54,9 @@ inline void cp_async_wait(simt::SourceLocation location = simt::SourceLocation::
 
 namespace simt {
 
-// Row addresses come from the lanes, eight for each matrix; lane l receives elements (l / 4, 2 * (l % 4)) and the next
-// of each matrix, or of its transpose. A row of 16 bytes may as well hold four 32-bit elements: (l / 4, l % 4).
+// Load 8x8 matrices of 16-bit elements. The lanes contain the row addresses, eight for each matrix. Lane l receives
+// elements (l / 4, 2 * (l % 4)) and the next one of each matrix, or of its transpose. If a row of 16 bytes holds four
+// 32-bit elements, lane l receives (l / 4, l % 4).
 template <typename T>
 inline void ldmatrix(
     const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, SourceLocation location) {
@@ -119,7 +120,7 @@ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)
     });
 }
 
-// Sums are exact, then rounded toward zero: the manual leaves their rounding open, and tensor cores cut bits off.
+// Sums are exact, then rounded toward zero: the manual does not specify their rounding, and tensor cores truncate.
 inline void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SourceLocation location) {
     Fragments slot{d, a, b};
     Block& block = current_block();
@@ -203,7 +204,7 @@ inline unsigned to_tf32(float value) {
 
 namespace simt {
 
-// change(value, value of `other`) of both 16-bit values of a word.
+// Apply change(value, value of `other`) to both 16-bit values of a word.
 template <typename T, typename Change>
 inline unsigned change_pair(unsigned word, unsigned other, Change change) {
     T values[2], others[2];

@@ -16,7 +16,7 @@ constexpr int kMaxTensorMapDimensions = 5;
 
 enum class Swizzle : uint8_t { kNone, k128, k64, k32 };  // as numbered in descriptors of matrices
 
-// Bytes after which the pattern repeats, divided by eight.
+// Bytes after which the swizzle pattern repeats, divided by eight.
 inline size_t swizzle_span(Swizzle swizzle) {
     return swizzle == Swizzle::k128 ? 128 : swizzle == Swizzle::k64 ? 64 : swizzle == Swizzle::k32 ? 32 : 16;
 }
@@ -26,7 +26,7 @@ inline const char* name_of(Swizzle swizzle) {
            : swizzle == Swizzle::k32 ? "32-byte swizzle"
                                      : "no swizzle";
 }
-// Address of a byte after the swizzle.
+// Return the address of a byte after the swizzle.
 inline int64_t swizzled(int64_t address, Swizzle swizzle) {
     const int64_t mask = static_cast<int64_t>(swizzle_span(swizzle)) / 16 - 1;
     return address ^ ((address >> 7 & mask) << 4);
@@ -36,7 +36,7 @@ struct TensorMap {
     const char* address;
     int dimensions;
     size_t element_bytes;
-    int64_t sizes[kMaxTensorMapDimensions];    // in elements, from the innermost dimension on
+    int64_t sizes[kMaxTensorMapDimensions];    // in elements, innermost dimension first
     int64_t strides[kMaxTensorMapDimensions];  // in bytes
     int box[kMaxTensorMapDimensions];
     Swizzle swizzle;
@@ -69,7 +69,7 @@ inline void check_box(const TensorMap& map, SourceLocation location) {
             "a row of the box has ", map.row_bytes(), " bytes, more than the ", swizzle_span(map.swizzle), " of ",
             name_of(map.swizzle)));
     }
-    // Such rows need as much shared memory as the swizzle spans; their position in it is not documented.
+    // Such rows need as much shared memory as the span of the swizzle; their position in it is not documented.
     if (map.row_bytes() < swizzle_span(map.swizzle)) {
         refuse(concatenate(
             "a row of the box has ", map.row_bytes(), " bytes, fewer than the ", swizzle_span(map.swizzle), " of ",
@@ -77,8 +77,8 @@ inline void check_box(const TensorMap& map, SourceLocation location) {
     }
 }
 
-// Whether TMA supports sizes, strides and address of the tensor. Strides need not be ascending or multiples of each
-// other (benchmarks/hopper_probes). Strides of zero were not tested on hardware and are rejected.
+// Return whether TMA supports sizes, strides and address of the tensor. Strides need not be ascending or multiples of
+// each other (benchmarks/hopper_probes). Strides of zero were not tested on hardware and are rejected.
 inline bool is_readable(const TensorMap& map) {
     if (reinterpret_cast<uintptr_t>(map.address) % 16 != 0) {
         return false;

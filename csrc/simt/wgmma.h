@@ -12,7 +12,8 @@ namespace simt {
 // Reserved bits of a descriptor.
 constexpr uint64_t kReservedBits = uint64_t{3} << 14 | uint64_t{3} << 30 | uint64_t{7} << 46 | uint64_t{0x3ff} << 52;
 
-// An operand in shared memory, decoded from its descriptor. `adjacent_k`: K-major; rows are those of a, columns of b.
+// Operand in shared memory, decoded from its descriptor. `adjacent_k`: K-major; rows are those of a, columns those of
+// b.
 class Operand {
 public:
     const uint64_t reserved_bits;
@@ -28,7 +29,8 @@ public:
           stride_(static_cast<int64_t>(descriptor >> 32 & 0x3fff) << 4),
           adjacent_k_(adjacent_k) {}
 
-    // Address of 16 bytes. K-major: chunk 0 or 1 of the 16 k of a row or column; else eight rows or columns of a k.
+    // Return the address of 16 bytes. K-major: chunk 0 or 1 of the 16 values of k in a row or column. Otherwise: eight
+    // rows or columns at one k.
     int64_t address(int line, int chunk) const {
         const int64_t span = static_cast<int64_t>(swizzle_span(swizzle));
         const int64_t group = line / 8, within = line % 8 * span;
@@ -46,8 +48,8 @@ private:
     const bool adjacent_k_;
 };
 
-// Check that the running thread may read the operand through the asynchronous proxy: lines [begin, end) of `chunks`
-// times 16 bytes. Records the reads of the wgmma unit of its warp.
+// Check that the running thread may read lines [begin, end) of an operand through the asynchronous proxy. A line has
+// `chunks` times 16 bytes. The reads are recorded for the wgmma unit of the thread's warp.
 inline void note_operand(
     Block& block, const Accessor& by, uint32_t group, const char* name, const Operand& operand, bool adjacent_k,
     int begin, int end, int chunks, SourceLocation location) {
@@ -100,7 +102,7 @@ inline void note_operand(
                                   ", and TMA wrote it with ", name_of(box.swizzle), " at ", box.location.text()));
             }
             if (place.copy != origin.copy && line != first_line && expected >= box.chunks) {
-                continue;  // these lines are from another copy
+                continue;  // another copy wrote these lines
             }
             if (origin.copy != 0 && (place.copy != origin.copy || place.chunk != expected)) {
                 block.fail(
@@ -115,7 +117,7 @@ inline void note_operand(
 
 constexpr int kMaxOutputs = 256;
 
-// 16 rows of sums += a * b, or of sums = a * b, for one warp.
+// Compute 16 rows of sums += a * b, or of sums = a * b, for one warp.
 inline void add_product(Block& block, unsigned warp, const WarpProduct& product, float (&sums)[16][kMaxOutputs]) {
     const int outputs = product.outputs;
     const Operand a(product.a, true), b(product.b, product.adjacent_k);
@@ -201,7 +203,8 @@ struct ProductSlot {
     int add;
 };
 
-// d (+)= a (64x16, K-major) * b (16 x outputs, K-major or with outputs adjacent), by the 128 threads of a warpgroup.
+// Start d (+)= a (64x16, K-major) * b (16 x outputs, K-major or with outputs adjacent), for the 128 threads of a
+// warpgroup.
 inline void start_product(
     ProductSlot slot, int outputs, bool adjacent_k, float (*number)(uint16_t), SourceLocation location) {
     Block& block = current_block();
@@ -219,8 +222,8 @@ inline void start_product(
         for (unsigned warp = 0; warp < 4; ++warp) {
             WgmmaUnit& unit = wgmma_unit(block, first_warp + warp);
             const int row = static_cast<int>(warp) * 16;
-            // Check one lane of each group with equal knowledge: an elected lane may have waited for a barrier that the
-            // others have not.
+            // Check one lane of each group with equal known times. An elected lane may have waited for a barrier that
+            // the others have not.
             const unsigned last = (first_warp + warp) * kLanes + kLanes - 1;
             for (unsigned thread = last + 1 - kLanes; thread <= last; ++thread) {
                 if (thread == last ||
@@ -251,7 +254,7 @@ inline void start_product(
     });
 }
 
-// Collective for an instruction that all lanes of a warp execute at the same line (.sync.aligned).
+// Run a collective instruction that all lanes of a warp execute at the same line (.sync.aligned).
 template <typename Complete>
 inline void aligned_collective(const char* name, SourceLocation location, Complete complete) {
     Block& block = current_block();

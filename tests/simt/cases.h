@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Programs of small kernels for the tests of the interpreter (tests/test_simt.py). `<program> list-clean`,
-// `<program> list-faults`, `<program> <name>`: exits with 0 and "ok", or with 1 and the report.
+// Test programs of the interpreter, each with several small kernels (tests/test_simt.py). Usage: `<program>
+// list-clean`, `<program> list-faults`, or `<program> <name>`. The last one exits with 0 and "ok", or with 1 and the
+// report.
 #pragma once
 
 #include <cstdio>

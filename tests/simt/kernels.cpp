@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Small kernels for the tests of the interpreter (tests/test_simt.py): clean ones whose results are checked here, and
-// ones with a planted fault each. A report names the line that carries the comment "line: <name>".
+// Small test kernels for the interpreter (tests/test_simt.py): clean ones, whose results are checked here, and ones
+// with one planted fault each. A report must name the line with the comment "line: <name>".
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -31,7 +31,7 @@ void reverse() {
     }
 }
 
-// Sums of blocks by shuffles, then by one shared word per warp, then by an atomic.
+// Sum blocks by shuffles, then by one shared word per warp, then by an atomic.
 __global__ void __launch_bounds__(256) sum_kernel(Global<const float> values, Global<float> total, int count) {
     SPATIALFLOW_SHARED(float, of_warps, 8);
     const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -79,8 +79,8 @@ void histogram() {
     }
 }
 
-// Lanes of one warp exchange values through shared memory with __syncwarp alone, in two halves with different masks. The
-// lane that writes an element has read it after the adjacent lane did.
+// Exchange values between the lanes of a warp through shared memory, with __syncwarp only, in two halves with different
+// masks. The lane that writes an element has read it after the adjacent lane did.
 __global__ void warp_exchange_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, tile, 64);
     const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
@@ -228,7 +228,7 @@ void product_tf32() {
     expect(wrong(true) > 64, "a wrong layout that no result shows");
 }
 
-// Halfway cases, both signs, the ends of the range.
+// Check to_tf32 for ties, both signs, and the ends of the range.
 void round_tf32() {
     const auto rounded = [](float value) { return __uint_as_float(to_tf32(value)); };
     expect(rounded(1.0f + 0x1p-11f) == 1.0f + 0x1p-10f && rounded(-1.0f - 0x1p-11f) == -1.0f - 0x1p-10f, "ties");
@@ -238,7 +238,7 @@ void round_tf32() {
     expect(to_tf32(__uint_as_float(0xffffffffu)) == 0x7fffffffu, "NaN");
 }
 
-// Sums of tensor cores lose what lies below the last digit: 1 + 2^-24 + 2^-24 is 1, and 1 - 2^-30 is below 1.
+// Tensor cores truncate sums: 1 + 2^-24 + 2^-24 is 1, and 1 - 2^-30 is below 1.
 __global__ void truncation_kernel(Global<float> out) {
     const float first = threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
     const unsigned ones[4] = {to_tf32(first), to_tf32(first), 0, 0};

@@ -55,7 +55,7 @@ __global__ void arrival_before_read_kernel(Global<int> out) {
     }
 }
 
-// Thread 32 tells thread 64 of a store of thread 0 that it has not waited for itself.
+// Thread 32 signals a store of thread 0 to thread 64 without having waited for that store.
 __global__ void broken_chain_kernel(Global<int> out) {
     SM90_BLOCK(2);
     if (thread == 0) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Helpers of the test kernels for compute capability 9.0: operands in shared memory, their descriptors, and launches.
-// Values are small integers, so that products are exact in every order.
+// Values are small integers, so products are exact in every order.
 #pragma once
 
 #include "cases.h"
@@ -26,7 +26,7 @@ Global<const T> constant(std::vector<T>& values) {
     return Global<const T>(buffer(values));
 }
 
-// matrix_descriptor with another swizzle.
+// Same as matrix_descriptor, with another swizzle.
 inline uint64_t descriptor(unsigned start, unsigned leading, unsigned stride, Swizzle swizzle) {
     return (matrix_descriptor(start, leading, stride) & ~(uint64_t{3} << 62)) | static_cast<uint64_t>(swizzle) << 62;
 }
@@ -44,7 +44,7 @@ inline unsigned place_of(unsigned address, Swizzle swizzle) {
 
 constexpr Swizzle kSwizzles[] = {Swizzle::kNone, Swizzle::k32, Swizzle::k64, Swizzle::k128};
 
-// The dynamic shared memory from the first address that is a multiple of 1024.
+// Dynamic shared memory from the first address that is a multiple of 1024.
 struct Memory {
     Shared<uint16_t> first;
     unsigned address;
@@ -52,12 +52,12 @@ struct Memory {
     explicit Memory(const Shared<uint16_t>& memory)
         : first(memory + (1024 - shared_address(memory) % 1024) % 1024 / 2), address(shared_address(first)) {}
 
-    // The element at an address.
+    // Pointer to the element at an address.
     Shared<uint16_t> at(unsigned where) const {
         return first + (static_cast<int>(where) - static_cast<int>(address)) / 2;
     }
 
-    // Zeros, by `threads` threads of which the running one is number `thread`.
+    // Fill with zeros by `threads` threads; the running thread has number `thread`.
     void clear(unsigned begin, unsigned bytes, unsigned thread, unsigned threads) const {
         for (unsigned i = thread * 16; i < bytes; i += threads * 16) {
             store_vector(at(begin + i), Vec<uint16_t, 8>{});
@@ -66,7 +66,7 @@ struct Memory {
 };
 constexpr unsigned kSharedBytes = 80 * 1024;  // of most launches here
 
-// Maps of boxes of 64 x 64 with 128-byte swizzle: a row-major with `depth` columns, b with `outputs` columns.
+// Tensor map of a row-major matrix of `rows` x `columns`, in boxes of `box_rows` x 64 with 128-byte swizzle.
 template <typename T>
 TensorMap map_of(std::vector<T>& values, int64_t columns, int64_t rows, int box_rows = 64) {
     TensorMap map;
@@ -79,7 +79,7 @@ TensorMap map_of(std::vector<T>& values, int64_t columns, int64_t rows, int box_
 inline uint64_t a_at(unsigned address) { return matrix_descriptor(address, 16, 1024); }
 inline uint64_t b_at(unsigned address) { return matrix_descriptor(address, 64 * 128, 1024); }
 
-// What most of them begin with: a (64 x 64) at `a`, b (64 x 64) at `b`, an mbarrier or more for one arrival each.
+// Common start of most kernels: a (64 x 64) at `a`, b (64 x 64) at `b`, and `count` mbarriers for one arrival each.
 #define SM90_BLOCK(count)                                                                    \
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);                                           \
     SPATIALFLOW_SHARED(uint64_t, barriers, count);                                           \
@@ -94,7 +94,7 @@ inline uint64_t b_at(unsigned address) { return matrix_descriptor(address, 64 * 
     }                                                                                        \
     __syncthreads();                                                                         \
     (void)a, (void)b
-// The same with zeros in a and b, ready for wgmma.
+// SM90_BLOCK with zeros in a and b, ready for wgmma.
 #define SM90_OPERANDS(count)                           \
     SM90_BLOCK(count);                                 \
     memory.clear(a, 2 * 64 * 128, thread, blockDim.x); \

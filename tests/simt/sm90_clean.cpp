@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Clean kernels for compute capability 9.0, for the tests of the interpreter (tests/test_simt.py). Each checks its
+// Clean kernels for compute capability 9.0, for the tests of the interpreter (tests/test_simt.py). Each case checks its
 // results.
 #include "sm90_cases.h"
 
@@ -8,7 +8,7 @@ using namespace spatialflow;
 
 namespace {
 
-// One box, copied as it lies in shared memory.
+// Coordinates of a box for box_kernel, which copies the box unchanged from shared memory to `out`.
 struct Corner {
     int at[4];
 };
@@ -73,7 +73,7 @@ void boxes() {
     for (size_t i = 0; i < tensor.size(); ++i) {
         tensor[i].bits = static_cast<uint16_t>(i + 1);
     }
-    // Planes of eight channels, which are adjacent in a pixel: strides are not ascending.
+    // Planes of eight channels, which are adjacent in a pixel, so strides are not ascending.
     const int64_t sizes_of_planes[] = {8, 9, 6, 10}, strides_of_planes[] = {80, 80 * 9, 8};
     TensorMap planes;
     expect(
@@ -112,7 +112,7 @@ __global__ void products_kernel(
     const unsigned barrier = shared_address(barriers), thread = threadIdx.x;
     const unsigned start_a = memory.address, start_b = start_a + kBytesA;
     const unsigned row_a = row_bytes(swizzle_a), row_b = row_bytes(swizzle_b);
-    // Columns of 64 rows stand tiles with the same pixels, of k in a and of outputs in b.
+    // Blocks of columns, of k in a and of outputs in b, follow each other; each has all 64 rows.
     const unsigned columns_b = (kOutputs * 2 + row_b - 1) / row_b;
     if (thread == 0) {
         mbarrier_init(barrier, 1);
@@ -280,7 +280,7 @@ void pipeline() {
     }
 }
 
-// The same by two warps that write a, with all of their lanes arriving, and TMA for b; one warpgroup multiplies.
+// Same product with a written by two warps, in which all lanes arrive, and b loaded by TMA; one warpgroup multiplies.
 template <typename T>
 __global__ void written_pipeline_kernel(Global<const T> a, const __grid_constant__ TensorMap map_b, Global<float> d) {
     constexpr unsigned kStages = 2, kStage = 2 * 64 * 128;
@@ -345,7 +345,7 @@ void written_pipeline() {
     }
 }
 
-// Warps 0 and 1 hand values to each other while warp 2 is elsewhere. The values were read by all warps before.
+// Exchange values between warps 0 and 1 while warp 2 does not take part. All warps have read the values before.
 __global__ void named_barriers_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, tile, 64);
     if (threadIdx.x < 64) {
@@ -375,7 +375,7 @@ void named_barriers() {
     expect(out[0] == 6 && out[63] == 6 && out[64] == 0, "named barriers");
 }
 
-// A value goes from warp to warp round a ring of three, through an mbarrier between each two; half of it comes by TMA.
+// Pass a value along a ring of three warps, with an mbarrier between each two; TMA loads half of it.
 __global__ void ring_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(int, value, 1);
@@ -420,7 +420,7 @@ void ring() {
     expect(out[0] == 36, "a ring of mbarriers");
 }
 
-// All lanes read one value and arrive by themselves; lane 0 has arrived elsewhere more often than the others.
+// All lanes read one value and arrive separately. Some lanes arrive at another mbarrier too, in different rounds.
 __global__ void lanes_arrive_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, value, 1);
     SPATIALFLOW_SHARED(uint64_t, barriers, 3);
@@ -428,7 +428,7 @@ __global__ void lanes_arrive_kernel(Global<int> out) {
     if (threadIdx.x == 0) {
         mbarrier_init(full, 32);
         mbarrier_init(empty, 32);
-        mbarrier_init(other, 12);  // more than there are
+        mbarrier_init(other, 12);  // more than arrive
     }
     __syncthreads();
     int sum = 0;
@@ -458,7 +458,7 @@ void lanes_arrive() {
     expect(out[0] == 6 && out[31] == 6, "arrivals of lanes");
 }
 
-// Two copies complete one phase, one of them started before its bytes are expected; then single elements are replaced.
+// Complete one phase by two copies, one of them started before its bytes are expected; then replace single elements.
 __global__ void two_copies_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);
@@ -491,7 +491,8 @@ void two_copies() {
     expect(out[0] == 303 && out[63] == 6403, "two copies of a phase");
 }
 
-// A producer exits while its copies are in flight; one lane waits for them, and its warp learns of it by __syncwarp.
+// A producer exits while its copies are in flight. One lane waits for them, and its warp synchronizes with it by
+// __syncwarp.
 __global__ void exited_producer_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);
@@ -524,7 +525,8 @@ void exited_producer() {
     expect(out[32] == 3 && out[63] == 3, "copies of a thread that has exited");
 }
 
-// d = a * b where a is a tap of a map with a halo: its 64 rows are pixels (y, x) of 8 x 8, and a row of the map has 10.
+// Compute d = a * b where a is a tap of a map with a halo. Its 64 rows are 8 x 8 pixels (y, x), and a row of the map
+// has 10.
 constexpr int kHalo = 10;
 __global__ void halo_kernel(
     const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, int tap, Global<float> d) {
@@ -571,8 +573,9 @@ void halo() {
     }
 }
 
-// Thread 0 waits for all; one store of two bytes into what TMA has brought; fences of the readers, not of the writers;
-// then each warp stores to the rows of a that only its products read.
+// Orders that need no more fences. Thread 0 waits for TMA and a barrier follows; then thread 64 stores two bytes into
+// the copied data. The readers, not the writers, execute the proxy fence. At the end each warp stores to the rows of a
+// that only its products read.
 __global__ void orders_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);
@@ -609,7 +612,7 @@ void orders() {
     expect(out[0] == 3 && out[127] == 3, "orders that need no more fences");
 }
 
-// Fewer than it has, as many, more; a block begins with all again.
+// Set fewer registers than before, as many, and more. The next block begins with all registers again.
 __global__ void registers_kernel() {
     decrease_registers<240>();
     decrease_registers<64>();
@@ -620,7 +623,7 @@ __global__ void registers_kernel() {
 
 void registers() { launch<registers_kernel>(dim3(2), dim3(128), 0, Stream{}); }
 
-// Copies and products are in flight where a block stops.
+// Stop a block while copies and products are in flight.
 __global__ void stopped_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 3);
@@ -646,7 +649,7 @@ __global__ void stopped_kernel(const __grid_constant__ TensorMap map, Global<int
     out[threadIdx.x] = value;
 }
 
-// Half of those that a named barrier waits for.
+// Reach a named barrier with half of the threads that it waits for.
 __global__ void waiting_kernel() {
     if (threadIdx.x < 32) {
         named_barrier<1, 64>();
@@ -678,7 +681,7 @@ void after_faults() {
     }
 }
 
-// All warps read 16 bytes at once, eight times; the next block begins with two bytes of the last ones.
+// Read 16 bytes by all warps at once, eight times. The next block first writes two of the last 16 bytes.
 __global__ void reused_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(uint16_t, tile, 64);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);

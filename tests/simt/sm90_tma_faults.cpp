@@ -146,7 +146,7 @@ __global__ void mbarrier_of_another_stage_kernel(const __grid_constant__ TensorM
     out[thread] = value;
 }
 
-// Thread 31 releases what the other lanes of its warp read too.
+// Thread 31 releases a stage that the other lanes of its warp also read.
 __global__ void no_syncwarp_before_release_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SM90_BLOCK(2);
     if (thread < 32) {

@@ -280,7 +280,7 @@ __global__ void elected_lane_waits_kernel(const __grid_constant__ TensorMap map,
     Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: elected lane waits
 }
 
-// The warp of the thread has waited for the products, the others have not.
+// The storing thread has waited only for the products of its warp.
 __global__ void store_after_own_wait_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
@@ -293,7 +293,7 @@ __global__ void store_after_own_wait_kernel() {
     }
 }
 
-// Two warpgroups multiply, one tells that it has done so.
+// Two warpgroups multiply, but only one arrives after its products.
 __global__ void one_warpgroup_releases_kernel(const __grid_constant__ TensorMap map) {
     SM90_OPERANDS(2);
     if (thread < 256) {

@@ -128,7 +128,7 @@ def _tensor_of(op: str, name: str, array: Any) -> Tensor:
     if any(size > 1 and stride < 0 for size, stride in strides):  # torch 2.13 would abort
         raise BufferError(f"{op}: {name} must not have negative strides, got {array.strides}; copy it first")
     try:
-        tensor = torch.utils.dlpack.from_dlpack(array)
+        tensor = torch.from_dlpack(array)  # type: ignore[attr-defined]  # not in the names that torch exports
     except Exception as problem:
         raise BufferError(f"{op}: {name} must be shared without a copy, and cannot be: {problem}") from problem
     if tensor.numel() and tensor.data_ptr() % tensor.element_size():

@@ -210,7 +210,7 @@ inline void start_product(
     Block& block = current_block();
     block.track_all();
     if (slot.state->running == 0 && current_thread->wgmma_fences <= slot.state->last_access) {
-        block.fail(location, "wgmma without a wgmma.fence since this thread has last last_access the sums");
+        block.fail(location, "wgmma without a wgmma.fence after the last access of this thread to the accumulators");
     }
     block.warpgroup_collective("wgmma.mma_async", slot, location, [&](ProductSlot** slots) {
         for (int i = 0; i < 4 * kLanes; ++i) {

@@ -84,7 +84,7 @@ class TestNumbers:
         kernel, shape = SHAPES["1x1"]
         x, weight, bias, _ = tensors(kernel, shape)
         bias = bias if with_bias else None
-        y = fused_conv._by_matrix_product(x, weight, bias)
+        y = fused_conv._run_matrix_product(x, weight, bias)
         torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, False, None), rtol=1e-5, atol=1e-4)
         assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -111,7 +111,7 @@ class TestOwnKernel:
 
     @pytest.fixture
     def hopper(self, monkeypatch):
-        monkeypatch.setattr(fused_conv, "_runs_own_kernel", lambda device: True)
+        monkeypatch.setattr(fused_conv, "_runs_conv1x1_kernel", lambda device: True)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
@@ -132,7 +132,7 @@ class TestOwnKernel:
 
     def test_which_convolutions_use_it(self, hopper):
         x, weight = torch.empty(1, 8, 4, 4).half(), torch.empty(16, 8, 1, 1).half()
-        shape, asked = Shape((1, 1), (0, 0), 1), fused_conv._is_for_own_kernel
+        shape, asked = Shape((1, 1), (0, 0), 1), fused_conv._has_conv1x1_kernel
         assert asked(x, weight, shape) and asked(x.bfloat16(), weight.bfloat16(), Shape((2, 2), (0, 0), 1))
         for other_shape in (Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
             assert not asked(x, weight, other_shape)
@@ -159,12 +159,12 @@ class TestOwnKernel:
         device = torch.device("cuda", 3)
         torch._dynamo.reset()
         compiled = torch.compile(
-            lambda t: t + 1 if fused_conv._runs_own_kernel(device) else t, backend="eager", fullgraph=True
+            lambda t: t + 1 if fused_conv._runs_conv1x1_kernel(device) else t, backend="eager", fullgraph=True
         )
         try:
             for _ in range(3):
-                assert fused_conv._runs_own_kernel(device) == right
-                assert not fused_conv._runs_own_kernel(torch.device("cpu"))
+                assert fused_conv._runs_conv1x1_kernel(device) == right
+                assert not fused_conv._runs_conv1x1_kernel(torch.device("cpu"))
             assert compiled(torch.zeros(1)).item() == right
             assert len(asked) == ("90a" in built)
         finally:

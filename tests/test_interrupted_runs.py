@@ -331,16 +331,16 @@ def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_synthesize_leaves_the_ground_truth_of_what_is_done(tmp_path, monkeypatch):
-    from spatialflow.data import synthetic
+    from spatialflow.data.synthetic import dataset
 
-    make = synthetic.make_scene
+    make = dataset.make_scene
 
     def stopping(size, seed, index):
         if index == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return make(size, seed, index)
 
-    monkeypatch.setattr(synthetic, "make_scene", stopping)
+    monkeypatch.setattr(dataset, "make_scene", stopping)
     assert main(["synthesize", str(tmp_path), "--count", "4", "--size", "48", "64"]) == 143
     content = read_panoptic_json(tmp_path / "panoptic.json", with_categories=True)
     assert [image["file_name"] for image in content["images"]] == ["000001.jpg", "000002.jpg"]

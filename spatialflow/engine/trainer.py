@@ -200,7 +200,7 @@ class Trainer:
                 self.log.close()
         return self.network
 
-    def _run(self, bar: "tqdm | None") -> None:
+    def _run(self, bar: "tqdm[Any] | None") -> None:
         training, per_epoch = self.config.training, self.schedule.steps_per_epoch
         batches = self._batches()
         pending: list[_PendingLosses] = []
@@ -294,7 +294,7 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.process_group.device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
-    def _log_losses(self, pending: Sequence[_PendingLosses], bar: "tqdm | None") -> None:
+    def _log_losses(self, pending: Sequence[_PendingLosses], bar: "tqdm[Any] | None") -> None:
         """Download and log the losses and problems of the last steps.
 
         Raises:
@@ -396,7 +396,7 @@ class Trainer:
         in_log = any(row["kind"] == "evaluation" and row["step"] == self.step for row in rows)
         return any(self.process_group.gather(in_log))
 
-    def _progress_bar(self) -> "tqdm | None":
+    def _progress_bar(self) -> "tqdm[Any] | None":
         if not self.progress:
             return None
         return tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step")

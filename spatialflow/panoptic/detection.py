@@ -54,7 +54,8 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     from pycocotools import mask as coco_mask
 
     code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": code["size"], "counts": code["counts"].decode("ascii")}
+    counts: Any = code["counts"]  # always bytes, whatever the annotation of pycocotools
+    return {"size": code["size"], "counts": counts.decode("ascii")}
 
 
 def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def average_precision(
     )
     scores = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
+        truth: Any = COCO()  # the annotations of pycocotools want its own dictionary types
         truth.dataset = dataset
         truth.createIndex()
         for kind in kinds:

@@ -5,12 +5,14 @@
 #   PYTHON=...       another interpreter that has torch and the packages of pyproject.toml; no .venv is made
 #   BASE_PYTHON=...  interpreter that .venv is made from (default: python3)
 #   TORCH=...        torch of .venv, 2.11 or later, with pip's options: TORCH="torch --index-url ..."
+#   WORKERS=...      processes that run tests side by side (default: 2); 0: pytest itself runs them
 #   LEVELS=...       CPU levels to build, e.g. x86-64-v3 (default: all)
 #   SPATIALFLOW_CUDA=on|off|auto, CMAKE_CUDA_ARCHITECTURES=...   CUDA library (default: where nvcc is found, for 90a)
 BASE_PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := $(CURDIR)/.venv
 PYTHON ?= $(VENV)/bin/python
+WORKERS ?= 2
 LEVELS ?=
 OPS ?=
 TESTS ?= tests
@@ -58,6 +60,9 @@ $(VENV)/%.extra: $(packages)
 	$(PYTHON) -m pip install -q $(call requirements,$*)
 	@touch $@
 
+# Threads of OpenMP that spin while they wait would slow the other workers.
+pytest = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+
 cpp_files = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 lint: $(call extra,lint)  ## formatting, style, types and spelling; `make format` corrects what can be corrected
@@ -77,7 +82,7 @@ build: $(environment)  ## compile the libraries into the source tree
 	$(PYTHON) setup.py -q build_ext --inplace
 
 test: build  ## the whole test suite; TESTS=tests/test_nms.py for a part
-	$(PYTHON) -m pytest $(TESTS)
+	$(pytest) $(TESTS)
 
 # The installed package, without the source tree: sdist, wheel and environment lie in build/wheel.
 WHEEL_TESTS ?= test_nms.py test_roi_align.py test_panoptic_formats.py test_pretrained.py test_configs.py test_lazy_import.py
@@ -106,7 +111,7 @@ simt_build = $(call configure,simt) && cmake --build build/simt --target spatial
 # Tests of kernels for compute capability 9.0 run twice more: with copies and products late, and early.
 sm90_names := sm90 conv1x1 flow_conv2d flow_conv2d_active fused_subnets deform_conv2d deform_conv2d_packed
 SM90_TESTS ?= $(filter $(sm90_names:%=tests/test_%.py),$(SIMT_TESTS))
-simt_tests = SPATIALFLOW_BACKEND=simt $(PYTHON) -m pytest
+simt_tests = SPATIALFLOW_BACKEND=simt $(pytest)
 sm90_tests = $(if $(SM90_TESTS),SPATIALFLOW_SIMT_SM90=$(1) $(simt_tests) -k "sm90 or float16" $(SM90_TESTS))
 
 test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; SIMT_TESTS=tests/test_nms.py for a part

@@ -165,6 +165,7 @@ def test_one_of_its_threads_may_close_it():
                 errors.append(error)
         return number
 
+    threads = threading.active_count()
     suspended = threading.Event()
     futures = map_ahead(call, range(10), 1, 3)
     next(futures)
@@ -172,7 +173,7 @@ def test_one_of_its_threads_may_close_it():
     suspended.set()
     assert last.result(30) == 1 and not errors and next(futures, None) is None
     deadline = time.monotonic() + 30
-    while threading.active_count() > 1 and time.monotonic() < deadline:
+    while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.001)
 
 

@@ -101,7 +101,7 @@ test-migration: build  ## compare with torchvision, which is installed for it (d
 	$(PYTHON) -m pytest tests/test_migration.py
 
 # The operator tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
-SIMT_TESTS ?= tests/test_simt.py tests/test_brute_force.py tests/test_naive_kernels.py tests/test_kernel_count.py \
+SIMT_TESTS ?= tests/test_brute_force.py tests/test_naive_kernels.py tests/test_kernel_count.py \
 	tests/test_sm90.py \
 	$(sort $(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py tests/test_\1_*.py,p' cmake/ops.cmake)))
 configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
@@ -123,7 +123,7 @@ test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; S
 # Sanitizers (docs/sanitizers.md) and coverage: their libraries are in build/<folder>/package, beside the usual ones.
 # Reports of sanitizers go to file descriptor 2, which pytest would capture.
 SANITIZE_LEVEL ?= $(if $(filter x86_64,$(shell uname -m)),x86-64-v3,native)
-not_sanitized := $(addprefix tests/test_,simt.py naive_kernels.py kernel_count.py)
+not_sanitized := $(addprefix tests/test_,naive_kernels.py kernel_count.py)
 SANITIZE_TESTS ?= $(filter-out $(not_sanitized),$(SIMT_TESTS)) \
 	$(addprefix tests/test_,panoptic_formats.py panoptic_quality.py panoptic_drawing.py threads.py)
 SANITIZE_FUZZ ?= 300

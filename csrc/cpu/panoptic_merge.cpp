@@ -26,8 +26,8 @@ constexpr int64_t kBandRows = 32;  // rows per task
 struct MergeOptions {
     double score_threshold;
     double overlap_threshold;
-    int64_t stuff_area_limit;
-    double box_threshold;
+    int64_t stuff_area_threshold;
+    double box_overlap_threshold;
 };
 
 struct Extent {
@@ -40,11 +40,11 @@ struct Extent {
         y2 = std::max(y2, y);
     }
 
-    void add(const Extent& other) {
-        x1 = std::min(x1, other.x1);
-        x2 = std::max(x2, other.x2);
-        y1 = std::min(y1, other.y1);
-        y2 = std::max(y2, other.y2);
+    void add(const Extent& extent) {
+        x1 = std::min(x1, extent.x1);
+        x2 = std::max(x2, extent.x2);
+        y1 = std::min(y1, extent.y1);
+        y2 = std::max(y2, extent.y2);
     }
 };
 
@@ -169,15 +169,36 @@ bool is_constant(const label_t* labels, int64_t count) {
     return difference == 0;
 }
 
+// Call add(label, bits) for the runs of equal labels among the pixels `open` of a word.
+template <typename label_t, typename Add>
+__attribute__((always_inline)) inline void for_label_runs(
+    const label_t* labels,  // (count)
+    int64_t count, uint64_t open, const Add& add) {
+    if (open != 0 && is_constant(labels, count)) {
+        add(labels[0], open);
+        return;
+    }
+    while (open != 0) {
+        const int64_t first = lowest_bit(open);
+        int64_t last = first + 1;
+        while (last < count && labels[last] == labels[first]) {
+            ++last;
+        }
+        const uint64_t run = open & bit_range(first, last);
+        add(labels[first], run);
+        open ^= run;
+    }
+}
+
 // Compute the area and extent of every stuff label over the pixels without an instance.
 template <typename label_t>
 std::vector<StuffClass> stuff_statistics(
     const label_t* stuff, const std::vector<uint64_t>& used, const Image& image, int64_t labels) {
     const int64_t bands = (image.height + kBandRows - 1) / kBandRows;
-    std::vector<StuffClass> of_band(static_cast<size_t>(bands * labels));
+    std::vector<StuffClass> band_classes(static_cast<size_t>(bands * labels));
     parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
         for (int64_t y = begin * kBandRows; y < std::min(end * kBandRows, image.height); ++y) {
-            StuffClass* classes = of_band.data() + y / kBandRows * labels;
+            StuffClass* classes = band_classes.data() + y / kBandRows * labels;
             const label_t* row = stuff + y * image.width;
             const auto add = [&](int64_t label, int64_t x, uint64_t bits) {
                 if (label >= 0 && label < labels) {
@@ -187,30 +208,46 @@ std::vector<StuffClass> stuff_statistics(
             };
             for (int64_t w = 0, x = 0; w < image.words; ++w, x += kWordPixels) {
                 const int64_t count = std::min(kWordPixels, image.width - x);
-                uint64_t open = ~used[y * image.words + w] & bit_range(0, count);
-                if (open != 0 && is_constant(row + x, count)) {
-                    add(row[x], x, open);
-                    continue;
-                }
-                while (open != 0) {
-                    const int64_t first = lowest_bit(open);
-                    int64_t last = first + 1;
-                    while (last < count && row[x + last] == row[x + first]) {
-                        ++last;
-                    }
-                    const uint64_t run = open & bit_range(first, last);
-                    add(row[x + first], x, run);
-                    open ^= run;
-                }
+                const uint64_t open = ~used[y * image.words + w] & bit_range(0, count);
+                for_label_runs(row + x, count, open, [&](int64_t label, uint64_t bits) { add(label, x, bits); });
             }
         }
     });
     std::vector<StuffClass> classes(static_cast<size_t>(labels));
-    for (size_t i = 0; i < of_band.size(); ++i) {
-        classes[i % static_cast<size_t>(labels)].area += of_band[i].area;
-        classes[i % static_cast<size_t>(labels)].extent.add(of_band[i].extent);
+    for (size_t i = 0; i < band_classes.size(); ++i) {
+        classes[i % static_cast<size_t>(labels)].area += band_classes[i].area;
+        classes[i % static_cast<size_t>(labels)].extent.add(band_classes[i].extent);
     }
     return classes;
+}
+
+// Write the ids of `count` pixels of a word. Pixels in instances get an unspecified id. Return the bit mask of the other
+// pixels without an id.
+template <typename label_t, typename StuffId>
+__attribute__((always_inline)) inline uint64_t paint_stuff(
+    const label_t* labels, int64_t count, uint64_t free, const StuffId& stuff_id, int32_t* ids) {
+    if (free == 0 || is_constant(labels, count)) {
+        const int32_t id = free == 0 ? 0 : stuff_id(labels[0]);
+        std::fill(ids, ids + count, id);
+        return id == 0 ? free : 0;
+    }
+    uint64_t unlabeled = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t id = stuff_id(labels[i]);
+        ids[i] = id;
+        unlabeled |= static_cast<uint64_t>(id == 0) << i;
+    }
+    return unlabeled & free;
+}
+
+// Write `id` to the pixels of a mask row.
+__attribute__((always_inline)) inline void paint_mask_row(
+    const uint64_t* bits, int64_t words, int32_t id, int32_t* ids) {
+    for (int64_t w = 0; w < words; ++w) {
+        if (bits[w] != 0) {
+            paint_word(ids + w * kWordPixels, bits[w], id);
+        }
+    }
 }
 
 // Write every pixel of the id map, and the bit mask `open` of void pixels.
@@ -231,30 +268,13 @@ void paint(
             for (int64_t w = 0, x = 0; w < image.words; ++w, x += kWordPixels) {
                 const int64_t count = std::min(kWordPixels, image.width - x);
                 const uint64_t free = ~used[y * image.words + w] & bit_range(0, count);
-                uint64_t unlabelled = 0;
-                if (free == 0 || is_constant(row + x, count)) {
-                    const int32_t id = free == 0 ? 0 : stuff_id(row[x]);
-                    std::fill(target + x, target + x + count, id);
-                    unlabelled = id == 0 ? free : 0;
-                } else {
-                    for (int64_t i = 0; i < count; ++i) {
-                        const int32_t id = stuff_id(row[x + i]);
-                        target[x + i] = id;
-                        unlabelled |= static_cast<uint64_t>(id == 0) << i;
-                    }
-                }
-                open[y * image.words + w] = unlabelled & free;
+                open[y * image.words + w] = paint_stuff(row + x, count, free, stuff_id, target + x);
             }
             for (size_t c = 0; c < id_of.size(); ++c) {
                 if (id_of[c] == 0 || masks.row_count[c * image.height + y] == 0) {
                     continue;
                 }
-                const uint64_t* bits = masks.bits.data() + (c * image.height + y) * image.words;
-                for (int64_t w = 0; w < image.words; ++w) {
-                    if (bits[w] != 0) {
-                        paint_word(target + w * kWordPixels, bits[w], id_of[c]);
-                    }
-                }
+                paint_mask_row(masks.bits.data() + (c * image.height + y) * image.words, image.words, id_of[c], target);
             }
         }
     });
@@ -264,8 +284,8 @@ void paint(
 // new segment.
 void fill_boxes(
     const double* boxes, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
-    double box_threshold, std::vector<int32_t>& id_of, std::vector<uint64_t>& open, std::vector<Segment>& segments,
-    int32_t* id_map) {
+    double box_overlap_threshold, std::vector<int32_t>& id_of, std::vector<uint64_t>& open,
+    std::vector<Segment>& segments, int32_t* id_map) {
     for (size_t c = 0; c < order.size(); ++c) {
         const PixelBox box = merge_pixel_box(boxes + 4 * order[c], image.height, image.width);
         if (box.area() == 0) {
@@ -282,7 +302,7 @@ void fill_boxes(
                 still_void += bit_count(open[y * image.words + w] & part(w));
             }
         }
-        if (!merge_box_is_filled(still_void, box.area(), box_threshold)) {
+        if (!merge_box_is_filled(still_void, box.area(), box_overlap_threshold)) {
             continue;
         }
         if (id_of[c] == 0) {
@@ -327,16 +347,17 @@ __attribute__((aligned(64))) std::vector<Segment> merge(
     const std::vector<StuffClass> classes = stuff_statistics(stuff, used, image, stuff_labels);
     std::vector<int32_t> id_of_label(ignored.size());
     for (int64_t label = 0; label < stuff_labels; ++label) {
-        const StuffClass& found = classes[static_cast<size_t>(label)];
-        if (!ignored[static_cast<size_t>(label)] && found.area > 0 && found.area >= options.stuff_area_limit) {
-            segments.push_back({label, -1, found.area, found.extent});
+        const StuffClass& stuff_class = classes[static_cast<size_t>(label)];
+        if (!ignored[static_cast<size_t>(label)] && stuff_class.area > 0 &&
+            stuff_class.area >= options.stuff_area_threshold) {
+            segments.push_back({label, -1, stuff_class.area, stuff_class.extent});
             id_of_label[static_cast<size_t>(label)] = static_cast<int32_t>(segments.size());
         }
     }
     std::vector<uint64_t> open(used.size());
     paint(stuff, id_of_label, packed, id_of, used, image, id_map, open);
     if (boxes != nullptr) {
-        fill_boxes(boxes, order, labels, image, options.box_threshold, id_of, open, segments, id_map);
+        fill_boxes(boxes, order, labels, image, options.box_overlap_threshold, id_of, open, segments, id_map);
     }
     return segments;
 }
@@ -344,9 +365,9 @@ __attribute__((aligned(64))) std::vector<Segment> merge(
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
-    int64_t stuff_area_limit, double box_threshold) {
+    int64_t stuff_area_threshold, double box_overlap_threshold) {
     check_panoptic_merge(
-        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_threshold);
+        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_overlap_threshold);
     const int64_t count = masks.size(0), rows = count + stuff_labels;
     const Image image{masks.size(1), masks.size(2), words_of(masks.size(2))};
     Tensor id_map = empty_like_sized(masks, {image.height, image.width}, ScalarType::Int);
@@ -373,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
                 data<uint8_t>(mask_values), data<double>(score_values), data<int64_t>(label_values),
                 box_values ? data<double>(*box_values) : nullptr, data<label_t>(stuff_values), ignored,
                 mutable_data<int32_t>(id_map), count, image,
-                {score_threshold, overlap_threshold, stuff_area_limit, box_threshold});
+                {score_threshold, overlap_threshold, stuff_area_threshold, box_overlap_threshold});
         };
         switch (stuff.scalar_type()) {
             case ScalarType::Byte:

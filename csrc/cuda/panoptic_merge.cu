@@ -182,10 +182,10 @@ private:
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
-    int64_t stuff_area_limit, double box_threshold) {
+    int64_t stuff_area_threshold, double box_overlap_threshold) {
     const char* op = "panoptic_merge";
     check_panoptic_merge(
-        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_threshold);
+        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_overlap_threshold);
     const DeviceScope device(masks);
     const Stream stream = device.stream();
     const int64_t count = masks.size(0), height = masks.size(1), width = masks.size(2), pixels = height * width;
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const MergeScratch scratch = workspace.scratch();
     if (pixels != 0) {
         const bool has_boxes = boxes && count != 0;
-        const MergeOptions options{score_threshold, overlap_threshold, box_threshold, stuff_area_limit};
+        const MergeOptions options{score_threshold, overlap_threshold, box_overlap_threshold, stuff_area_threshold};
         const MergeLauncher launcher(scratch, options, has_boxes, stream);
         launcher.order(score_values, has_boxes ? contiguous_as(*boxes, ScalarType::Double) : score_values);
         launcher.ignore(ignored_stuff);

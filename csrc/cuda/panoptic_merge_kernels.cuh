@@ -61,8 +61,8 @@ struct MergeScratch {
 };
 
 struct MergeOptions {
-    double score_threshold, overlap_threshold, box_threshold;
-    int64_t stuff_area_limit;
+    double score_threshold, overlap_threshold, box_overlap_threshold;
+    int64_t stuff_area_threshold;
 };
 
 // Stuff labels to ignore, up to kIgnoredPerLaunch at a time.
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(kWarpSize)
         bool kept = false;
         if (label < scratch.stuff_labels) {
             const int area = scratch.stuff_area[label];
-            kept = scratch.ignored[label] == 0 && area > 0 && area >= options.stuff_area_limit;
+            kept = scratch.ignored[label] == 0 && area > 0 && area >= options.stuff_area_threshold;
         }
         const unsigned all = __ballot_sync(kAllLanes, kept);
         if (kept) {
@@ -547,7 +547,7 @@ __device__ __forceinline__ int merge_fill(
             [&](int, unsigned bits, unsigned pixels) { still_void += __popc(bits & pixels); });
         still_void = block_sum(still_void, sums + parity * kGreedyWarps);
         parity ^= 1;
-        if (!merge_box_is_filled(still_void, area, options.box_threshold)) {
+        if (!merge_box_is_filled(still_void, area, options.box_overlap_threshold)) {
             continue;
         }
         if (id == 0) {

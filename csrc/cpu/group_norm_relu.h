@@ -138,8 +138,8 @@ struct Affine {
     Affine(const NormShape& shape, const double* statistics, const double* weight, const double* bias)
         : shift(padded(shape.channels)), scale(shift.size()), offset(shift.size()) {
         for (int64_t c = 0; c < shape.channels; ++c) {
-            const double* own = statistics + c / shape.group_channels() * 2;
-            const GroupAffine<real_t> affine = group_affine<real_t>({own[0], own[1]}, weight[c], bias[c]);
+            const double* group = statistics + c / shape.group_channels() * 2;
+            const GroupAffine<real_t> affine = group_affine<real_t>({group[0], group[1]}, weight[c], bias[c]);
             shift[c] = affine.shift;
             scale[c] = affine.scale;
             offset[c] = affine.offset;

@@ -50,14 +50,14 @@ public:
     // intersection is not clamped: a negative height makes inter <= 0, which is never above the threshold.
     bool suppress(int64_t bucket, const Box<real_t>& box, real_t area, real_t threshold) const {
         const Vector<real_t> x1 = broadcast(box.x1), y1 = broadcast(box.y1), x2 = broadcast(box.x2),
-                             y2 = broadcast(box.y2), own_area = broadcast(area);
+                             y2 = broadcast(box.y2), box_area = broadcast(area);
         const Vector<real_t> limit = broadcast(threshold), zero = {};
         for (int64_t index = chains_[static_cast<size_t>(bucket)].last; index >= 0;) {
             const Block& block = blocks_[static_cast<size_t>(index)];
             const Vector<real_t> width = lane_max(lane_min(x2, block.x2) - lane_max(x1, block.x1), zero);
             const Vector<real_t> height = lane_min(y2, block.y2) - lane_max(y1, block.y1);
             const Vector<real_t> inter = width * height;
-            if (any_lane(inter > limit * ((own_area + block.area) - inter))) {
+            if (any_lane(inter > limit * ((box_area + block.area) - inter))) {
                 return true;
             }
             index = block.previous;
@@ -149,8 +149,8 @@ private:
     }
 
     static int64_t cells(real_t range, real_t reach, double limit, real_t& per_unit) {
-        const double wanted = std::min(static_cast<double>(range) / static_cast<double>(reach), limit);
-        const int64_t count = wanted >= 1 ? static_cast<int64_t>(wanted) : 1;  // NaN and infinite ranges: one cell
+        const double bounded = std::min(static_cast<double>(range) / static_cast<double>(reach), limit);
+        const int64_t count = bounded >= 1 ? static_cast<int64_t>(bounded) : 1;  // NaN and infinite ranges: one cell
         per_unit = count > 1 ? static_cast<real_t>(count / static_cast<double>(range)) : real_t(0);
         return count;
     }

@@ -13,6 +13,7 @@
 
 #include "common/preprocess_images.h"
 #include "cpu/dispatch.h"
+#include "cpu/row_pair.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 #include "ops/preprocess_images.h"
@@ -162,8 +163,8 @@ void write_images(
     const int64_t row_elements = 3 * width, rows = static_cast<int64_t>(plans.size()) * height;
     const int64_t grain = std::max<int64_t>(1, 16384 / row_elements);
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-        const Scratch<int32_t> resized(2 * longest);  // row y of the source at y % 2
-        int64_t held[2] = {-1, -1};                   // indices of these rows
+        const Scratch<int32_t> memory(2 * longest);
+        RowPair<int32_t> resized(memory.get(), longest);  // rows of image `current`, resized along x
         for (int64_t row = begin, current = -1; row < end; ++row) {
             const int64_t n = row / height, y = row % height;
             const ImagePlan& plan = plans[n];
@@ -171,20 +172,13 @@ void write_images(
             int64_t written = 0;
             if (n != current) {
                 current = n;
-                held[0] = held[1] = -1;
+                resized.clear();
             }
             if (y < plan.resize.y.target) {
                 const ResizeTap tap = resize_tap(y, plan.resize.y, plan.resize.halves);
-                const auto source_row = [&](int64_t index) {
-                    int32_t* values = resized.get() + index % 2 * longest;
-                    if (held[index % 2] != index) {
-                        resize_row(plan, index, values);
-                        held[index % 2] = index;
-                    }
-                    return values;
-                };
-                const int32_t* upper = source_row(tap.first);
-                const int32_t* lower = source_row(tap.second);
+                const auto resize = [&](int64_t index, int32_t* values) { resize_row(plan, index, values); };
+                const int32_t* upper = resized.row(tap.first, resize);
+                const int32_t* lower = resized.row(tap.second, resize);
                 write_row(plan, normalization, tap, upper, lower, target);
                 written = plan.elements;
             }

@@ -164,18 +164,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
     const char* op = "multiclass_nms";
     const DeviceScope device(boxes);
     const int64_t batch = boxes.size(0), count = boxes.size(1), classes = scores.size(2), total = count * classes;
-    check(
-        classes == 0 || count < (int64_t(1) << 32) / classes, op,
-        ": scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
-    const ScalarType type = nms_compute_type(boxes, scores);
-    const Tensor upcast_boxes = contiguous_as(boxes, type), upcast_scores = contiguous_as(scores, type);
-    const Tensor out_boxes = empty_like_sized(upcast_boxes, {batch, max_detections, 4});
-    const Tensor out_scores = empty_like_sized(upcast_boxes, {batch, max_detections});
-    const Tensor labels = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor indices = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor kept = empty_like_sized(upcast_boxes, {batch}, ScalarType::Long);
-    const auto run = [&](auto zero) {
+    const DetectionTensors tensors = detection_tensors(boxes, scores, max_detections);
+    dispatch_accum(tensors.boxes.scalar_type(), [&](auto zero) {
         using real_t = decltype(zero);
         using key_t = ScoreKey<real_t>;
         WorkspaceLayout layout;
@@ -183,29 +174,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
         const int64_t zeros = layout.words;
         const auto rows = layout.add<unsigned>(batch * total);
         const auto keys = layout.add<key_t>(batch * total);
-        const Workspace workspace(layout, upcast_boxes);
+        const Workspace workspace(layout, tensors.boxes);
         clear_words(workspace, zeros, device.stream());
         const DetectionProblem<real_t> problem{
             count, classes, max_detections, static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold)};
         launch<multiclass_nms_collect_kernel<real_t>>(
             dim3(grid_size(op, ceil_div(total, kCollectThreads * kCollectItems)), static_cast<unsigned>(batch)),
-            dim3(kCollectThreads), 0, device.stream(), data<real_t>(upcast_scores), workspace[keys], workspace[rows],
+            dim3(kCollectThreads), 0, device.stream(), data<real_t>(tensors.scores), workspace[keys], workspace[rows],
             workspace[found], total, problem.score_threshold);
         launch<multiclass_nms_detect_kernel<real_t>>(
             dim3(static_cast<unsigned>(batch)), dim3(kGreedyThreads), kDetectSharedBytes<real_t>, device.stream(),
-            pointer_cast<const Box<real_t>>(data<real_t>(upcast_boxes)), data<real_t>(upcast_scores), workspace[keys],
-            workspace[rows], workspace[found], pointer_cast<Box<real_t>>(mutable_data<real_t>(out_boxes)),
-            mutable_data<real_t>(out_scores), mutable_data<int64_t>(labels), mutable_data<int64_t>(indices),
-            mutable_data<int64_t>(kept), problem);
-    };
-    if (type == ScalarType::Double) {
-        run(double{});
-    } else {
-        run(float{});
-    }
-    return {
-        contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels, kept,
-        indices};
+            pointer_cast<const Box<real_t>>(data<real_t>(tensors.boxes)), data<real_t>(tensors.scores), workspace[keys],
+            workspace[rows], workspace[found], pointer_cast<Box<real_t>>(mutable_data<real_t>(tensors.out_boxes)),
+            mutable_data<real_t>(tensors.out_scores), mutable_data<int64_t>(tensors.labels),
+            mutable_data<int64_t>(tensors.indices), mutable_data<int64_t>(tensors.count), problem);
+    });
+    return finished_detections(tensors, boxes, scores);
 }
 
 }  // namespace

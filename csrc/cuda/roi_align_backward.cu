@@ -539,31 +539,11 @@ std::vector<Tensor> roi_align_backward(
             }
         });
     }
-    for (Tensor& gradient : gradients) {
-        gradient = as_dtype(gradient, dtype);
-        if (!channels_last) {
-            gradient = to_contiguous(gradient);
-        }
-    }
-    return gradients;
+    return finished_level_gradients(std::move(gradients), dtype, channels_last);
 }
 
-namespace {
-
-Tensor roi_align_backward_cuda(
-    const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
-    int64_t sampling_ratio, bool aligned, int64_t batch, int64_t channels, int64_t height, int64_t width,
-    bool channels_last, bool deterministic) {
-    check_roi_align_backward(grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
-    return roi_align_backward(
-        "roi_align_backward", grad_output, boxes,
-        {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0}, batch, channels, {height},
-        {width}, channels_last, deterministic)[0];
-}
-
-}  // namespace
 }  // namespace spatialflow
 
 SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("_roi_align_backward", TORCH_BOX(&spatialflow::roi_align_backward_cuda));
+    library.impl("_roi_align_backward", TORCH_BOX(&spatialflow::single_level_roi_align_backward));
 }

@@ -131,7 +131,63 @@ ConvView<accum_t<scalar_t>> view_strip(
         copy, strip.y_begin - 1, strip.x_begin - 1, padded_row(channels), strip.padded_width() * padded_row(channels)};
 }
 
-// Compute `kRows` adjacent pixels, the first of which is (y, x), for one panel of output channels.
+// Add the products of tap (dy, dx) for kRows adjacent pixels, the first of which is (y, x), to a tile. Pixels whose tap
+// is outside the map are skipped. `row` is y + dy.
+template <int kRows, typename real_t>
+__attribute__((always_inline)) inline void multiply_tap(
+    const ConvView<real_t>& view, int64_t width, int64_t row, int64_t x, int64_t dx, int64_t first_channel,
+    const real_t* weights, int64_t depth, GemmTile<kRows, real_t>& tile) {
+    if (dx < 0 && x == 0) {
+        if constexpr (kRows > 1) {
+            multiply_tile<kRows, false, 1>(view.at(row, 0) + first_channel, view.pixel_stride, weights, depth, tile);
+        }
+    } else if (dx > 0 && x + kRows == width) {
+        if constexpr (kRows > 1) {
+            multiply_tile<kRows, false, 0, kRows - 1>(
+                view.at(row, x + 1) + first_channel, view.pixel_stride, weights, depth, tile);
+        }
+    } else {
+        multiply_tile<kRows, false>(view.at(row, x + dx) + first_channel, view.pixel_stride, weights, depth, tile);
+    }
+}
+
+// Add bias and residual to the sums of kRows adjacent pixels, apply an optional ReLU, and store them.
+template <int kRows, typename scalar_t>
+__attribute__((always_inline)) inline void store_pixels(
+    const GemmTile<kRows, accum_t<scalar_t>>& tile, const ConvBranch<scalar_t>& branch, int64_t first_channel,
+    const scalar_t* residual,  // first pixel, or null
+    scalar_t* out) {           // first pixel
+    using real_t = accum_t<scalar_t>;
+    constexpr int64_t lanes = kLanes<real_t>;
+    for (int v = 0; v < kGemmVectors; ++v) {
+        const int64_t c = first_channel + v * lanes;
+        const int64_t count = std::min(lanes, branch.channels - c);
+        if (count <= 0) {
+            break;
+        }
+        const bool is_whole = count == lanes;
+        const int part = static_cast<int>(count);
+        Vector<real_t> bias = {};
+        if (branch.bias) {
+            bias = is_whole ? load_vector(branch.bias + c) : load_partial(branch.bias + c, part);
+        }
+        for (int r = 0; r < kRows; ++r) {
+            const int64_t index = r * branch.channels + c;
+            Vector<real_t> value = tile[r][v] + bias;
+            if (residual) {
+                value += is_whole ? load_vector(residual + index) : load_partial(residual + index, part);
+            }
+            value = branch.relu ? rectified(value) : value;
+            if (is_whole) {
+                store_vector(out + index, value);
+            } else {
+                store_partial(out + index, value, part);
+            }
+        }
+    }
+}
+
+// Compute kRows adjacent pixels, the first of which is (y, x), for one panel of output channels.
 template <int kRows, typename scalar_t>
 void convolve_pixels(
     const ConvView<accum_t<scalar_t>>& view, const ConvLevel<scalar_t>& level, int64_t y, int64_t x,
@@ -141,7 +197,6 @@ void convolve_pixels(
     const scalar_t* residual,  // first pixel, or null
     scalar_t* out) {           // first pixel
     using real_t = accum_t<scalar_t>;
-    constexpr int64_t lanes = kLanes<real_t>;
     GemmTile<kRows, real_t> tile = {};
     for (int64_t dy = -1; dy <= 1; ++dy) {
         if (y + dy < 0 || y + dy >= level.height) {
@@ -151,49 +206,31 @@ void convolve_pixels(
             const int64_t depth = std::min(kTapChannels, in_channels - first);
             for (int64_t dx = -1; dx <= 1; ++dx) {
                 const real_t* weights = panel + ((3 * (dy + 1) + dx + 1) * in_channels + first) * kGemmColumns<real_t>;
-                if (dx < 0 && x == 0) {
-                    if constexpr (kRows > 1) {
-                        multiply_tile<kRows, false, 1>(
-                            view.at(y + dy, 0) + first, view.pixel_stride, weights, depth, tile);
-                    }
-                } else if (dx > 0 && x + kRows == level.width) {
-                    if constexpr (kRows > 1) {
-                        multiply_tile<kRows, false, 0, kRows - 1>(
-                            view.at(y + dy, x + 1) + first, view.pixel_stride, weights, depth, tile);
-                    }
-                } else {
-                    multiply_tile<kRows, false>(
-                        view.at(y + dy, x + dx) + first, view.pixel_stride, weights, depth, tile);
-                }
+                multiply_tap<kRows>(view, level.width, y + dy, x, dx, first, weights, depth, tile);
             }
         }
     }
-    for (int v = 0; v < kGemmVectors; ++v) {
-        const int64_t c = first_channel + v * lanes;
-        const int64_t count = std::min(lanes, branch.channels - c);
-        if (count <= 0) {
-            break;
-        }
-        const bool whole = count == lanes;
-        const int part = static_cast<int>(count);
-        Vector<real_t> bias = {};
-        if (branch.bias) {
-            bias = whole ? load_vector(branch.bias + c) : load_partial(branch.bias + c, part);
-        }
-        for (int r = 0; r < kRows; ++r) {
-            const int64_t at = r * branch.channels + c;
-            Vector<real_t> value = tile[r][v] + bias;
-            if (residual) {
-                value += whole ? load_vector(residual + at) : load_partial(residual + at, part);
-            }
-            value = branch.relu ? rectified(value) : value;
-            if (whole) {
-                store_vector(out + at, value);
-            } else {
-                store_partial(out + at, value, part);
-            }
-        }
-    }
+    store_pixels<kRows>(tile, branch, first_channel, residual, out);
+}
+
+// Compute row `y` of a strip for one panel of output channels.
+template <typename scalar_t>
+void convolve_row(
+    const ConvGroup<scalar_t>& group, const ConvStrip& strip, const ConvView<accum_t<scalar_t>>& view,
+    const ConvBranch<scalar_t>& branch, int64_t panel, int64_t y) {
+    constexpr int64_t kColumns = kGemmColumns<accum_t<scalar_t>>;
+    const ConvLevel<scalar_t>& level = group.levels[strip.level];
+    const int64_t row_begin = (strip.image * level.height + y) * level.width * branch.channels;
+    for_row_blocks(strip.x_end - strip.x_begin, [&](int64_t begin, int64_t count) {
+        const int64_t x = strip.x_begin + begin;
+        with_rows(count, [&](auto rows) {
+            const int64_t index = row_begin + x * branch.channels;
+            convolve_pixels<decltype(rows)::value>(
+                view, level, y, x, group.channels, branch.packed + panel * kColumns * 9 * group.channels, branch,
+                panel * kColumns, branch.residual.empty() ? nullptr : branch.residual[strip.level] + index,
+                branch.out[strip.level] + index);
+        });
+    });
 }
 
 // Compute part `part` of `parts` of the output channels of a strip.
@@ -202,8 +239,7 @@ void convolve_strip(
     const ConvGroup<scalar_t>& group, const ConvStrip& strip, int64_t part, int64_t parts, accum_t<scalar_t>* copy) {
     using real_t = accum_t<scalar_t>;
     constexpr int64_t kColumns = kGemmColumns<real_t>;
-    const ConvLevel<scalar_t>& level = group.levels[strip.level];
-    const ConvView<real_t> view = view_strip(level, strip, group.channels, copy);
+    const ConvView<real_t> view = view_strip(group.levels[strip.level], strip, group.channels, copy);
     for (const ConvBranch<scalar_t>& branch : group.branches) {
         if (strip.level >= branch.out.size()) {
             continue;
@@ -211,18 +247,7 @@ void convolve_strip(
         const int64_t panels = (branch.channels + kColumns - 1) / kColumns;
         for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
             for (int64_t y = strip.y_begin; y < strip.y_end; ++y) {
-                const int64_t row_at = (strip.image * level.height + y) * level.width * branch.channels;
-                for_row_blocks(strip.x_end - strip.x_begin, [&](int64_t begin, int64_t count) {
-                    const int64_t x = strip.x_begin + begin;
-                    with_rows(count, [&](auto rows) {
-                        const int64_t at = row_at + x * branch.channels;
-                        convolve_pixels<decltype(rows)::value>(
-                            view, level, y, x, group.channels, branch.packed + panel * kColumns * 9 * group.channels,
-                            branch, panel * kColumns,
-                            branch.residual.empty() ? nullptr : branch.residual[strip.level] + at,
-                            branch.out[strip.level] + at);
-                    });
-                });
+                convolve_row(group, strip, view, branch, panel, y);
             }
         }
     }

@@ -14,6 +14,38 @@ namespace spatialflow {
 
 constexpr int64_t kMaxChunkTiles = 56;
 
+// Transform the taps of one input channel to the 36 frequencies, for one panel of output channels. The computation is
+// in double, so that only the transformed values are rounded.
+template <typename scalar_t>
+void transform_weight(
+    const scalar_t* weight, const int64_t strides[4],  // (output channels, 1, 3, 3)
+    int64_t count,                                     // valid output channels of the panel
+    float* target, int64_t frequency_stride) {
+    constexpr int64_t kColumns = kGemmColumns<float>;
+    double taps[9][kColumns] = {}, half[6][3][kColumns], line[6];
+    for (int64_t o = 0; o < count; ++o) {
+        for (int tap = 0; tap < 9; ++tap) {
+            taps[tap][o] = load(weight[o * strides[0] + tap / 3 * strides[2] + tap % 3 * strides[3]]);
+        }
+    }
+    for (int j = 0; j < 3; ++j) {
+        for (int64_t o = 0; o < kColumns; ++o) {
+            winograd_weight<double>({taps[j][o], taps[3 + j][o], taps[6 + j][o]}, line);
+            for (int i = 0; i < 6; ++i) {
+                half[i][j][o] = line[i];
+            }
+        }
+    }
+    for (int i = 0; i < 6; ++i) {
+        for (int64_t o = 0; o < kColumns; ++o) {
+            winograd_weight<double>({half[i][0][o], half[i][1][o], half[i][2][o]}, line);
+            for (int j = 0; j < 6; ++j) {
+                target[(6 * i + j) * frequency_stride + o] = static_cast<float>(line[j]);
+            }
+        }
+    }
+}
+
 // Pack weights for conv3x3_winograd: packed[frequency][gemm_pack of (C_in, C_out)].
 template <typename scalar_t>
 void pack_conv3x3_winograd(
@@ -29,31 +61,9 @@ void pack_conv3x3_winograd(
         const int64_t first = task / slices * kColumns, last = task % slices * kInputs + kInputs;
         const int64_t valid = std::max<int64_t>(0, std::min(kColumns, out_channels - first));
         for (int64_t c = last - kInputs; c < std::min(last, in_channels); ++c) {
-            // Transform in double, so that only the transformed values are rounded.
-            double taps[9][kColumns] = {}, half[6][3][kColumns], lines[6];
-            for (int64_t o = 0; o < valid; ++o) {
-                const scalar_t* source = weight + (first + o) * strides[0] + c * strides[1];
-                for (int tap = 0; tap < 9; ++tap) {
-                    taps[tap][o] = load(source[tap / 3 * strides[2] + tap % 3 * strides[3]]);
-                }
-            }
-            for (int j = 0; j < 3; ++j) {
-                for (int64_t o = 0; o < kColumns; ++o) {
-                    winograd_weight<double>({taps[j][o], taps[3 + j][o], taps[6 + j][o]}, lines);
-                    for (int i = 0; i < 6; ++i) {
-                        half[i][j][o] = lines[i];
-                    }
-                }
-            }
-            for (int i = 0; i < 6; ++i) {
-                float* target = packed + 6 * i * size + first * in_channels + c * kColumns;
-                for (int64_t o = 0; o < kColumns; ++o) {
-                    winograd_weight<double>({half[i][0][o], half[i][1][o], half[i][2][o]}, lines);
-                    for (int j = 0; j < 6; ++j) {
-                        target[j * size + o] = static_cast<float>(lines[j]);
-                    }
-                }
-            }
+            transform_weight(
+                weight + first * strides[0] + c * strides[1], strides, valid,
+                packed + first * in_channels + c * kColumns, size);
         }
     });
 }

@@ -22,39 +22,24 @@ constexpr int64_t kDepth = kGemmDepth;  // depth of a product up to which taps a
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
 constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 
-// Compute c (+)= sum over parts i of a_i * packed_i, one part per tap. Part i of A starts at a + i * a_piece.
+// Compute C = sum over taps t of A_t * B_t, or C += the sum if `accumulate`. A_t (m, k) starts at a + t * a_tap, the
+// packed B_t (k, n) at packed + t * packed_tap.
 template <typename real_t>
-void multiply_pieces(
-    int64_t m, int64_t n, int64_t k, int64_t pieces, const real_t* a, int64_t a_stride, int64_t a_piece,  // (m, k) each
-    const real_t* packed, int64_t packed_piece,  // gemm_pack of (k, n) each
-    real_t* c, int64_t c_stride, bool accumulate) {
+void multiply_taps(
+    int64_t m, int64_t n, int64_t k, int64_t taps, const real_t* a, int64_t a_stride, int64_t a_tap,
+    const real_t* packed, int64_t packed_tap, real_t* c, int64_t c_stride, bool accumulate) {
     constexpr int64_t kColumns = kGemmColumns<real_t>;
-    constexpr int64_t lanes = kLanes<real_t>;
     for (int64_t first = 0; first < n; first += kColumns) {
         const int64_t valid = std::min(kColumns, n - first);
         for_row_blocks(m, [&](int64_t row, int64_t rows) {
             with_rows(rows, [&](auto count) {
                 constexpr int kRows = decltype(count)::value;
                 GemmTile<kRows, real_t> tile = {};
-                for (int64_t i = 0; i < pieces; ++i) {
+                for (int64_t t = 0; t < taps; ++t) {
                     multiply_tile<kRows, false>(
-                        a + row * a_stride + i * a_piece, a_stride, packed + i * packed_piece + first * k, k, tile);
+                        a + row * a_stride + t * a_tap, a_stride, packed + t * packed_tap + first * k, k, tile);
                 }
-                real_t* target = c + row * c_stride + first;
-                for (int r = 0; r < kRows; ++r, target += c_stride) {
-                    for (int v = 0; v < kGemmVectors; ++v) {
-                        const int part = static_cast<int>(std::min(lanes, valid - v * lanes));
-                        if (part == lanes) {
-                            store_vector(
-                                target + v * lanes,
-                                accumulate ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
-                        } else if (part > 0) {
-                            store_partial(
-                                target + v * lanes,
-                                accumulate ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v], part);
-                        }
-                    }
-                }
+                store_tile<kRows>(tile, c + row * c_stride + first, c_stride, valid, accumulate);
             });
         });
     }
@@ -119,16 +104,31 @@ void pack_weight(
     }
     parallel_for(0, shape.groups * taps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const scalar_t* of_tap = weight + i / taps * outputs * inputs * taps + i % taps;
-            gemm_pack(of_tap, taps, inputs * taps, inputs, outputs, packed + i * packed_tap);
+            const scalar_t* source = weight + i / taps * outputs * inputs * taps + i % taps;
+            gemm_pack(source, taps, inputs * taps, inputs, outputs, packed + i * packed_tap);
         }
     });
+}
+
+// Gather the columns (pixel, tap, channel) of taps [tap, tap + count) for a block of output pixels. The columns of a
+// pixel have `row` values.
+template <typename scalar_t>
+void gather_block(
+    const Sampler<scalar_t>& sampler, int64_t first_pixel, int64_t pixels, int64_t tap, int64_t count, int64_t row,
+    accum_t<scalar_t>* columns) {
+    const int64_t channels = sampler.shape().channels;
+    for (int64_t p = 0; p < pixels; ++p) {
+        const OutputPixel at = output_pixel(sampler.shape(), first_pixel + p);
+        for (int64_t k = 0; k < count; ++k) {
+            sampler.gather(at, tap + k, 0, channels, columns + p * row + k * channels);
+        }
+    }
 }
 
 template <bool kRelu, typename scalar_t>
 void deform_conv2d_forward(
     const Sampler<scalar_t>& sampler,
-    const accum_t<scalar_t>* packed,  // of pack_weight
+    const accum_t<scalar_t>* packed,  // see pack_weight
     const scalar_t* bias,             // (O) or null
     scalar_t* output, bool channels_first) {
     using real_t = accum_t<scalar_t>;
@@ -155,14 +155,9 @@ void deform_conv2d_forward(
             const int64_t pixels = begin + (b + 1) * (end - begin) / blocks - first;
             for (int64_t tap = 0; tap < taps; tap += chunk_taps) {
                 const int64_t count = std::min(chunk_taps, taps - tap);
-                for (int64_t p = 0; p < pixels; ++p) {
-                    const OutputPixel at = output_pixel(shape, first + p);
-                    for (int64_t k = 0; k < count; ++k) {
-                        sampler.gather(at, tap + k, 0, channels, columns.get() + p * row + k * channels);
-                    }
-                }
+                gather_block(sampler, first, pixels, tap, count, row, columns.get());
                 for (int64_t group = 0; group < shape.groups; ++group) {
-                    multiply_pieces(
+                    multiply_taps(
                         pixels, outputs, inputs, count, columns.get() + group * inputs, row, channels,
                         packed + (group * taps + tap) * packed_tap, packed_tap, sums.get() + group * outputs,
                         shape.out_channels, tap > 0);

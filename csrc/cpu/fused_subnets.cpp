@@ -48,15 +48,16 @@ private:
         for (const int64_t algorithm : {kConvWinograd, kConvDirect}) {
             ConvGroup<scalar_t> group = {channels(source), {}, {}};
             for (const SubnetUpdate<Feature>& update : updates) {
-                if (update.flow && update.flow->resolved == algorithm) {
-                    Feature& feature = *update.feature;
-                    Feature sum = feature.writable ? feature : allocate(num_levels(feature), update.flow->out_channels);
-                    group.branches.push_back(branch(*update.flow, false, sum, &feature));
-                    if (num_levels(sum) > group.levels.size()) {
-                        group.levels = conv_levels<scalar_t>(first(source.maps, num_levels(sum)), {});
-                    }
-                    pending_.push_back({&feature, std::move(sum)});
+                if (!update.flow || update.flow->resolved != algorithm) {
+                    continue;
                 }
+                Feature& feature = *update.feature;
+                Feature sum = feature.writable ? feature : allocate(num_levels(feature), update.flow->out_channels);
+                group.branches.push_back(branch(*update.flow, false, sum, &feature));
+                if (num_levels(sum) > group.levels.size()) {
+                    group.levels = conv_levels<scalar_t>(first(source.maps, num_levels(sum)), {});
+                }
+                pending_.push_back({&feature, std::move(sum)});
             }
             if (!group.branches.empty()) {
                 groups_[algorithm == kConvWinograd].push_back(std::move(group));

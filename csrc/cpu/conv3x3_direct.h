@@ -12,9 +12,9 @@
 
 namespace spatialflow {
 
-constexpr int64_t kStripPixels = 336;
-constexpr int64_t kStripWidth = 84;
-constexpr int64_t kLastParts = 4;
+constexpr int64_t kStripPixels = 336;  // output pixels of a strip; fewer for small pyramids
+constexpr int64_t kStripWidth = 84;    // wider maps are split into columns of strips
+constexpr int64_t kLastParts = 4;      // parts of each of the last strips, by output channels
 
 // Number of input channels that a row of taps processes at a time. 16 pixels of these channels stay in the L1 cache for
 // the three taps.
@@ -43,6 +43,7 @@ void pack_conv3x3_direct(
     });
 }
 
+// Rectangle of output pixels of one image and level.
 struct ConvStrip {
     size_t group;
     size_t level;
@@ -52,22 +53,23 @@ struct ConvStrip {
     int64_t padded_pixels() const { return (y_end - y_begin + 2) * padded_width(); }
 };
 
-// Split one level of a group into strips of about `pixels` pixels, whole rows unless these are very long.
+// Split one level of a group into strips of about `pixels` pixels. A strip has whole rows, unless the level is wider
+// than kStripWidth.
 inline void append_strips(
     size_t group, size_t level, int64_t batch, int64_t height, int64_t width, int64_t pixels,
     std::vector<ConvStrip>& strips) {
     if (batch * height * width == 0) {
         return;
     }
-    const int64_t across = (width + kStripWidth - 1) / kStripWidth;
-    const int64_t strip_rows = std::max<int64_t>(1, pixels / ((width + across - 1) / across));
-    const int64_t down = (height + strip_rows - 1) / strip_rows;
+    const int64_t strips_x = (width + kStripWidth - 1) / kStripWidth;
+    const int64_t strip_rows = std::max<int64_t>(1, pixels / ((width + strips_x - 1) / strips_x));
+    const int64_t strips_y = (height + strip_rows - 1) / strip_rows;
     for (int64_t image = 0; image < batch; ++image) {
-        for (int64_t i = 0; i < down; ++i) {
-            for (int64_t j = 0; j < across; ++j) {
+        for (int64_t i = 0; i < strips_y; ++i) {
+            for (int64_t j = 0; j < strips_x; ++j) {
                 strips.push_back(
-                    {group, level, image, i * height / down, (i + 1) * height / down, j * width / across,
-                     (j + 1) * width / across});
+                    {group, level, image, i * height / strips_y, (i + 1) * height / strips_y, j * width / strips_x,
+                     (j + 1) * width / strips_x});
             }
         }
     }
@@ -87,10 +89,10 @@ void copy_strip(
                 std::fill(copy, copy + channels, real_t(0));
                 continue;
             }
-            const int64_t at = ((strip.image * level.height + y) * level.width + x) * channels;
+            const int64_t pixel = ((strip.image * level.height + y) * level.width + x) * channels;
             for_channel_vectors<real_t>(channels, [&](int64_t c, const auto& load, const auto& store) {
-                const Vector<real_t> value = load(level.x + at + c);
-                store(copy + c, level.flow ? value + load(level.flow + at + c) : value);
+                const Vector<real_t> value = load(level.x + pixel + c);
+                store(copy + c, level.flow ? value + load(level.flow + pixel + c) : value);
             });
         }
     }
@@ -273,7 +275,7 @@ void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups) {
     const int64_t threads = num_threads();
     const int64_t target = std::min(kStripPixels, std::max<int64_t>(1, pixels / (4 * threads)));
     std::vector<ConvStrip> strips;
-    int64_t largest = 0;
+    int64_t copy_size = 0;
     for (size_t j = 0; j < groups.size(); ++j) {
         for (size_t l = 0; l < groups[j].levels.size(); ++l) {
             const ConvLevel<scalar_t>& level = groups[j].levels[l];
@@ -281,7 +283,7 @@ void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups) {
             append_strips(j, l, level.batch, level.height, level.width, target, strips);
             for (size_t s = first; s < strips.size(); ++s) {
                 if (!reads_in_place(level)) {
-                    largest = std::max(largest, strips[s].padded_pixels() * padded_row(groups[j].channels));
+                    copy_size = std::max(copy_size, strips[s].padded_pixels() * padded_row(groups[j].channels));
                 }
             }
         }
@@ -291,16 +293,16 @@ void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups) {
     }
     // Split the last strips by output channels, too, to balance the load of the threads at the end.
     const int64_t count = static_cast<int64_t>(strips.size());
-    const int64_t cut = std::min(count, 2 * threads), whole = count - cut;
+    const int64_t num_split = std::min(count, 2 * threads), num_whole = count - num_split;
     const int64_t parts = std::min(panels, std::max(kLastParts, (threads + count - 1) / count));
-    const int64_t tasks = whole + cut * parts;
-    Scratch<real_t> scratch(largest * num_workers(tasks, work));
+    const int64_t tasks = num_whole + num_split * parts;
+    Scratch<real_t> scratch(copy_size * num_workers(tasks, work));
     run_tasks(tasks, work, [&](int64_t task, int64_t worker) {
-        const bool is_whole = task < whole;
-        const ConvStrip& strip = strips[static_cast<size_t>(is_whole ? task : whole + (task - whole) / parts)];
+        const bool is_whole = task < num_whole;
+        const ConvStrip& strip = strips[static_cast<size_t>(is_whole ? task : num_whole + (task - num_whole) / parts)];
         convolve_strip(
-            groups[strip.group], strip, is_whole ? 0 : (task - whole) % parts, is_whole ? 1 : parts,
-            scratch.get() + worker * largest);
+            groups[strip.group], strip, is_whole ? 0 : (task - num_whole) % parts, is_whole ? 1 : parts,
+            scratch.get() + worker * copy_size);
     });
 }
 

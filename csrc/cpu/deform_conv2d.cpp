@@ -18,7 +18,7 @@ namespace {
 // Number of values of the columns of a block. These 256 KiB of float leave space for the sums of the block in an L2
 // cache of 1 MiB.
 constexpr int64_t kColumnValues = 64 * 1024;
-constexpr int64_t kDepth = kGemmDepth;  // depth of a product up to which taps are gathered together
+constexpr int64_t kDepth = kGemmDepth;  // taps are gathered together up to this depth of the matrix product
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
 constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 
@@ -137,9 +137,9 @@ void deform_conv2d_forward(
     const int64_t taps = channels > 0 ? shape.taps() : 1;  // without channels, a single tap sets the sums to zero
     const int64_t inputs = shape.group_channels(), outputs = shape.group_outputs();
     const int64_t packed_tap = gemm_packed_size(inputs, outputs);
-    const Scratch<real_t> wide_bias(shape.out_channels);
+    const Scratch<real_t> accum_bias(shape.out_channels);
     for (int64_t o = 0; o < shape.out_channels; ++o) {
-        wide_bias.get()[o] = bias ? load(bias[o]) : real_t(0);
+        accum_bias.get()[o] = bias ? load(bias[o]) : real_t(0);
     }
 
     const int64_t chunk_taps = std::min(taps, std::max<int64_t>(1, kDepth / std::max<int64_t>(inputs, 1)));
@@ -164,12 +164,12 @@ void deform_conv2d_forward(
                 }
             }
             store_block<kRelu>(
-                sums.get(), shape.out_channels, wide_bias.get(), output, shape, first, pixels, channels_first);
+                sums.get(), shape.out_channels, accum_bias.get(), output, shape, first, pixels, channels_first);
         }
     });
 }
 
-// Compute the output for checked arguments. `packed(zero)` returns a pointer to the packed weight.
+// Compute the output for checked arguments. `packed(zero)` returns the packed weight, as a Scratch or a PackedView.
 template <typename Packed>
 Tensor convolve(
     const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input, const Tensor& offset,
@@ -224,9 +224,9 @@ Tensor pack_deform_conv2d_cpu(const Tensor& weight, int64_t groups, int64_t offs
     return packed;
 }
 
-// Pointer to a packed weight, with the interface of Scratch.
+// Pointer to the values of a packed weight, with the interface of Scratch.
 template <typename real_t>
-struct Borrowed {
+struct PackedView {
     const real_t* values;
     const real_t* get() const { return values; }
 };
@@ -244,7 +244,7 @@ Tensor deform_conv2d_packed_cpu(
         packed, input, accum_dtype(input.scalar_type()), packed_weight_size(shape), kPackedColumns);
     return convolve(shape, options, input, offset, bias, mask, std::nullopt, [&](auto zero) {
         using real_t = accum_t<decltype(zero)>;
-        return Borrowed<real_t>{data<real_t>(packed)};
+        return PackedView<real_t>{data<real_t>(packed)};
     });
 }
 

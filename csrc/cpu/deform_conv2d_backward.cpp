@@ -27,13 +27,14 @@ struct Segment {
     int64_t packed;  // offset of its packed weight: per tap (outputs, channels)
 };
 
+// Channels [begin, end) that a task computes, as the segments of the weight groups.
 struct Slice {
     int64_t begin, end;
     std::vector<Segment> segments;
 };
 
-// Split the channels into at most `count` slices of whole vectors. `packed_size` is the length of all their packed
-// weights.
+// Split the channels into at most `count` slices of whole vectors. Set `packed_size` to the length of the packed
+// weights of all slices.
 std::vector<Slice> channel_slices(const DeformConvShape& shape, int64_t lanes, int64_t count, int64_t& packed_size) {
     const int64_t vectors = (shape.channels + lanes - 1) / lanes;
     count = std::min(vectors, count);
@@ -97,16 +98,17 @@ inline void scatter_channels(
     }
 }
 
-// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count). Add the tap's part
-// of grad_input (one image, channels-last; null: not requested).
+// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count). Add the gradient of
+// these samples to grad_input (one image, channels-last; null: not requested). Contributions outside the map are added
+// to `discarded`.
 template <typename scalar_t, typename real_t>
 SamplingGradient<real_t> scatter_tap(
-    const Sampler<scalar_t>& sampler, const OutputPixel& at, int64_t offset_group, int64_t number,
+    const Sampler<scalar_t>& sampler, const OutputPixel& pixel, int64_t offset_group, int64_t tap_index,
     const real_t* grad_columns,  // (count)
-    int64_t c_begin, int64_t count, real_t* grad_input, real_t* ignored) {
+    int64_t c_begin, int64_t count, real_t* grad_input, real_t* discarded) {
     SamplingGradient<real_t> result{};
     typename Sampler<scalar_t>::Tap tap;
-    if (!sampler.tap(at, offset_group, number, tap)) {
+    if (!sampler.tap(pixel, offset_group, tap_index, tap)) {
         return result;
     }
     const scalar_t* corner[4];
@@ -116,10 +118,10 @@ SamplingGradient<real_t> scatter_tap(
         corner[i] = tap.corner[i] + c_begin;
         weight[i] = tap.mask * tap.value[i];
         grad_cell[i] =
-            tap.cell[i] < 0 || !grad_input ? ignored : grad_input + tap.cell[i] * sampler.shape().channels + c_begin;
+            tap.cell[i] < 0 || !grad_input ? discarded : grad_input + tap.cell[i] * sampler.shape().channels + c_begin;
     }
     scatter_channels(grad_columns, corner, weight, grad_input ? grad_cell : nullptr, count, dot);
-    sampler.slopes(at, offset_group, number, tap, slope_y, slope_x);
+    sampler.slopes(pixel, offset_group, tap_index, tap, slope_y, slope_x);
     for (int i = 0; i < 4; ++i) {
         result.y += tap.mask * slope_y[i] * dot[i];
         result.x += tap.mask * slope_x[i] * dot[i];
@@ -185,16 +187,17 @@ void scatter_columns(
     const DataGradient<scalar_t>& problem, const Slice& slice, int64_t slice_index, int64_t pixel, int64_t count,
     int64_t tap,
     const accum_t<scalar_t>* columns,  // (count, channels of the slice)
-    accum_t<scalar_t>* grad_input, accum_t<scalar_t>* ignored, const PartialGradients<accum_t<scalar_t>>& partials) {
+    accum_t<scalar_t>* grad_input, accum_t<scalar_t>* discarded, const PartialGradients<accum_t<scalar_t>>& partials) {
     const DeformConvShape& shape = problem.sampler.shape();
     const int64_t group_channels = shape.offset_group_channels(), width = slice.end - slice.begin;
     for (int64_t p = 0; p < count; ++p) {
-        const OutputPixel at = output_pixel(shape, pixel + p);
+        const OutputPixel output = output_pixel(shape, pixel + p);
         for (int64_t c = slice.begin; c < slice.end;) {
             const int64_t group = c / group_channels;
             const int64_t size = std::min(slice.end, (group + 1) * group_channels) - c;
             const auto gradient = scatter_tap(
-                problem.sampler, at, group, tap, columns + p * width + (c - slice.begin), c, size, grad_input, ignored);
+                problem.sampler, output, group, tap, columns + p * width + (c - slice.begin), c, size, grad_input,
+                discarded);
             if (problem.grad_offset) {
                 partials.at(slice_index, group, pixel + p, tap) = gradient;
             }
@@ -214,8 +217,8 @@ void backward_slice(
     const int64_t outputs = shape.group_outputs(), pixels = shape.pixels(), width = slice.end - slice.begin;
     const int64_t block = std::clamp<int64_t>(kColumnValues / width, kGemmRows, kMaxBlockPixels);
     const Scratch<real_t> columns(block * width);
-    const Scratch<real_t> ignored(width);  // receives contributions outside the map
-    std::fill_n(ignored.get(), width, real_t(0));
+    const Scratch<real_t> discarded(width);  // sum of contributions outside the map
+    std::fill_n(discarded.get(), width, real_t(0));
     real_t* grad_input =
         problem.grad_input ? problem.grad_input + image * shape.height * shape.width * shape.channels : nullptr;
     for (int64_t first = 0; first < pixels; first += block) {
@@ -231,7 +234,7 @@ void backward_slice(
             }
             scatter_columns(
                 problem, slice, slice_index, image * pixels + first, count, tap, columns.get(), grad_input,
-                ignored.get(), partials);
+                discarded.get(), partials);
         }
     }
 }

@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor> group_norm_relu_cpu(
         return {output, torch::stable::zero_(statistics)};
     }
     const Tensor source = channels_adjacent(input);
-    const auto scale = numbers_of(weight, shape.channels, 1.0), shift = numbers_of(bias, shape.channels, 0.0);
+    const auto scale = float64_values(weight, shape.channels, 1.0), shift = float64_values(bias, shape.channels, 0.0);
     dispatch_floating("group_norm_relu", input.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         const NormMap<const scalar_t> map = map_of<scalar_t>(source);

@@ -213,8 +213,8 @@ inline NormShape shape_of(const Tensor& input, int64_t num_groups) {
     return {input.size(0), input.size(1), input.size(2), input.size(3), num_groups};
 }
 
-// Values of weight or bias in float64; `fill` for each channel if the tensor is absent.
-inline std::vector<double> numbers_of(const std::optional<Tensor>& tensor, int64_t channels, double fill) {
+// Values of weight or bias in float64. If the tensor is absent, each channel has the value `fill`.
+inline std::vector<double> float64_values(const std::optional<Tensor>& tensor, int64_t channels, double fill) {
     std::vector<double> numbers(static_cast<size_t>(channels), fill);
     if (tensor) {
         dispatch_floating("group_norm_relu", tensor->scalar_type(), [&](auto zero) {

@@ -91,11 +91,11 @@ void add_gradients(
 
 // Coefficients of `GroupGradient` per channel of one image.
 template <typename real_t>
-struct ByInput {
+struct GradientCoefficients {
     PerChannel<real_t> by_gradient, by_input, constant;
 
     // `gradients` and `products`: sums over the image of g, and of g times the normalized input.
-    ByInput(
+    GradientCoefficients(
         const NormShape& shape, const double* statistics, const double* weight, const double* gradients,
         const double* products)
         : by_gradient(padded(shape.channels)), by_input(by_gradient.size()), constant(by_gradient.size()) {
@@ -123,7 +123,7 @@ struct ByInput {
 template <bool kMasked, typename scalar_t, typename gradient_t>
 void input_gradient(
     const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride, int64_t count,
-    const Affine<accum_t<scalar_t>>& affine, const ByInput<accum_t<scalar_t>>& factors, int64_t channels,
+    const Affine<accum_t<scalar_t>>& affine, const GradientCoefficients<accum_t<scalar_t>>& factors, int64_t channels,
     scalar_t* target) {
     using real_t = accum_t<scalar_t>;
     for_channels<real_t>(channels, [&](auto lanes, int64_t c) {
@@ -167,10 +167,10 @@ void backward(
     const auto columns = doubled_axis<real_t>(upsample ? shape.width : 0);
     blocks.for_each(shape, size, [&](int64_t image, int64_t begin, int64_t end, int64_t block) {
         const auto add = [&](int64_t y, int64_t x, int64_t count, const auto* gradient, int64_t gradient_stride,
-                             real_t* kept) {
+                             real_t* masked_run) {
             add_gradients(
                 input.row(image, y) + x * input.pixel_stride, input.pixel_stride, gradient, gradient_stride, count,
-                affine[image], channels, kept, sums.first(block), sums.second(block));
+                affine[image], channels, masked_run, sums.first(block), sums.second(block));
         };
         if (!upsample) {
             for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
@@ -187,7 +187,7 @@ void backward(
             });
         }
     });
-    std::vector<ByInput<real_t>> factors;
+    std::vector<GradientCoefficients<real_t>> factors;
     std::vector<double> gradients(static_cast<size_t>(channels)), products(gradients.size());
     for (int64_t image = 0; image < shape.batch; ++image) {
         const double* image_statistics = statistics + image * shape.groups * 2;
@@ -240,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cpu(
     const Tensor grad_weight = zeros(input, {shape.channels}), grad_bias = zeros(input, {shape.channels});
     if (input.numel() != 0) {
         const Tensor source = channels_adjacent(input), gradient = channels_adjacent(as_dtype(grad_output, dtype));
-        const auto scale = numbers_of(weight, shape.channels, 1.0), shift = numbers_of(bias, shape.channels, 0.0);
+        const auto scale = float64_values(weight, shape.channels, 1.0),
+                   shift = float64_values(bias, shape.channels, 0.0);
         const Tensor dense_statistics = to_contiguous(statistics);
         const bool in_place = accum_dtype(dtype) == dtype;
         const Tensor masked = in_place || !upsample

@@ -92,9 +92,9 @@ int64_t detect(
     SelectedBoxes<real_t> kept;
     kept.clear(options.classes);
     int64_t count = 0;
-    for (size_t wanted = std::max<size_t>(1024, 4 * static_cast<size_t>(options.max_detections)); !pending.empty();
-         wanted *= 4) {
-        take_best(pending, wanted, chunk);
+    for (size_t chunk_size = std::max<size_t>(1024, 4 * static_cast<size_t>(options.max_detections)); !pending.empty();
+         chunk_size *= 4) {
+        take_best(pending, chunk_size, chunk);
         radix_sort(chunk.data(), static_cast<int64_t>(chunk.size()), static_cast<decltype(chunk[0].key)>(-1), scratch);
         for (const auto& entry : chunk) {
             const int64_t index = entry.row / options.classes, label = entry.row % options.classes;

@@ -97,7 +97,7 @@ public:
     template <typename Visit>
     UniformGrid(real_t threshold, const Visit& visit) {
         constexpr real_t kInfinity = std::numeric_limits<real_t>::infinity();
-        real_t low_x = kInfinity, high_x = -kInfinity, low_y = kInfinity, high_y = -kInfinity, largest = 0;
+        real_t low_x = kInfinity, high_x = -kInfinity, low_y = kInfinity, high_y = -kInfinity, max_coordinate = 0;
         double sum_width = 0, sum_height = 0, count = 0;
         visit([&](const Box<real_t>& box) {
             const real_t x = center(box.x1, box.x2), y = center(box.y1, box.y2);
@@ -111,11 +111,12 @@ public:
             max_height_ = std::max(max_height_, height);
             sum_width += width;
             sum_height += height;
-            largest = std::max({largest, std::abs(box.x1), std::abs(box.y1), std::abs(box.x2), std::abs(box.y2)});
+            max_coordinate =
+                std::max({max_coordinate, std::abs(box.x1), std::abs(box.y1), std::abs(box.x2), std::abs(box.y2)});
         });
         const real_t lowered = std::min(threshold, real_t(1)) * real_t(1 - 1e-5);
         reach_ = (real_t(1) - lowered) / (real_t(2) * lowered) + real_t(1e-5);  // infinite for a threshold of 0
-        slack_ = largest * real_t(16) * std::numeric_limits<real_t>::epsilon();
+        slack_ = max_coordinate * real_t(16) * std::numeric_limits<real_t>::epsilon();
         x0_ = low_x;
         y0_ = low_y;
         const real_t mean_x = reach_of(static_cast<real_t>(sum_width / count), max_width_);

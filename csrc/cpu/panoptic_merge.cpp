@@ -101,11 +101,12 @@ struct PackedMasks {
     }
 };
 
-// Keep or drop the candidates in order. The mask of a kept candidate loses the pixels of earlier kept candidates; a
-// dropped candidate gets a row count of 0. Return the kept segments; id_of[c] is the id of candidate c, 0 if dropped.
+// Keep or drop the candidates in order. The mask of a kept candidate loses the pixels of earlier kept candidates, the
+// set bits of `used`. A dropped candidate gets row counts of 0. Return the kept segments; candidate_ids[c] is the id of
+// candidate c, 0 if dropped.
 std::vector<Segment> keep_instances(
     PackedMasks& masks, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
-    double overlap_threshold, std::vector<uint64_t>& used, std::vector<int32_t>& id_of) {
+    double overlap_threshold, std::vector<uint64_t>& used, std::vector<int32_t>& candidate_ids) {
     std::vector<Segment> segments;
     std::vector<uint64_t> columns(static_cast<size_t>(image.words));
     for (size_t c = 0; c < order.size(); ++c) {
@@ -155,7 +156,7 @@ std::vector<Segment> keep_instances(
             }
         }
         segments.push_back(segment);
-        id_of[c] = static_cast<int32_t>(segments.size());
+        candidate_ids[c] = static_cast<int32_t>(segments.size());
     }
     return segments;
 }
@@ -169,24 +170,24 @@ bool is_constant(const label_t* labels, int64_t count) {
     return difference == 0;
 }
 
-// Call add(label, bits) for the runs of equal labels among the pixels `open` of a word.
+// Call add(label, bits) for the runs of equal labels among the pixels `free` of a word.
 template <typename label_t, typename Add>
 __attribute__((always_inline)) inline void for_label_runs(
     const label_t* labels,  // (count)
-    int64_t count, uint64_t open, const Add& add) {
-    if (open != 0 && is_constant(labels, count)) {
-        add(labels[0], open);
+    int64_t count, uint64_t free, const Add& add) {
+    if (free != 0 && is_constant(labels, count)) {
+        add(labels[0], free);
         return;
     }
-    while (open != 0) {
-        const int64_t first = lowest_bit(open);
+    while (free != 0) {
+        const int64_t first = lowest_bit(free);
         int64_t last = first + 1;
         while (last < count && labels[last] == labels[first]) {
             ++last;
         }
-        const uint64_t run = open & bit_range(first, last);
+        const uint64_t run = free & bit_range(first, last);
         add(labels[first], run);
-        open ^= run;
+        free ^= run;
     }
 }
 
@@ -208,8 +209,8 @@ std::vector<StuffClass> stuff_statistics(
             };
             for (int64_t w = 0, x = 0; w < image.words; ++w, x += kWordPixels) {
                 const int64_t count = std::min(kWordPixels, image.width - x);
-                const uint64_t open = ~used[y * image.words + w] & bit_range(0, count);
-                for_label_runs(row + x, count, open, [&](int64_t label, uint64_t bits) { add(label, x, bits); });
+                const uint64_t free = ~used[y * image.words + w] & bit_range(0, count);
+                for_label_runs(row + x, count, free, [&](int64_t label, uint64_t bits) { add(label, x, bits); });
             }
         }
     });
@@ -250,16 +251,16 @@ __attribute__((always_inline)) inline void paint_mask_row(
     }
 }
 
-// Write every pixel of the id map, and the bit mask `open` of void pixels.
+// Write every pixel of the id map, and the bit mask `void_bits` of void pixels.
 template <typename label_t>
 void paint(
-    const label_t* stuff, const std::vector<int32_t>& id_of_label, const PackedMasks& masks,
-    const std::vector<int32_t>& id_of, const std::vector<uint64_t>& used, const Image& image, int32_t* id_map,
-    std::vector<uint64_t>& open) {
-    const auto labels = static_cast<int64_t>(id_of_label.size());
+    const label_t* stuff, const std::vector<int32_t>& label_ids, const PackedMasks& masks,
+    const std::vector<int32_t>& candidate_ids, const std::vector<uint64_t>& used, const Image& image, int32_t* id_map,
+    std::vector<uint64_t>& void_bits) {
+    const auto labels = static_cast<int64_t>(label_ids.size());
     const auto stuff_id = [&](label_t label) {
         const auto index = static_cast<int64_t>(label);
-        return index >= 0 && index < labels ? id_of_label[index] : 0;
+        return index >= 0 && index < labels ? label_ids[index] : 0;
     };
     parallel_for(0, image.height, kBandRows, [&](int64_t begin, int64_t end) {
         for (int64_t y = begin; y < end; ++y) {
@@ -268,13 +269,14 @@ void paint(
             for (int64_t w = 0, x = 0; w < image.words; ++w, x += kWordPixels) {
                 const int64_t count = std::min(kWordPixels, image.width - x);
                 const uint64_t free = ~used[y * image.words + w] & bit_range(0, count);
-                open[y * image.words + w] = paint_stuff(row + x, count, free, stuff_id, target + x);
+                void_bits[y * image.words + w] = paint_stuff(row + x, count, free, stuff_id, target + x);
             }
-            for (size_t c = 0; c < id_of.size(); ++c) {
-                if (id_of[c] == 0 || masks.row_count[c * image.height + y] == 0) {
+            for (size_t c = 0; c < candidate_ids.size(); ++c) {
+                if (candidate_ids[c] == 0 || masks.row_count[c * image.height + y] == 0) {
                     continue;
                 }
-                paint_mask_row(masks.bits.data() + (c * image.height + y) * image.words, image.words, id_of[c], target);
+                paint_mask_row(
+                    masks.bits.data() + (c * image.height + y) * image.words, image.words, candidate_ids[c], target);
             }
         }
     });
@@ -284,7 +286,7 @@ void paint(
 // new segment.
 void fill_boxes(
     const double* boxes, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
-    double box_overlap_threshold, std::vector<int32_t>& id_of, std::vector<uint64_t>& open,
+    double box_overlap_threshold, std::vector<int32_t>& candidate_ids, std::vector<uint64_t>& void_bits,
     std::vector<Segment>& segments, int32_t* id_map) {
     for (size_t c = 0; c < order.size(); ++c) {
         const PixelBox box = merge_pixel_box(boxes + 4 * order[c], image.height, image.width);
@@ -299,24 +301,24 @@ void fill_boxes(
         int64_t still_void = 0;
         for (int64_t y = box.y1; y < box.y2; ++y) {
             for (int64_t w = first; w <= last; ++w) {
-                still_void += bit_count(open[y * image.words + w] & part(w));
+                still_void += bit_count(void_bits[y * image.words + w] & part(w));
             }
         }
         if (!merge_box_is_filled(still_void, box.area(), box_overlap_threshold)) {
             continue;
         }
-        if (id_of[c] == 0) {
+        if (candidate_ids[c] == 0) {
             segments.push_back({labels[order[c]], order[c], 0, {}});
-            id_of[c] = static_cast<int32_t>(segments.size());
+            candidate_ids[c] = static_cast<int32_t>(segments.size());
         }
-        Segment& segment = segments[static_cast<size_t>(id_of[c] - 1)];
+        Segment& segment = segments[static_cast<size_t>(candidate_ids[c] - 1)];
         segment.area += still_void;
         for (int64_t y = box.y1; y < box.y2; ++y) {
             for (int64_t w = first; w <= last; ++w) {
-                const uint64_t bits = open[y * image.words + w] & part(w);
+                const uint64_t bits = void_bits[y * image.words + w] & part(w);
                 if (bits != 0) {
-                    open[y * image.words + w] ^= bits;
-                    paint_word(id_map + y * image.width + w * kWordPixels, bits, id_of[c]);
+                    void_bits[y * image.words + w] ^= bits;
+                    paint_word(id_map + y * image.width + w * kWordPixels, bits, candidate_ids[c]);
                     segment.extent.add(w * kWordPixels + lowest_bit(bits), w * kWordPixels + highest_bit(bits), y);
                 }
             }
@@ -339,25 +341,26 @@ __attribute__((aligned(64))) std::vector<Segment> merge(
     const std::vector<int64_t> order = candidates(scores, count, options.score_threshold);
     PackedMasks packed(masks, order, image);
     std::vector<uint64_t> used(static_cast<size_t>(image.height * image.words));
-    std::vector<int32_t> id_of(order.size());
+    std::vector<int32_t> candidate_ids(order.size());
     std::vector<Segment> segments =
-        keep_instances(packed, order, labels, image, options.overlap_threshold, used, id_of);
+        keep_instances(packed, order, labels, image, options.overlap_threshold, used, candidate_ids);
 
     const auto stuff_labels = static_cast<int64_t>(ignored.size());
     const std::vector<StuffClass> classes = stuff_statistics(stuff, used, image, stuff_labels);
-    std::vector<int32_t> id_of_label(ignored.size());
+    std::vector<int32_t> label_ids(ignored.size());
     for (int64_t label = 0; label < stuff_labels; ++label) {
         const StuffClass& stuff_class = classes[static_cast<size_t>(label)];
         if (!ignored[static_cast<size_t>(label)] && stuff_class.area > 0 &&
             stuff_class.area >= options.stuff_area_threshold) {
             segments.push_back({label, -1, stuff_class.area, stuff_class.extent});
-            id_of_label[static_cast<size_t>(label)] = static_cast<int32_t>(segments.size());
+            label_ids[static_cast<size_t>(label)] = static_cast<int32_t>(segments.size());
         }
     }
-    std::vector<uint64_t> open(used.size());
-    paint(stuff, id_of_label, packed, id_of, used, image, id_map, open);
+    std::vector<uint64_t> void_bits(used.size());
+    paint(stuff, label_ids, packed, candidate_ids, used, image, id_map, void_bits);
     if (boxes != nullptr) {
-        fill_boxes(boxes, order, labels, image, options.box_overlap_threshold, id_of, open, segments, id_map);
+        fill_boxes(
+            boxes, order, labels, image, options.box_overlap_threshold, candidate_ids, void_bits, segments, id_map);
     }
     return segments;
 }
@@ -369,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
     check_panoptic_merge(
         masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_overlap_threshold);
     const int64_t count = masks.size(0), rows = count + stuff_labels;
-    const Image image{masks.size(1), masks.size(2), words_of(masks.size(2))};
+    const Image image{masks.size(1), masks.size(2), words_per_row(masks.size(2))};
     Tensor id_map = empty_like_sized(masks, {image.height, image.width}, ScalarType::Int);
     Tensor table = empty_like_sized(masks, {rows, kMergeColumns}, ScalarType::Long);
     Tensor segment_scores = empty_like_sized(masks, {rows}, ScalarType::Float);

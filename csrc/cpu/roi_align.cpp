@@ -38,15 +38,15 @@ struct AxisTaps {
     void fill(const RoiAxis<real_t>& axis, int64_t bins, int64_t size, int64_t stride) {
         taps.clear();
         begin.assign(1, 0);
-        const real_t share = real_t(1) / std::max(axis.grid, real_t(1));
+        const real_t sample_weight = real_t(1) / std::max(axis.grid, real_t(1));
         for (int64_t bin = 0; bin < bins; ++bin) {
             const size_t first = taps.size();
             const SampleRange range = sample_range(axis, bin, size);
             for (int64_t i = range.begin; i < range.end; ++i) {
                 LinearSample<real_t> sample;
                 if (linear_sample(sample_position(axis, bin, i), size, sample)) {
-                    add(first, sample.low * stride, sample.low_weight * share);
-                    add(first, sample.high * stride, sample.high_weight * share);
+                    add(first, sample.low * stride, sample.low_weight * sample_weight);
+                    add(first, sample.high * stride, sample.high_weight * sample_weight);
                 }
             }
             begin.push_back(static_cast<int64_t>(taps.size()));

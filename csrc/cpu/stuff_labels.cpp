@@ -6,8 +6,8 @@
 //
 // logits (C, h, w) of any strides, output (H, W). Each row of the logits is copied once to one row per class. The two
 // rows adjacent to a row of the output stay in the cache and are interpolated for the whole row. Then the loop over
-// classes keeps the best values and classes of a vector of pixels in registers. Two loads and two permutations fetch
-// their cells.
+// classes keeps the best values and classes of a vector of pixels in registers. Per class, two loads and two
+// permutations fetch the cells left and right of these pixels.
 //
 // Tasks are rows of the output. Without fused multiply-adds, labels are equal on all instruction sets and back ends.
 #include "common/stuff_labels.h"

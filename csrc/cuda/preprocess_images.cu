@@ -38,7 +38,7 @@ struct ImageBatch {
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) preprocess_images_kernel(
     const __grid_constant__ SourceImages images, Global<scalar_t> output,  // (images, height, width, 3)
-    const ImageBatch batch, const ImageNormalisation normalization) {
+    const ImageBatch batch, const ImageNormalization normalization) {
     constexpr int kPixels = kVectorElements<scalar_t>;
     const int64_t groups = (batch.width + kPixels - 1) / kPixels;  // of pixels in a row
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
@@ -102,7 +102,7 @@ Tensor preprocess_images_cuda(
     const DeviceScope device(images[0]);
     Tensor output = empty_image_batch(images, heights, widths, divisor, dtype);
     const int64_t count = output.size(0), height = output.size(2), width = output.size(3);
-    const ImageNormalisation normalization = image_normalisation(mean, std);
+    const ImageNormalization normalization = image_normalization(mean, std);
     dispatch_image_dtype<float16, bfloat16>(dtype, [&](auto zero) {
         using scalar_t = decltype(zero);
         constexpr int kPixels = kVectorElements<scalar_t>;

@@ -175,11 +175,9 @@ public:
                 Fragment<operand_t, 2> b[2];
                 load_right(right, k, warp_column() + j, b);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        multiply_add(sums_[i][j / 8 + half], a[i], b[half]);
-                    }
+                for (int product = 0; product < 4; ++product) {
+                    const int half = product / 2, i = product % 2;
+                    multiply_add(sums_[i][j / 8 + half], a[i], b[half]);
                 }
             }
         }

@@ -140,7 +140,7 @@ public:
           taps_(shape.taps()),
           partials_(requested ? (num_slices + shape.offset_groups - 1) * pixels_ * taps_ : 0) {}
 
-    // `pixel` counts the output pixels of all images.
+    // `pixel` is an index among the output pixels of all images.
     SamplingGradient<real_t>& at(int64_t slice, int64_t offset_group, int64_t pixel, int64_t tap) const {
         return partials_.get()[((slice + offset_group) * pixels_ + pixel) * taps_ + tap];
     }
@@ -210,7 +210,7 @@ void scatter_columns(
 template <typename scalar_t>
 void backward_slice(
     const DataGradient<scalar_t>& problem, const Slice& slice, int64_t slice_index, int64_t image,
-    const accum_t<scalar_t>* packed,  // of pack_slices
+    const accum_t<scalar_t>* packed,  // see pack_slices
     const PartialGradients<accum_t<scalar_t>>& partials) {
     using real_t = accum_t<scalar_t>;
     const DeformConvShape& shape = problem.sampler.shape();

@@ -222,8 +222,8 @@ std::vector<StuffClass> stuff_statistics(
     return classes;
 }
 
-// Write the ids of `count` pixels of a word. Pixels in instances get an unspecified id. Return the bit mask of the other
-// pixels without an id.
+// Write the ids of `count` pixels of a word. `free` is the bit mask of the pixels without an instance; other pixels get
+// an unspecified id. Return the bit mask of the free pixels whose label has no id.
 template <typename label_t, typename StuffId>
 __attribute__((always_inline)) inline uint64_t paint_stuff(
     const label_t* labels, int64_t count, uint64_t free, const StuffId& stuff_id, int32_t* ids) {

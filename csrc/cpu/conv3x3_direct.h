@@ -133,8 +133,8 @@ ConvView<accum_t<scalar_t>> view_strip(
         copy, strip.y_begin - 1, strip.x_begin - 1, padded_row(channels), strip.padded_width() * padded_row(channels)};
 }
 
-// Add the products of one tap and channels [first_channel, first_channel + depth) to a tile of kRows adjacent pixels. The
-// tap of the first pixel is (row, x + dx). Pixels whose tap is outside the map are skipped.
+// Add the products of one tap and channels [first_channel, first_channel + depth) to a tile of kRows adjacent pixels.
+// The tap of the first pixel is (row, x + dx). Pixels whose tap is outside the map are skipped.
 template <int kRows, typename real_t>
 __attribute__((always_inline)) inline void multiply_tap(
     const ConvView<real_t>& view, int64_t width, int64_t row, int64_t x, int64_t dx, int64_t first_channel,

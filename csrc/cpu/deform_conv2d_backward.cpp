@@ -298,8 +298,8 @@ void deform_conv2d_backward_data(const DataGradient<scalar_t>& problem) {
     });
 }
 
-// grad_output packed as one matrix (pixels, outputs) per block of pixels and weight group. A block is a range of at most
-// kWeightBlock pixels of an image.
+// grad_output packed as one matrix (pixels, outputs) per block of pixels and weight group. A block is a range of at
+// most kWeightBlock pixels of an image.
 template <typename scalar_t>
 class PackedGradient {
 public:

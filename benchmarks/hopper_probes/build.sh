@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the probes into build/hopper_probes of the repository. Of the target machine they need only the driver.
+# Build the probes into build/hopper_probes of the repository. The target machine needs only the driver.
 set -e
 cd "$(dirname "$0")"
 out=../../build/hopper_probes

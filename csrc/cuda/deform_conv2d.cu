@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     __syncthreads();
     Product product;
     int begin = static_cast<int>(blockIdx.z) / problem.groups *
-                part_steps;  // first step of this block; then minus the steps already passed
+                part_steps;  // first step of this block, relative to the current taps of a run; negative after it
     for (int run = 0; run < problem.group_channels; run += problem.run) {
         const int first_channel = group * problem.group_channels + run;
         for (int first_tap = 0; first_tap < problem.taps; first_tap += kTableTaps) {

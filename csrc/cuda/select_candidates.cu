@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     __syncthreads();
     const unsigned count = listed[1];
     Entry<key_t> begin{0, 0};
-    for (unsigned done = 0; done < wanted;) {  // the list has at least as many
+    for (unsigned done = 0; done < wanted;) {  // the list has at least that many entries
         const int taken =
             next_chunk<key_t>(level_list_keys, level_list_rows, count, begin, chunk, histogram, sums, cut);
         for (int i = thread; i < taken && done + static_cast<unsigned>(i) < wanted; i += kGreedyThreads) {

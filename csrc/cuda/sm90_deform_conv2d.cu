@@ -6,8 +6,8 @@
 // the packed weight. Eight warps gather columns, (pixels, 64 channels) with 128-byte swizzle. One of their threads
 // loads weights, (64 channels, outputs), by TMA. One or two warpgroups multiply, 64 pixels each. Cells of the next step
 // are loaded into registers while those of this step are interpolated in float32 and rounded once. For few pixels,
-// blocks split the steps of a tile, write partial sums in float32, and deform_conv2d.cu adds them. 256 outputs are two
-// instructions: one instruction needs 154 registers, but 512 threads start with 128.
+// blocks split the steps of a tile, write partial sums in float32, and deform_conv2d.cu adds them. 256 outputs are
+// computed by two instructions, because one needs 154 registers, and 512 threads start with 128.
 #include "cuda/sm90_deform_conv2d.h"
 
 #include <algorithm>
@@ -21,8 +21,8 @@ namespace {
 constexpr int kStepChannels = 64;
 constexpr int kRowBytes = kStepChannels * 2;             // of a pixel, and of 64 outputs of a channel
 constexpr int kWeightBytes = kStepChannels * kRowBytes;  // of 64 outputs
-constexpr int kProducers = 256;
-constexpr int kSharedLimit = 227 * 1024;  // of a block, static memory included
+constexpr int kProducers = 256;                          // threads
+constexpr int kSharedLimit = 227 * 1024;                 // of a block, static memory included
 
 // Sizes of the kernel. A consumer is a warpgroup that multiplies 64 pixels.
 template <int kOutputs, int kConsumers>

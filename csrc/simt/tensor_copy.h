@@ -160,7 +160,7 @@ inline void AsyncUnits::check_end(Block& block) {
             registers.back().thread, registers.back().location,
             concatenate(
                 "setmaxnreg: warpgroups use ", all, " registers of ", at_launch * warpgroups,
-                " per thread of each: the last one never returns"));
+                " per thread of each: the last setmaxnreg never returns"));
     }
 }
 

@@ -89,7 +89,7 @@ WGMMA_FAULTS = {
     "exchanged offsets": "line 8, 16 bytes 0 of operand b are not where the copy at sm90_wgmma_faults.cpp:",
     "exchanged offsets of a": "line 8, 16 bytes 0 of operand a also belong to another line",
     "fence of one thread": "wgmma reads an operand that was written without a fence.proxy.async in between",
-    "lanes apart": "wgmma.fence: lane 31 of the warp is at sm90_wgmma_faults.cpp:",
+    "lanes at two lines": "wgmma.fence: lane 31 of the warp is at sm90_wgmma_faults.cpp:",
     "late proxy fence": "wgmma reads an operand that was written without a fence.proxy.async in between",
     "no commit": "reads accumulators of a wgmma without waiting for its group",
     "no proxy fence": "wgmma reads an operand that was written without a fence.proxy.async in between",

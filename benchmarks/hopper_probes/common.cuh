@@ -47,8 +47,8 @@ __attribute__((format(printf, 1, 2))) inline void finding(const char* fields, ..
     fflush(stdout);
 }
 
-// Record that a device function writes before it traps. It is in mapped host memory, which is readable after the context
-// is lost.
+// Record that a device function writes before it traps. It is in mapped host memory, which is readable after the
+// context is lost.
 struct Fault {
     int code, block, thread, value;
 };
@@ -158,8 +158,8 @@ float milliseconds(int repeats, Launch launch, const char* what) {
     return elapsed;
 }
 
-// Encode a tiled bf16 tensor map; return the driver's result, which a probe may report. Sizes, strides (in bytes, without
-// the innermost) and box begin with the innermost dimension.
+// Encode a tiled bf16 tensor map; return the driver's result, which a probe may report. Sizes, strides (in bytes,
+// without the innermost) and box begin with the innermost dimension.
 inline CUresult encode_map(
     CUtensorMap* map, const void* address, const std::vector<cuuint64_t>& sizes, const std::vector<cuuint64_t>& strides,
     const std::vector<cuuint32_t>& box, CUtensorMapSwizzle swizzle) {
@@ -190,8 +190,8 @@ inline CUresult encode_planes(
         CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
-// Encode an NHWC tensor as rows of 64 channels, {C, W, H, N}. The box {64, box_x, box_y, 1} is stored as [y][x][64] with
-// 128-byte swizzle.
+// Encode an NHWC tensor as rows of 64 channels, {C, W, H, N}. The box {64, box_x, box_y, 1} is stored as [y][x][64]
+// with 128-byte swizzle.
 inline CUresult encode_rows(
     CUtensorMap* map, const void* x, cuuint64_t n, cuuint64_t h, cuuint64_t w, cuuint64_t c, cuuint32_t box_x = 10,
     cuuint32_t box_y = 10) {
@@ -266,8 +266,8 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity,
     }
 }
 
-// Copy a box to the same address in every block of the cluster in the mask `blocks`. The mbarrier of each block counts the
-// bytes.
+// Copy a box to the same address in every block of the cluster in the mask `blocks`. The mbarrier of each block counts
+// the bytes.
 __device__ __forceinline__ void tma_load_3d_multicast(
     unsigned target, const CUtensorMap* map, int c0, int c1, int c2, unsigned barrier, unsigned short blocks) {
     asm volatile(

@@ -490,8 +490,8 @@ void upload(const Buffer<bf16>& target, const std::vector<bf16>& values) {
     CHECK(cudaMemcpy(target.data, values.data(), values.size() * sizeof(bf16), cudaMemcpyHostToDevice));
 }
 
-// Locate an error by weights of one tap that copy the channels: each output is then a shifted input. `launch(bias)` runs
-// the convolution.
+// Locate an error by weights of one tap that copy the channels: each output is then a shifted input. `launch(bias)`
+// runs the convolution.
 template <typename Launch>
 void probe_taps(Problem& problem, const Buffer<bf16>& weights, Launch launch) {
     Buffer<float> no_bias(C);

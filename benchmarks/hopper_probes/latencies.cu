@@ -169,8 +169,8 @@ __global__ void dependent_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// Kernel number `step` of a sequence: busy for `cycles` after its wait. Each kernel increments `count`; a wrong count on
-// entry shows that kernels ran out of order.
+// Kernel number `step` of a sequence: busy for `cycles` after its wait. Each kernel increments `count`; a wrong count
+// on entry shows that kernels ran out of order.
 __global__ void chained_kernel(int* count, int step, int cycles, int* out_of_order) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -341,7 +341,8 @@ void probe_launch() {
             times[programmatic] = us;
             wrong[programmatic] = state.host()[1];
         }
-        // Every repeat but the first begins with the count of the previous repeat, so its first kernel counts as out of order.
+        // Every repeat but the first begins with the count of the previous repeat, so its first kernel counts as out of
+        // order.
         finding(
             "\"launch\": \"%s, 10,000 cycles of work each\", \"us_per_kernel\": %.3f, "
             "\"us_per_kernel_with_programmatic_launch\": %.3f, \"out_of_order\": [%d, %d], \"expected_out_of_order\": "

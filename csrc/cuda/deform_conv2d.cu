@@ -33,7 +33,7 @@ struct ForwardMemory {
     static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// Position of a thread's items of the columns in each step, with kWidth > 1, in the order of chunks, then taps.
+// Position of a thread's item in the columns of a step, for kWidth > 1. Items are in the order of chunks, then taps.
 struct ColumnCursor {
     int channel, chunk, entry;  // channel in the chunk; first channel of the chunk; entry of the table
 

@@ -151,7 +151,7 @@ struct Cell {
     int image, y, x;
 };
 
-// Add weight times the outputs of an item, from `output` on, to `sums`; there are no outputs from `end` on. kWidth
+// Add weight times the outputs of an item, from `output` on, to `sums`. Outputs from `end` on do not exist. kWidth
 // outputs are one access.
 template <int kWidth, int kItem, typename scalar_t, typename real_t>
 __device__ __forceinline__ void add_weighted(

@@ -101,8 +101,8 @@ struct PixelRange {
           end(place.block + 1 < parts.blocks ? (place.block + 1) * parts.extent : shape.pixels()) {}
 };
 
-// Call use(pixel, load(pixel), is_first) for the pixels of a range. kPixelsAhead pixels are loaded before the first of them
-// is used.
+// Call use(pixel, load(pixel), is_first) for the pixels of a range. kPixelsAhead pixels are loaded before the first of
+// them is used.
 template <typename Load, typename Use>
 __device__ __forceinline__ void for_pixels(const PixelRange& range, const Load& load, const Use& use) {
     for (int first = range.begin; first < range.end; first += kPixelsAhead * kPixelLanes) {

@@ -9,7 +9,10 @@
 //   select    a block per level and image lists the keys up to the bin of the last kept anchor, in one pass over the
 //             keys, and orders the best of this list (best_chunks.cuh)
 //
-// For all levels: gather, a thread per 16 bytes of logits of a kept anchor for the scores, one more for the box.
+// For all levels:
+//
+//   gather    a thread per 16 bytes of logits of a kept anchor computes scores; one more thread decodes the box
+//
 // Memory: 12 bytes per anchor (20 for float64) for keys and list.
 #include "ops/select_candidates.h"
 

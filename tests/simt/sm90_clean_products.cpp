@@ -389,7 +389,7 @@ void halo() {
     }
 }
 
-// Orders that need no more fences. Thread 0 waits for TMA and a barrier follows; then thread 64 stores two bytes into
+// Accesses that need no further fences. Thread 0 waits for TMA and a barrier follows; then thread 64 stores two bytes into
 // the copied data. The readers, not the writers, execute the proxy fence. At the end each warp stores to the rows of a
 // that only its products read.
 __global__ void orders_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
@@ -423,7 +423,7 @@ void orders() {
     std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
     std::vector<int> out(128);
     launch<orders_kernel>(dim3(2), dim3(128), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
-    expect(out[0] == 3 && out[127] == 3, "orders that need no more fences");
+    expect(out[0] == 3 && out[127] == 3, "accesses that need no further fences");
 }
 
 void after_faults() {

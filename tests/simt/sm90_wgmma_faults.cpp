@@ -330,10 +330,10 @@ __global__ void elected_lane_fences_kernel() {
     multiply(sums, a_at(a), b_at(b));  // line: elected lane fences
 }
 
-__global__ void lanes_apart_kernel() {
+__global__ void lanes_at_two_lines_kernel() {
     SM90_OPERANDS(1);
     if (thread % 32 < 31) {
-        wgmma_fence();  // line: lanes apart
+        wgmma_fence();  // line: lanes at two lines
     } else {
         wgmma_fence();
     }
@@ -372,7 +372,7 @@ const Cases kFaults = {
     {"exchanged offsets", run_with_map<exchanged_offsets_kernel>},
     {"exchanged offsets of a", run<exchanged_offsets_of_a_kernel>},
     {"fence of one thread", run<fence_of_one_thread_kernel>},
-    {"lanes apart", run<lanes_apart_kernel>},
+    {"lanes at two lines", run<lanes_at_two_lines_kernel>},
     {"late proxy fence", run<late_proxy_fence_kernel, 256>},
     {"no commit", run_with_buffer<no_commit_kernel, float>},
     {"no proxy fence", run<no_proxy_fence_kernel>},

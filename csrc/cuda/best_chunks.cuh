@@ -164,7 +164,7 @@ __device__ __forceinline__ int next_chunk(
     });
     __syncthreads();
     const int taken = static_cast<int>(static_cast<unsigned>(gathered[0]));
-    int padded = kLeastPadded;
+    int padded = kMinPadded;
     while (padded < taken) {
         padded *= 2;
     }

@@ -37,7 +37,7 @@ struct TensorCoreConfig {
     static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kWeightRows * kWeightRow;  // elements
     static constexpr size_t kSharedBytes =
         sizeof(element_t<operand_t>) * (2 * kInputBuffer + kWeightStages * kWeightStage);
-    static_assert((kHeight + 2) * kHaloWidth <= kInputs, "a chunk per unit");
+    static_assert((kHeight + 2) * kHaloWidth <= kInputs, "one chunk per unit covers a tile and its halo");
 };
 
 // Sums of a lane, of four rows. In 16 bits outputs are the columns of a product. sums[i][j][e] is pixel e / 2 * 8,

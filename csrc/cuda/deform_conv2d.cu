@@ -33,7 +33,7 @@ struct ForwardMemory {
     static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// Position of a thread's items of the columns in each step, with kWidth > 1, in the order of chunks, then taps.
+// Position of a thread's item in the columns of a step, for kWidth > 1. Items are in the order of chunks, then taps.
 struct ColumnCursor {
     int channel, chunk, entry;  // channel in the chunk; first channel of the chunk; entry of the table
 
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     __syncthreads();
     Product product;
     int begin = static_cast<int>(blockIdx.z) / problem.groups *
-                part_steps;  // first step of this block; then minus the steps already passed
+                part_steps;  // first step of this block, relative to the current taps of a run; negative after it
     for (int run = 0; run < problem.group_channels; run += problem.run) {
         const int first_channel = group * problem.group_channels + run;
         for (int first_tap = 0; first_tap < problem.taps; first_tap += kTableTaps) {

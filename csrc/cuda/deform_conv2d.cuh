@@ -189,7 +189,7 @@ public:
         // A thread has one position for all slots. It first stores the operands in place of the weights, so that loads
         // of three taps are in flight at once.
         constexpr int kStep = kThreads / kCount, kInFlight = 3;
-        static_assert(kThreads % kCount == 0, "as many taps at once of every position");
+        static_assert(kThreads % kCount == 0, "all positions have the same number of threads");
         const int position = static_cast<int>(threadIdx.x) % kCount;
         const int first_slot = static_cast<int>(threadIdx.x) / kCount;
         const OutputCell cell = output_cell(problem, pixel(position));

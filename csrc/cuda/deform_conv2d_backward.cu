@@ -35,7 +35,7 @@ struct DataMemory {
     static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kVectorElements<real_t>;
     static constexpr int kLanes = kPassColumns / kPart;                      // per pixel
     static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // per thread
-    static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "a lane ends up with one corner of one pixel");
+    static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "each lane gets the sum for one corner of one pixel");
     // The tiles of a product and its result share this memory, one after the other.
     static constexpr int kColumnsRow = kPassColumns + kVectorElements<real_t>;
     static constexpr int kTilesBegin = TapTable<real_t, kProductRows>::kSize;
@@ -270,10 +270,11 @@ __device__ __forceinline__ void store_sampling_gradients(
 template <typename operand_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_data_kernel(
     const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
-    Global<const element_t<operand_t>> grad_output,     // (pixels, O)
-    Global<const element_t<operand_t>> packed,          // (C * taps, packed_outputs)
-    Global<accum_t<element_t<operand_t>>> grad_input,   // (N, H, W, C), zero on entry; null: not requested
-    Global<accum_t<element_t<operand_t>>> grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither
+    Global<const element_t<operand_t>> grad_output,    // (pixels, O)
+    Global<const element_t<operand_t>> packed,         // (C * taps, packed_outputs)
+    Global<accum_t<element_t<operand_t>>> grad_input,  // (N, H, W, C), zero on entry; null: not requested
+    Global<accum_t<element_t<operand_t>>>
+        grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither offset nor mask
     Global<accum_t<element_t<operand_t>>> grad_mask) {  // (N, offset_groups * taps, H_out, W_out) or null
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;

@@ -80,7 +80,7 @@ struct TensorCoreGradientConfig {
     static constexpr int kGradients = kInputs * kInputRow;               // offset of the gradients
     static constexpr int kBuffer = kGradients + kPixels * kGradientRow;  // elements
     static constexpr size_t kSharedBytes = 2 * sizeof(element_t<operand_t>) * kBuffer;
-    static_assert(kChunks <= kSteps, "a tile comes in while one is multiplied");
+    static_assert(kChunks <= kSteps, "a tile is loaded during the steps of the previous one");
 };
 
 // Sums of a warp, by tap, 16 outputs and 8 channels. Inputs stay in registers, by row and column of taps, while steps

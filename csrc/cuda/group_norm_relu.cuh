@@ -101,8 +101,8 @@ struct PixelRange {
           end(place.block + 1 < parts.blocks ? (place.block + 1) * parts.extent : shape.pixels()) {}
 };
 
-// Call use(pixel, load(pixel), is_first) for the pixels of a range. kPixelsAhead pixels are loaded before the first of them
-// is used.
+// Call use(pixel, load(pixel), is_first) for the pixels of a range. kPixelsAhead pixels are loaded before the first of
+// them is used.
 template <typename Load, typename Use>
 __device__ __forceinline__ void for_pixels(const PixelRange& range, const Load& load, const Use& use) {
     for (int first = range.begin; first < range.end; first += kPixelsAhead * kPixelLanes) {
@@ -248,7 +248,8 @@ NormShape shape_of(const Tensor& input, int64_t num_groups, double eps) {
     shape.height = static_cast<int>(input.size(2));
     shape.width = static_cast<int>(input.size(3));
     shape.slices = static_cast<int>(ceil_div(channels, kChannels));
-    for (int group = 0; group < std::min(groups, kChannels); ++group) {  // then positions in slices repeat
+    for (int group = 0; group < std::min(groups, kChannels);
+         ++group) {  // later groups have the same positions in slices
         const int begin = group * shape.group_channels;
         shape.pieces = std::max(shape.pieces, (begin + shape.group_channels - 1) / kChannels - begin / kChannels + 1);
     }

@@ -27,7 +27,7 @@ struct GradientSums {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
             const real_t x = input.value(i);
-            g[i] = affine.before_relu(i, x) <= real_t(0) ? real_t(0) : g[i];  // g is kept for NaN
+            g[i] = affine.before_relu(i, x) <= real_t(0) ? real_t(0) : g[i];  // NaN does not change g
             gradient[i] += g[i];
             product[i] += g[i] * (x - affine.channels[i].shift);
         }

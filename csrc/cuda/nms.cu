@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     if (progress && first == 0 && thread < 2) {
         progress[thread] = 0;
     }
-    int padded = kLeastPadded;
+    int padded = kMinPadded;
     while (padded < size) {
         padded *= 2;
     }
@@ -289,8 +289,8 @@ __global__ void __launch_bounds__(kTile)
     SPATIALFLOW_SHARED(unsigned, slots, kGreedySlots);
     SPATIALFLOW_SHARED(unsigned, kept_before, 1);
     const int64_t tile = blockIdx.x, first = tile * kTile, index = first + static_cast<int64_t>(threadIdx.x);
-    const int64_t round_of_front = tile - candidates.begins[tile] / kTile;
-    if (round > 0 && round != round_of_front) {
+    const int64_t first_class_round = tile - candidates.begins[tile] / kTile;
+    if (round > 0 && round != first_class_round) {
         return;
     }
     const int64_t last = first + kTile < candidates.count ? first + kTile - 1 : candidates.count - 1;
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kTile)
         candidate.box = candidates.boxes[index];
         candidate.area = box_area(candidate.box);
         candidate.label = entry.label;
-        const int64_t class_round = entry.label == candidates.entries[first].label ? round_of_front : 0;
+        const int64_t class_round = entry.label == candidates.entries[first].label ? first_class_round : 0;
         candidate.alive = class_round == round && candidates.removed[index] == 0;
     }
     int position;

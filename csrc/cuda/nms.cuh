@@ -78,14 +78,14 @@ __device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, 
     __syncthreads();
 }
 
-constexpr int kLeastPadded = 2 * kWarpSize;
+constexpr int kMinPadded = 2 * kWarpSize;
 
-// Sort `padded` entries, a power of two from kLeastPadded to kChunk, by a bitonic sort of kGreedyThreads threads.
+// Sort `padded` entries, a power of two from kMinPadded to kChunk, by a bitonic sort of kGreedyThreads threads.
 template <typename entry_t>
 __device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) {
-    sort_warps<entry_t>(entries, padded, 2, kLeastPadded);
-    for (int width = 2 * kLeastPadded; width <= padded; width *= 2) {
-        for (int step = width / 2; step >= kLeastPadded; step /= 2) {
+    sort_warps<entry_t>(entries, padded, 2, kMinPadded);
+    for (int width = 2 * kMinPadded; width <= padded; width *= 2) {
+        for (int step = width / 2; step >= kMinPadded; step /= 2) {
             for (int pair = static_cast<int>(threadIdx.x); pair < padded / 2; pair += kGreedyThreads) {
                 const int low = 2 * pair - (pair & (step - 1)), high = low + step;
                 const entry_t a = entries[low], b = entries[high];

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) merge_pack_kernel(
 
 // Number of common bits. A full adder reduces four popc to three, since popc is the slowest instruction here.
 __device__ __forceinline__ int common_pixels(const Words& a, const Words& b) {
-    static_assert(kGroup == 4, "three words are added, the fourth is left");
+    static_assert(kGroup == 4, "the adder takes three of four words");
     const unsigned x = a[0] & b[0], y = a[1] & b[1], z = a[2] & b[2], last = a[3] & b[3];
     const unsigned carry = (x & y) | (x & z) | (y & z);
     return __popc(x ^ y ^ z) + __popc(last) + 2 * __popc(carry);

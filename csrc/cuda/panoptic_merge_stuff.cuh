@@ -160,14 +160,14 @@ struct BoxWords {
         const int thread = static_cast<int>(threadIdx.x), stride = 1 << shift;
         for (int column = thread & (stride - 1); column < most_words; column += stride) {
             for (int first_y = y1 + (thread >> shift); first_y < y2; first_y += kLoads * row_step) {
-                for_some_rows(column, first_y, read, body);
+                for_row_group(column, first_y, read, body);
             }
         }
     }
 
 private:
     template <typename Read, typename Body>
-    __device__ __forceinline__ void for_some_rows(int column, int first_y, const Read& read, const Body& body) const {
+    __device__ __forceinline__ void for_row_group(int column, int first_y, const Read& read, const Body& body) const {
         int begin[kLoads], word[kLoads];
         unsigned value[kLoads];
         bool inside[kLoads];

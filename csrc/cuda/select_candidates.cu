@@ -9,7 +9,10 @@
 //   select    a block per level and image lists the keys up to the bin of the last kept anchor, in one pass over the
 //             keys, and orders the best of this list (best_chunks.cuh)
 //
-// For all levels: gather, a thread per 16 bytes of logits of a kept anchor for the scores, one more for the box.
+// For all levels:
+//
+//   gather    a thread per 16 bytes of logits of a kept anchor computes scores; one more thread decodes the box
+//
 // Memory: 12 bytes per anchor (20 for float64) for keys and list.
 #include "ops/select_candidates.h"
 
@@ -220,7 +223,7 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     __syncthreads();
     const unsigned count = listed[1];
     Entry<key_t> begin{0, 0};
-    for (unsigned done = 0; done < wanted;) {  // the list has at least as many
+    for (unsigned done = 0; done < wanted;) {  // the list has at least that many entries
         const int taken =
             next_chunk<key_t>(level_list_keys, level_list_rows, count, begin, chunk, histogram, sums, cut);
         for (int i = thread; i < taken && done + static_cast<unsigned>(i) < wanted; i += kGreedyThreads) {

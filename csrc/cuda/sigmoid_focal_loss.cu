@@ -5,9 +5,9 @@
 //   loss[r, c] = weight * f(z),  z = -logit for the label's class, +logit for the others (common/sigmoid_focal_loss.h)
 //
 // Logits (rows, classes), labels (rows). A vector of logits is in one row: 16 bytes if rows consist of aligned 16-byte
-// vectors, else one logit. All elements are first computed as other classes than the label's; a branch that few warps
-// take corrects the label's class. For the sum, each block writes one double, and one more block adds these in a fixed
-// order, so results are deterministic.
+// vectors, else one logit. All elements are first computed as classes other than the label's. A branch that few warps
+// take then corrects the element of the label's class. For the sum, each block writes one double, and one more block
+// adds these in a fixed order, so results are deterministic.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>
@@ -33,8 +33,8 @@ constexpr int kSumRounds = 4, kElementwiseVectors = 2;
 struct FocalOptions {
     int classes, row_vectors;  // row_vectors: vectors of a row
     int min_vectors;           // minimum number of vectors of a thread
-    int64_t row_step,
-        extra_rows;  // rows between vectors of a thread; threads of the first `extra_rows` rows have one more
+    int64_t row_step;          // rows between vectors of a thread
+    int64_t extra_rows;        // threads of the first `extra_rows` rows have one more vector
     double gamma, positive_weight, negative_weight;
 };
 

@@ -6,8 +6,8 @@
 // the packed weight. Eight warps gather columns, (pixels, 64 channels) with 128-byte swizzle. One of their threads
 // loads weights, (64 channels, outputs), by TMA. One or two warpgroups multiply, 64 pixels each. Cells of the next step
 // are loaded into registers while those of this step are interpolated in float32 and rounded once. For few pixels,
-// blocks split the steps of a tile, write partial sums in float32, and deform_conv2d.cu adds them. 256 outputs are two
-// instructions: one instruction needs 154 registers, but 512 threads start with 128.
+// blocks split the steps of a tile, write partial sums in float32, and deform_conv2d.cu adds them. 256 outputs are
+// computed by two instructions, because one needs 154 registers, and 512 threads start with 128.
 #include "cuda/sm90_deform_conv2d.h"
 
 #include <algorithm>
@@ -21,8 +21,8 @@ namespace {
 constexpr int kStepChannels = 64;
 constexpr int kRowBytes = kStepChannels * 2;             // of a pixel, and of 64 outputs of a channel
 constexpr int kWeightBytes = kStepChannels * kRowBytes;  // of 64 outputs
-constexpr int kProducers = 256;
-constexpr int kSharedLimit = 227 * 1024;  // of a block, static memory included
+constexpr int kProducers = 256;                          // threads
+constexpr int kSharedLimit = 227 * 1024;                 // of a block, static memory included
 
 // Sizes of the kernel. A consumer is a warpgroup that multiplies 64 pixels.
 template <int kOutputs, int kConsumers>
@@ -210,55 +210,60 @@ struct Sm90DeformBlock {
         });
     }
 
-    // Store partial sums without bias. A lane has rows first_row and first_row + 8 of the tile, and outputs pair * 2
-    // and pair * 2 + 1 of each eight.
-    __device__ __forceinline__ void store_parts(
-        const Sums& sums, int first_row, int pair, const Global<float>& parts) const {
+    // Store the results of a warpgroup. A lane has two of 64 rows of pixels, and outputs pair * 2 and pair * 2 + 1 of
+    // each eight.
+    __device__ __forceinline__ void store(
+        const Sums& sums, int first_row, int pair, const Global<scalar_t>& output, const Global<float>& parts) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int pixel = pixels[first_row + half * 8];
-            const bool present = pixel < problem.pixels;
-            const Global<float> target =
-                parts + (static_cast<int64_t>(blockIdx.z) * problem.pixels + pixel) * problem.out_channels +
-                first_output + pair * 2;
-#pragma unroll
-            for (int j = 0; j < kOutputs / 8; ++j) {
-                const int at = j % 16 * 4 + half * 2;
-                const Vec<float, 2> values = {{sums[j / 16][at], sums[j / 16][at + 1]}};
-                if (present && first_output + j * 8 < problem.out_channels) {
-                    store_vector(target + j * 8, values);
-                }
+            if (parts) {
+                store_part(sums, half, pixel, pair, parts);
+            } else {
+                store_outputs(sums, half, pixel, pair, output);
             }
         }
     }
 
-    // Add the bias, apply ReLU, and store the outputs; the lane's rows and outputs are those of store_parts. Adjacent
-    // lanes exchange words: each then has four adjacent outputs of one of two groups of eight.
+    // Store partial sums of a pixel, without bias.
+    __device__ __forceinline__ void store_part(
+        const Sums& sums, int half, int pixel, int pair, const Global<float>& parts) const {
+        const int count = pixel < problem.pixels ? problem.out_channels - first_output : 0;  // outputs from here on
+        const Global<float> target =
+            parts + (static_cast<int64_t>(blockIdx.z) * problem.pixels + pixel) * problem.out_channels + first_output +
+            pair * 2;
+#pragma unroll
+        for (int j = 0; j < kOutputs / 8; ++j) {
+            if (j * 8 < count) {
+                const int at = j % 16 * 4 + half * 2;
+                store_vector(target + j * 8, Vec<float, 2>{{sums[j / 16][at], sums[j / 16][at + 1]}});
+            }
+        }
+    }
+
+    // Add the bias to the sums of a pixel, apply ReLU, and store the outputs. Adjacent lanes exchange words: each then
+    // has four adjacent outputs of one of two groups of eight.
     __device__ __forceinline__ void store_outputs(
-        const Sums& sums, int first_row, int pair, const Global<scalar_t>& output) const {
+        const Sums& sums, int half, int pixel, int pair, const Global<scalar_t>& output) const {
         const bool odd = pair % 2 != 0;
+        const int count = pixel < problem.pixels ? problem.out_channels - first_output - odd * 8 : 0;
         const int lane_output = odd * 8 + pair / 2 * 4;
+        const Global<scalar_t> target =
+            output + static_cast<int64_t>(pixel) * problem.out_channels + first_output + lane_output;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int pixel = pixels[first_row + half * 8];
-            const bool present = pixel < problem.pixels;
-            const Global<scalar_t> target =
-                output + static_cast<int64_t>(pixel) * problem.out_channels + first_output + lane_output;
+        for (int j = 0; j < kOutputs / 8; j += 2) {
+            unsigned words[2];
 #pragma unroll
-            for (int j = 0; j < kOutputs / 8; j += 2) {
-                unsigned words[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const auto offsets = load_vector<2>(biases + ((j + i) * 8 + pair * 2));
-                    const int at = (j + i) % 16 * 4 + half * 2;
-                    words[i] = pack_pair(sums[j / 16][at] + offsets[0], sums[j / 16][at + 1] + offsets[1], scalar_t{});
-                    words[i] = problem.relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
-                }
-                const unsigned exchanged = __shfl_xor_sync(kAllLanes, odd ? words[0] : words[1], 1);
-                const Vec<unsigned, 2> result = {{odd ? exchanged : words[0], odd ? words[1] : exchanged}};
-                if (present && first_output + j * 8 + odd * 8 < problem.out_channels) {
-                    store_vector(pointer_cast<unsigned>(target + j * 8), result);
-                }
+            for (int i = 0; i < 2; ++i) {
+                const auto offsets = load_vector<2>(biases + ((j + i) * 8 + pair * 2));
+                const int at = (j + i) % 16 * 4 + half * 2;
+                words[i] = pack_pair(sums[j / 16][at] + offsets[0], sums[j / 16][at + 1] + offsets[1], scalar_t{});
+                words[i] = problem.relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
+            }
+            const unsigned exchanged = __shfl_xor_sync(kAllLanes, odd ? words[0] : words[1], 1);
+            const Vec<unsigned, 2> result = {{odd ? exchanged : words[0], odd ? words[1] : exchanged}};
+            if (j * 8 < count) {
+                store_vector(pointer_cast<unsigned>(target + j * 8), result);
             }
         }
     }
@@ -300,11 +305,7 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
     typename Block::Sums sums = {};
     block.multiply(first, end, consumer, sums);
     const int pair = block.lane % 4, first_row = consumer * 64 + warp % 4 * 16 + block.lane / 4;
-    if (parts) {
-        block.store_parts(sums, first_row, pair, parts);
-    } else {
-        block.store_outputs(sums, first_row, pair, output);
-    }
+    block.store(sums, first_row, pair, output, parts);
 #endif
 }
 

@@ -26,10 +26,12 @@ set(ops
 # Sources of both back ends that several operators share.
 set(shared_sources conv3x3)
 
-# Sources that only the CUDA library has: a backward pass in a file of its own, kernels for one compute capability.
-set(cuda_only_sources roi_align_backward sm90_conv1x1 sm90_conv3x3 sm90_deform_conv2d)
+# Sources that only the CUDA library has: a separate backward pass, operands of kernels, kernels for one compute
+# capability.
+set(cuda_only_sources deform_conv2d_operands roi_align_backward sm90_conv1x1 sm90_conv3x3 sm90_deform_conv2d)
 
-# Sources compiled without fused multiply-adds. Overlap decisions, resized pixels and labels are then equal on all
-# levels and back ends, and boxes of candidates on all levels. The CUDA kernels of NMS use intrinsics instead.
+# Sources compiled without fused multiply-adds. Decisions of NMS, resized pixels and labels are then equal on all
+# instruction-set levels and back ends, and boxes of candidates on all levels. The CUDA kernels of NMS use intrinsics
+# instead.
 set(cpu_unfused multiclass_nms nms preprocess_images select_candidates stuff_labels)
 set(cuda_unfused paste_masks preprocess_images stuff_labels)

@@ -38,13 +38,13 @@ MUTATIONS = (
     Mutation(
         "barrier removed",
         "nms.cuh",
-        "        __syncthreads();\n        if (warp == turn - 1 && is_kept) {",
-        "        if (warp == turn - 1 && is_kept) {",
+        "        __syncthreads();\n        if (warp == deciding_warp - 1 && is_kept) {",
+        "        if (warp == deciding_warp - 1 && is_kept) {",
         "nms",
     ),
     Mutation(
         "barrier removed",
-        "panoptic_merge_kernels.cuh",
+        "panoptic_merge_stuff.cuh",
         "// rows may share a word\n        __syncthreads();",
         "",
         "panoptic_merge",
@@ -108,7 +108,7 @@ MUTATIONS = (
     ),
     Mutation(
         "lane mask wrong",
-        "panoptic_merge_kernels.cuh",
+        "panoptic_merge_stuff.cuh",
         "const unsigned all = __ballot_sync(kAllLanes, kept);",
         "const unsigned all = __ballot_sync(kAllLanes >> 1, kept);",
         "panoptic_merge",
@@ -130,15 +130,15 @@ MUTATIONS = (
     Mutation(
         "proxy fence removed",
         "sm90_conv3x3_kernel.cuh",
-        "fence_async_proxy();\n                    __syncwarp();",
+        "fence_async_proxy();\n        __syncwarp();",
         "__syncwarp();",
         "sm90",
     ),
     Mutation(
         "warp not synchronized before the arrival",
         "sm90_conv3x3_kernel.cuh",
-        "                        __syncwarp();\n                        if (lane == 0) {\n",
-        "                        if (lane == 0) {\n",
+        "            __syncwarp();\n            if (lane == 0) {\n",
+        "            if (lane == 0) {\n",
         "sm90",
     ),
     Mutation(
@@ -158,8 +158,8 @@ MUTATIONS = (
     Mutation(
         "stage released while it is read",
         "sm90_conv3x3_kernel.cuh",
-        "read_stage >= 0) {\n                        mbarrier_arrive(weight_empty + 8 * read_stage);",
-        "read_stage >= 0) {\n                        mbarrier_arrive(weight_empty + 8 * weight.stage);",
+        "read_stage >= 0) {\n                mbarrier_arrive(weight_empty + 8 * read_stage);",
+        "read_stage >= 0) {\n                mbarrier_arrive(weight_empty + 8 * weight.stage);",
         "sm90",
     ),
     Mutation(
@@ -291,8 +291,8 @@ MUTATIONS = (
     Mutation(
         "sums of the previous tile kept",
         "sm90_conv1x1.cu",
-        "(step | k) != 0, scalar_t{}",
-        "1, scalar_t{}",
+        "b + k * 32 / 16, (step | k) != 0,",
+        "b + k * 32 / 16, 1,",
         "conv1x1",
     ),
     Mutation(

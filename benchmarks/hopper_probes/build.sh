@@ -1,11 +1,11 @@
 #!/bin/sh
-# Builds the probes into build/hopper_probes of the repository. Of the target machine they need only the driver.
+# Build the probes into build/hopper_probes of the repository. The target machine needs only the driver.
 set -e
 cd "$(dirname "$0")"
 out=../../build/hopper_probes
 mkdir -p "$out"
 python3 generate_wgmma.py > "$out/wgmma.cuh"
-flags="-gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -Xcompiler=-Wall,-Wextra -Xptxas=-warn-spills -I$out"
+flags="-gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -Xcompiler=-Wall,-Wextra -Xptxas=-warn-spills -I$out -I../../csrc"
 objects=
 for name in layouts rates latencies convolution main; do
   nvcc $flags -c $name.cu -o "$out/$name.o"

@@ -14,15 +14,29 @@
 #include <string>
 #include <vector>
 
+#include "cuda/sm90_instructions.cuh"
 #include "wgmma.cuh"
 
 using bf16 = __nv_bfloat16;
+
+// Instructions as the kernels use them.
+using spatialflow::fence_async_proxy;
+using spatialflow::mbarrier_arrive;
+using spatialflow::mbarrier_expect;
+using spatialflow::mbarrier_init;
+using spatialflow::mbarrier_init_fence;
+using spatialflow::shared_address;
+using spatialflow::tma_load_3d;
+using spatialflow::tma_load_4d;
+using spatialflow::wgmma_commit;
+using spatialflow::wgmma_fence;
+using spatialflow::wgmma_wait;
 
 // ---------------------------------------------------------------- host
 
 inline const char* probe_name = "";
 
-/// Prints {"probe": name, <fields>} on one line. The fields are given as JSON text in printf form.
+// Print {"probe": name, <fields>} on one line. `fields` is JSON text in printf form.
 __attribute__((format(printf, 1, 2))) inline void finding(const char* fields, ...) {
     printf("{\"probe\": \"%s\", ", probe_name);
     va_list arguments;
@@ -33,7 +47,8 @@ __attribute__((format(printf, 1, 2))) inline void finding(const char* fields, ..
     fflush(stdout);
 }
 
-/// Record that a device function writes before it traps. Mapped host memory: readable after the context is lost.
+// Record that a device function writes before it traps. It is in mapped host memory, which is readable after the
+// context is lost.
 struct Fault {
     int code, block, thread, value;
 };
@@ -59,7 +74,7 @@ inline int multiprocessors() {
     return count;
 }
 
-/// Every source file has its own fault_on_device: each probe calls this first.
+// Prepare the device; each probe calls it first, as every source file has a separate fault_on_device.
 static inline void prepare_device() {
     CHECK(cudaSetDevice(0));
     CHECK(cudaHostAlloc(&fault_on_host, sizeof(Fault), cudaHostAllocMapped));
@@ -69,7 +84,7 @@ static inline void prepare_device() {
     CHECK(cudaMemcpyToSymbol(fault_on_device, &device_pointer, sizeof(device_pointer)));
 }
 
-/// Waits for the kernels before it and reports a fault by name.
+// Wait for the kernels launched before, and report a fault with `what`.
 inline void finish(const char* what) {
     check(cudaGetLastError(), what);
     check(cudaDeviceSynchronize(), what);
@@ -122,7 +137,7 @@ inline std::vector<bf16> random_values(size_t count, uint64_t seed, float scale 
     return values;
 }
 
-/// Milliseconds of `repeats` calls of `launch` together, after one call that is not timed.
+// Return the milliseconds of `repeats` calls of `launch` together, after one call that is not timed.
 template <typename Launch>
 float milliseconds(int repeats, Launch launch, const char* what) {
     launch();
@@ -143,8 +158,8 @@ float milliseconds(int repeats, Launch launch, const char* what) {
     return elapsed;
 }
 
-/// Encode a tiled bf16 tensor map; return the driver's result, which a probe may report.
-/// Sizes, strides (bytes, without the innermost) and the box start at the innermost dimension.
+// Encode a tiled bf16 tensor map; return the driver's result, which a probe may report. Sizes, strides (in bytes,
+// without the innermost) and box begin with the innermost dimension.
 inline CUresult encode_map(
     CUtensorMap* map, const void* address, const std::vector<cuuint64_t>& sizes, const std::vector<cuuint64_t>& strides,
     const std::vector<cuuint32_t>& box, CUtensorMapSwizzle swizzle) {
@@ -165,7 +180,8 @@ inline CUresult encode_map(
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-/// NHWC as planes of 8 channels: {8, W, H, C/8, N}, box {8, box_x, box_y, 8, 1}, which lands as [chunk][y][x][8].
+// Encode an NHWC tensor as planes of 8 channels, {8, W, H, C/8, N}. The box {8, box_x, box_y, 8, 1} is stored as
+// [chunk][y][x][8].
 inline CUresult encode_planes(
     CUtensorMap* map, const void* x, cuuint64_t n, cuuint64_t h, cuuint64_t w, cuuint64_t c, cuuint32_t box_x = 10,
     cuuint32_t box_y = 10) {
@@ -174,7 +190,8 @@ inline CUresult encode_planes(
         CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
-/// NHWC as rows of 64 channels: {C, W, H, N}, box {64, box_x, box_y, 1}, which lands as [y][x][64], 128-byte swizzle.
+// Encode an NHWC tensor as rows of 64 channels, {C, W, H, N}. The box {64, box_x, box_y, 1} is stored as [y][x][64]
+// with 128-byte swizzle.
 inline CUresult encode_rows(
     CUtensorMap* map, const void* x, cuuint64_t n, cuuint64_t h, cuuint64_t w, cuuint64_t c, cuuint32_t box_x = 10,
     cuuint32_t box_y = 10) {
@@ -182,7 +199,7 @@ inline CUresult encode_rows(
         map, x, {c, w, h, n}, {c * 2, w * c * 2, h * w * c * 2}, {64, box_x, box_y, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-/// Weights [taps][outputs][C]: {C, outputs, taps}, box {64, box_outputs, 1}, 128-byte swizzle.
+// Encode weights [taps][outputs][C] as {C, outputs, taps}, in boxes {64, box_outputs, 1} with 128-byte swizzle.
 inline CUresult encode_weights(
     CUtensorMap* map, const void* w, cuuint64_t taps, cuuint64_t outputs, cuuint64_t c, cuuint32_t box_outputs) {
     return encode_map(
@@ -196,17 +213,13 @@ void allow_shared_memory(Kernel kernel, int bytes) {
 
 // ---------------------------------------------------------------- device
 
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return unsigned(__cvta_generic_to_shared(pointer));
-}
-
 __device__ __forceinline__ uint64_t nanoseconds() {
     uint64_t value;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(value));
     return value;
 }
 
-/// Records where and why, then ends the kernel with an error.
+// Record the thread, a code and a value, then end the kernel with an error.
 static __device__ __noinline__ void fail(int code, int value) {
     volatile Fault* fault = fault_on_device;
     fault->block = int(blockIdx.x), fault->thread = int(threadIdx.x), fault->value = value, fault->code = code;
@@ -214,24 +227,7 @@ static __device__ __noinline__ void fail(int code, int value) {
     __trap();
 }
 
-__device__ __forceinline__ void mbarrier_init(unsigned barrier, unsigned count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-/// Makes mbarrier_init visible to the asynchronous proxy.
-__device__ __forceinline__ void fence_mbarrier_init() {
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
-}
-
-__device__ __forceinline__ void mbarrier_expect(unsigned barrier, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-/// Arrives at the barrier at the same place in block `rank` of the cluster.
+// Arrive at the mbarrier at the same address in block `rank` of the cluster.
 __device__ __forceinline__ void mbarrier_arrive_at(unsigned barrier, unsigned rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
@@ -257,7 +253,7 @@ __device__ __forceinline__ bool mbarrier_try_wait(unsigned barrier, unsigned par
     return done != 0;
 }
 
-/// Waits until the phase of this parity is complete, for half a second at most; `code` names the place.
+// Wait until the phase of this parity is complete, for half a second at most. `code` identifies the wait in a fault.
 __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity, int code) {
     if (mbarrier_try_wait(barrier, parity)) {
         return;
@@ -270,33 +266,14 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity,
     }
 }
 
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-__device__ __forceinline__ void tma_load_3d(
-    unsigned target, const CUtensorMap* map, int c0, int c1, int c2, unsigned barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-        "[%5];" ::"r"(target),
-        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
-        : "memory");
-}
-
-/// The same to this address of every block of the cluster in `blocks`; each one's barrier gets its bytes.
+// Copy a box to the same address in every block of the cluster in the mask `blocks`. The mbarrier of each block counts
+// the bytes.
 __device__ __forceinline__ void tma_load_3d_multicast(
     unsigned target, const CUtensorMap* map, int c0, int c1, int c2, unsigned barrier, unsigned short blocks) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
         "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(blocks)
-        : "memory");
-}
-
-__device__ __forceinline__ void tma_load_4d(
-    unsigned target, const CUtensorMap* map, int c0, int c1, int c2, int c3, unsigned barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(target),
-        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier)
         : "memory");
 }
 
@@ -316,14 +293,7 @@ __device__ __forceinline__ void bulk_load(unsigned target, const void* source, u
         : "memory");
 }
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int Pending>
-__device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
-}
-
-/// Keeps the compiler from moving a use of the accumulators across the wgmma instruction before or after.
+// Keep the compiler from moving a use of the accumulators across the wgmma instructions before or after.
 template <int Count>
 __device__ __forceinline__ void pin(float (&d)[Count]) {
 #pragma unroll
@@ -334,7 +304,7 @@ __device__ __forceinline__ void pin(float (&d)[Count]) {
 
 enum Swizzle : uint64_t { SWIZZLE_NONE = 0, SWIZZLE_128 = 1 };
 
-/// Shared memory matrix descriptor of wgmma; offsets in bytes.
+// Encode the descriptor of a matrix in shared memory for wgmma; offsets are in bytes.
 __host__ __device__ __forceinline__ uint64_t
 matrix_descriptor(unsigned start, unsigned lbo, unsigned sbo, Swizzle swizzle, unsigned base_offset = 0) {
     return uint64_t((start & 0x3ffff) >> 4) | uint64_t(lbo >> 4) << 16 | uint64_t(sbo >> 4) << 32 |

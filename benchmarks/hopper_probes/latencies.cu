@@ -18,7 +18,7 @@ __global__ void syncthreads_kernel(uint64_t* result) {
     }
 }
 
-/// The barrier of one warpgroup of two: both go through their own.
+// Barrier of a warpgroup; the block has two warpgroups, each with its barrier.
 __global__ void named_barrier_kernel(uint64_t* result) {
     __syncthreads();
     const int id = 1 + threadIdx.x / 128;
@@ -44,7 +44,7 @@ __global__ void cluster_barrier_kernel(uint64_t* result) {
     }
 }
 
-/// One thread arrives and waits for the phase it completed.
+// One thread arrives, and waits for the phase that it has completed.
 __global__ void mbarrier_alone_kernel(uint64_t* result) {
     __shared__ alignas(8) uint64_t storage;
     const unsigned barrier = shared_address(&storage);
@@ -58,7 +58,7 @@ __global__ void mbarrier_alone_kernel(uint64_t* result) {
     result[blockIdx.x] = uint64_t(clock64() - begin);
 }
 
-/// A producer warp and a consumer warp: full and empty barrier, one stage. Cycles of a round trip.
+// Round trip between a producer warp and a consumer warp, with a full and an empty mbarrier for one stage.
 __global__ void mbarrier_pair_kernel(uint64_t* result) {
     __shared__ alignas(8) uint64_t storage[2];
     const unsigned full = shared_address(storage), empty = full + 8;
@@ -83,7 +83,7 @@ __global__ void mbarrier_pair_kernel(uint64_t* result) {
     }
 }
 
-/// Cost of a wait for a phase that is already complete.
+// Wait for a phase that is already complete.
 __global__ void mbarrier_passed_kernel(uint64_t* result) {
     __shared__ alignas(8) uint64_t storage;
     const unsigned barrier = shared_address(&storage);
@@ -96,23 +96,22 @@ __global__ void mbarrier_passed_kernel(uint64_t* result) {
     result[blockIdx.x] = uint64_t(clock64() - begin);
 }
 
-__global__ void chase_kernel(const unsigned* next, uint64_t* result, unsigned* last) {
-    unsigned place = 0;
-    for (int i = 0; i < STEPS; ++i) {
-        asm volatile("ld.global.cg.u32 %0, [%1];"
-                     : "=r"(place)
-                     : "l"(__cvta_generic_to_global(next + place))
-                     : "memory");
-    }
-    const long long begin = clock64();
+// Follow STEPS links of a chain by loads that bypass L1.
+__device__ __forceinline__ unsigned follow_chain(const unsigned* next, unsigned index) {
 #pragma unroll 1
     for (int i = 0; i < STEPS; ++i) {
         asm volatile("ld.global.cg.u32 %0, [%1];"
-                     : "=r"(place)
-                     : "l"(__cvta_generic_to_global(next + place))
+                     : "=r"(index)
+                     : "l"(__cvta_generic_to_global(next + index))
                      : "memory");
     }
-    *last = place;
+    return index;
+}
+
+__global__ void chain_kernel(const unsigned* next, uint64_t* result, unsigned* last) {
+    const unsigned first = follow_chain(next, 0);  // not timed
+    const long long begin = clock64();
+    *last = follow_chain(next, first);
     result[0] = uint64_t(clock64() - begin);
 }
 
@@ -164,13 +163,14 @@ void report(const char* what, int threads, int blocks, Launch launch) {
 
 __global__ void empty_kernel() {}
 
-/// Minimal kernel of a chain with programmatic dependent launch.
+// Minimal kernel of a sequence with programmatic dependent launch.
 __global__ void dependent_kernel() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-/// Each of a chain does `cycles` of work after its wait and passes a count on, which proves the order.
+// Kernel number `step` of a sequence: busy for `cycles` after its wait. Each kernel increments `count`; a wrong count
+// on entry shows that kernels ran out of order.
 __global__ void chained_kernel(int* count, int step, int cycles, int* out_of_order) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -199,7 +199,7 @@ cudaError_t launch_chained(
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-/// Microseconds per kernel of a chain of `count`, launched by `launch(stream, step)`.
+// Return the microseconds per kernel of `count` kernels in sequence, launched by `launch(stream, step)`.
 template <typename Launch>
 float chain_microseconds(bool graph, int count, const char* what, Launch launch) {
     cudaStream_t stream;
@@ -291,7 +291,7 @@ void probe_latency() {
         mbarrier_passed_kernel<<<1, 1>>>(result);
     });
 
-    // A cycle through 8 MB with steps of some 2 MB: every load comes from L2.
+    // A cyclic chain through 8 MB with steps of about 2 MB, so every load is from L2.
     const unsigned count = 1 << 21, step = 524309;
     std::vector<unsigned> next(count);
     for (unsigned i = 0; i < count; ++i) {
@@ -299,7 +299,7 @@ void probe_latency() {
     }
     Buffer<unsigned> chain(next), last(1);
     report(
-        "ld.global.cg from L2", 1, 1, [&](uint64_t* result) { chase_kernel<<<1, 1>>>(chain.data, result, last.data); });
+        "ld.global.cg from L2", 1, 1, [&](uint64_t* result) { chain_kernel<<<1, 1>>>(chain.data, result, last.data); });
     Buffer<float> sums(128);
     report("one wgmma m64n128k16, commit, wait", 128, 1, [&](uint64_t* result) {
         wgmma_latency_kernel<<<1, 128>>>(result, sums.data);
@@ -327,7 +327,7 @@ void probe_launch() {
                 graph ? "graph" : "stream", sms, memory, plain, programmatic);
         }
     }
-    // The same with 10,000 cycles of work, and the order checked.
+    // Kernels with 10,000 cycles of work; the order is checked.
     Buffer<int> state(2);
     for (const bool graph : {false, true}) {
         float times[2];
@@ -341,7 +341,8 @@ void probe_launch() {
             times[programmatic] = us;
             wrong[programmatic] = state.host()[1];
         }
-        // Every repeat but the first starts with the count of the one before: one kernel each is out of order by design.
+        // Every repeat but the first begins with the count of the previous repeat, so its first kernel counts as out of
+        // order.
         finding(
             "\"launch\": \"%s, 10,000 cycles of work each\", \"us_per_kernel\": %.3f, "
             "\"us_per_kernel_with_programmatic_launch\": %.3f, \"out_of_order\": [%d, %d], \"expected_out_of_order\": "

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Probes of operand layouts: shifted planes (i), shifted rows with 128-byte swizzle (ii), fragment maps (iii).
-// All data are small integers: every product is exact, and one differing element is a wrong layout.
+// Probes of operand layouts: shifted planes (i), shifted rows with 128-byte swizzle (ii), layouts of fragments (iii).
+// All data are small integers, so products are exact, and a different element shows a wrong layout.
 #include <utility>
 
 #include "probes.h"
@@ -14,7 +14,7 @@ constexpr int PRODUCT = 64 * OUTPUTS;
 
 float value(bf16 x) { return __bfloat162float(x); }
 
-/// Channels [64, 128) of the second image at (y0 - 1, x0 - 1), zero outside: the expected contents of a TMA box.
+// Return channels [64, 128) of the second image from (y0 - 1, x0 - 1) on, zeros outside: the expected box of TMA.
 std::vector<bf16> halo_tile(const std::vector<bf16>& image, int y0, int x0) {
     std::vector<bf16> tile(HALO * HALO * CHANNELS, __float2bfloat16(0));
     for (int y = 0; y < HALO; ++y) {
@@ -32,7 +32,7 @@ std::vector<bf16> halo_tile(const std::vector<bf16>& image, int y0, int x0) {
     return tile;
 }
 
-/// D of m64n64 by the documented map, for one warpgroup.
+// Store D of m64n64 of a warpgroup by the documented fragment layout.
 __device__ void store_product(const float (&d)[OUTPUTS / 2], float* product) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = 0; i < OUTPUTS / 2; ++i) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(128) shifted_planes_kernel(
     const unsigned barrier = shared_address(&shared.barrier), base = shared_address(shared.tile);
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, 1);
-        fence_mbarrier_init();
+        mbarrier_init_fence();
     }
     __syncthreads();
     if (tma) {
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(128) shifted_rows_kernel(
     const unsigned weights = shared_address(aligned), base = shared_address(tile);
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, 1);
-        fence_mbarrier_init();
+        mbarrier_init_fence();
         mbarrier_expect(barrier, TILE_BYTES + 8192);
         tma_load_4d(base, &map, 64, x0 - 1, y0 - 1, 1, barrier);
         tma_load_3d(weights, &weights_map, 0, 0, 4, barrier);
@@ -191,7 +191,7 @@ struct FragmentCounts {
     int sizes = 0, right[2] = {}, first_wrong_n[2] = {};
 };
 
-/// Elements that are not where the documented map puts them.
+// Return the number of elements that the documented layout does not give.
 template <int N, bool REGISTERS>
 int misplaced(const std::vector<bf16>& a, const std::vector<bf16>& b) {
     Buffer<bf16> a_device(a), b_device(b);
@@ -223,7 +223,7 @@ int misplaced(const std::vector<bf16>& a, const std::vector<bf16>& b) {
 
 template <int N>
 void fragments_of(FragmentCounts& counts) {
-    // Numbered: D = 256 * row + column, which names the place of a misplaced element. Random: all 16 k take part.
+    // Numbered: D = 256 * row + column, so a misplaced element shows its position. Random: all 16 k contribute.
     std::vector<bf16> a(64 * 16, __float2bfloat16(0)), b(N * 16, __float2bfloat16(0));
     for (int row = 0; row < 64; ++row) {
         a[row * 16] = __float2bfloat16(float(row)), a[row * 16 + 1] = __float2bfloat16(1);
@@ -251,6 +251,95 @@ void all_fragments(FragmentCounts& counts, std::integer_sequence<int, Index...>)
 
 }  // namespace
 
+namespace {
+
+// Element of a product that differs from the expected one, as JSON.
+struct FirstWrong {
+    char text[160] = "null";
+
+    void set(int tap, int row, int column, float expected, float actual) {
+        snprintf(
+            text, sizeof(text), "{\"tap\": %d, \"row\": %d, \"column\": %d, \"expected\": %.0f, \"got\": %.9g}", tap,
+            row, column, expected, actual);
+    }
+};
+
+// Return the number of wrong elements in the product of a tap of `tile`; `first` receives the first of all taps.
+int wrong_elements_of_tap(
+    const std::vector<float>& products, const std::vector<bf16>& tile, const std::vector<bf16>& weights, int tap,
+    bool is_first, FirstWrong& first) {
+    int wrong = 0;
+    for (int i = 0; i < PRODUCT; ++i) {
+        const int m = i / OUTPUTS, o = i % OUTPUTS;
+        const bf16* pixel = &tile[((m / 8 + tap / 3) * HALO + m % 8 + tap % 3) * CHANNELS];
+        float expected = 0;
+        for (int c = 0; c < CHANNELS; ++c) {
+            expected += value(pixel[c]) * value(weights[(tap * OUTPUTS + o) * CHANNELS + c]);
+        }
+        const float actual = products[tap * PRODUCT + i];
+        if (!(actual == expected) && wrong++ == 0 && is_first) {
+            first.set(tap, m, o, expected, actual);
+        }
+    }
+    return wrong;
+}
+
+// Rules for the position of a 16-byte chunk of a row that wgmma reads: the pixels that are wanted; exclusive or of the
+// chunk with the address; with the row of the matrix; with the address minus the base offset.
+constexpr int RULES = 4;
+
+// Return whether a product fits a rule. `shared` is the tile as TMA has stored it.
+bool fits_rule(
+    int rule, const float* product, const Start& start, unsigned offset, const std::vector<bf16>& tile,
+    const bf16* shared, const bf16* weights) {
+    const int first_row = start.row + int(offset) / 128, field = start.base_offset ? first_row & 7 : 0;
+    for (int i = 0; i < PRODUCT; ++i) {
+        const int m = i / OUTPUTS, o = i % OUTPUTS;
+        const int row = start.row + m / 8 * (start.sbo / 128) + m % 8, absolute = row + int(offset) / 128;
+        const int phases[RULES] = {absolute & 7, absolute & 7, m & 7, (absolute - field) & 7};
+        float expected = 0;
+        for (int c = 0; c < CHANNELS; ++c) {
+            const bf16 x =
+                rule == 0 ? tile[row * CHANNELS + c] : shared[row * CHANNELS + (c / 8 ^ phases[rule]) * 8 + c % 8];
+            expected += value(x) * value(weights[o * CHANNELS + c]);
+        }
+        if (!(product[i] == expected)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Report which rules fit the products of the starts with this SBO and base offset.
+void report_rules(
+    const std::vector<Start>& starts, const std::vector<float>& products, int sbo, int base_offset, unsigned offset,
+    const std::vector<bf16>& tile, const bf16* shared, const bf16* weights) {
+    int count = 0, fits[RULES] = {};
+    char rows[200] = "";
+    for (size_t index = 0; index < starts.size(); ++index) {
+        const Start& start = starts[index];
+        if (start.sbo != sbo || start.base_offset != base_offset) {
+            continue;
+        }
+        ++count;
+        for (int rule = 0; rule < RULES; ++rule) {
+            const bool fit = fits_rule(rule, &products[index * PRODUCT], start, offset, tile, shared, weights);
+            fits[rule] += fit;
+            if (fit && rule == 0) {
+                const size_t used = strlen(rows);
+                snprintf(rows + used, sizeof(rows) - used, "%s%d", used ? ", " : "", start.row);
+            }
+        }
+    }
+    finding(
+        "\"question\": \"A with 128-byte swizzle at shifted starts\", \"target_offset\": %u, \"sbo\": %d, "
+        "\"base_offset_field\": \"%s\", \"starts\": %d, \"right\": %d, \"right_rows\": [%s], "
+        "\"fit_xor_by_address\": %d, \"fit_xor_by_row_of_matrix\": %d, \"fit_address_minus_base_offset\": %d",
+        offset, sbo, base_offset ? "(start >> 7) & 7" : "0", count, fits[0], rows, fits[1], fits[2], fits[3]);
+}
+
+}  // namespace
+
 void probe_planes() {
     prepare_device();
     const std::vector<bf16> image = random_integers(size_t(IMAGES) * IMAGE_H * IMAGE_W * IMAGE_C, 4, 1);
@@ -260,55 +349,34 @@ void probe_planes() {
     CUtensorMap map{};
     const CUresult verdict = encode_planes(&map, image_device.data, IMAGES, IMAGE_H, IMAGE_W, IMAGE_C);
     finding("\"question\": \"is the 5-D map with strides that do not rise accepted\", \"code\": %d", int(verdict));
-    const int corners[][2] = {{1, 1}, {0, 0}, {8, 8}};
-    for (const bool swapped : {false, true}) {
-        for (const bool tma : {false, true}) {
-            for (int index = 0; index < 3; ++index) {
-                const int (&corner)[2] = corners[index];
-                if (tma && (verdict != CUDA_SUCCESS || swapped)) {
-                    continue;
-                }
-                if (!tma && index > 0) {
-                    continue;
-                }
-                const std::vector<bf16> tile = halo_tile(image, corner[0], corner[1]);
-                Buffer<bf16> tile_device(tile);
-                CHECK(cudaMemset(products.data, 0xff, products.size * sizeof(float)));
-                shifted_planes_kernel<<<1, 128>>>(
-                    map, tile_device.data, weights_device.data, products.data, tma, swapped, corner[0], corner[1]);
-                finish("shifted_planes_kernel");
-                const std::vector<float> result = products.host();
-                int right = 0, wrong_elements = 0;
-                char first[160] = "null";
-                for (int tap = 0; tap < TAPS; ++tap) {
-                    int wrong = 0;
-                    for (int m = 0; m < 64; ++m) {
-                        for (int o = 0; o < OUTPUTS; ++o) {
-                            const bf16* pixel = &tile[((m / 8 + tap / 3) * HALO + m % 8 + tap % 3) * CHANNELS];
-                            float expected = 0;
-                            for (int c = 0; c < CHANNELS; ++c) {
-                                expected += value(pixel[c]) * value(weights[(tap * OUTPUTS + o) * CHANNELS + c]);
-                            }
-                            const float actual = result[tap * PRODUCT + m * OUTPUTS + o];
-                            if (!(actual == expected) && wrong++ == 0 && wrong_elements == 0) {
-                                snprintf(
-                                    first, sizeof(first),
-                                    "{\"tap\": %d, \"row\": %d, \"column\": %d, \"expected\": %.0f, \"got\": %.9g}",
-                                    tap, m, o, expected, actual);
-                            }
-                        }
-                    }
-                    right += wrong == 0;
-                    wrong_elements += wrong;
-                }
-                finding(
-                    "\"question\": \"A from planes at shifted starts\", \"fill\": \"%s\", \"leading_offset_is\": "
-                    "\"%s\", "
-                    "\"corner\": [%d, %d], \"taps_right\": %d, \"of\": %d, \"wrong_elements\": %d, \"first_wrong\": %s",
-                    tma ? "tma" : "st.shared", swapped ? "next 8 rows" : "next 8 k", corner[0], corner[1], right, TAPS,
-                    wrong_elements, first);
-            }
+    const struct {
+        bool swapped, tma;
+        int y0, x0;
+    } cases[] = {
+        {false, false, 1, 1}, {false, true, 1, 1}, {false, true, 0, 0}, {false, true, 8, 8}, {true, false, 1, 1}};
+    for (const auto& item : cases) {
+        if (item.tma && verdict != CUDA_SUCCESS) {
+            continue;
         }
+        const std::vector<bf16> tile = halo_tile(image, item.y0, item.x0);
+        Buffer<bf16> tile_device(tile);
+        CHECK(cudaMemset(products.data, 0xff, products.size * sizeof(float)));
+        shifted_planes_kernel<<<1, 128>>>(
+            map, tile_device.data, weights_device.data, products.data, item.tma, item.swapped, item.y0, item.x0);
+        finish("shifted_planes_kernel");
+        const std::vector<float> result = products.host();
+        int right = 0, wrong_elements = 0;
+        FirstWrong first;
+        for (int tap = 0; tap < TAPS; ++tap) {
+            const int wrong = wrong_elements_of_tap(result, tile, weights, tap, wrong_elements == 0, first);
+            right += wrong == 0;
+            wrong_elements += wrong;
+        }
+        finding(
+            "\"question\": \"A from planes at shifted starts\", \"fill\": \"%s\", \"leading_offset_is\": \"%s\", "
+            "\"corner\": [%d, %d], \"taps_right\": %d, \"of\": %d, \"wrong_elements\": %d, \"first_wrong\": %s",
+            item.tma ? "tma" : "st.shared", item.swapped ? "next 8 rows" : "next 8 k", item.y0, item.x0, right, TAPS,
+            wrong_elements, first.text);
     }
 }
 
@@ -348,64 +416,25 @@ void probe_rows() {
         const std::vector<uint4> shared_image = dump.host();
         const bf16* shared = reinterpret_cast<const bf16*>(shared_image.data());
 
-        // Where does TMA put 16-byte piece `chunk` of row `row`: xor by the address, or by the row's number in the box?
+        // Position at which TMA stores 16-byte chunk `chunk` of row `row`: exclusive or with the address, or with the
+        // row's number in the box.
         int by_address = 0, by_row = 0;
-        for (int row = 0; row < HALO * HALO; ++row) {
-            for (int chunk = 0; chunk < 8; ++chunk) {
-                const bf16* wanted = &tile[row * CHANNELS + chunk * 8];
-                const int address_chunk = chunk ^ ((row + offset / 128) & 7), row_chunk = chunk ^ (row & 7);
-                by_address += memcmp(wanted, shared + row * CHANNELS + address_chunk * 8, 16) == 0;
-                by_row += memcmp(wanted, shared + row * CHANNELS + row_chunk * 8, 16) == 0;
-            }
+        for (int i = 0; i < HALO * HALO * 8; ++i) {
+            const int row = i / 8, chunk = i % 8;
+            const bf16* wanted = &tile[row * CHANNELS + chunk * 8];
+            const int address_chunk = chunk ^ ((row + offset / 128) & 7), row_chunk = chunk ^ (row & 7);
+            by_address += memcmp(wanted, shared + row * CHANNELS + address_chunk * 8, 16) == 0;
+            by_row += memcmp(wanted, shared + row * CHANNELS + row_chunk * 8, 16) == 0;
         }
         finding(
             "\"question\": \"swizzle of TMA\", \"target_offset\": %u, \"pieces\": %d, \"fit_xor_by_address\": %d, "
             "\"fit_xor_by_row_of_box\": %d",
             offset, HALO * HALO * 8, by_address, by_row);
 
-        // What wgmma reads: the pixels wanted, or what another rule of the xor would give from the same bytes?
         const std::vector<float> result = products.host();
         for (const int sbo : {HALO * 128, 1024}) {
             for (int base_offset = 0; base_offset < 2; ++base_offset) {
-                int count = 0, right = 0, address = 0, relative = 0, corrected = 0;
-                char rows[200] = "";
-                for (size_t index = 0; index < starts.size(); ++index) {
-                    const Start& start = starts[index];
-                    if (start.sbo != sbo || start.base_offset != base_offset) {
-                        continue;
-                    }
-                    ++count;
-                    const int first_row = start.row + int(offset) / 128, field = start.base_offset ? first_row & 7 : 0;
-                    bool fits[4] = {true, true, true, true};
-                    for (int m = 0; m < 64; ++m) {
-                        const int row = start.row + m / 8 * (sbo / 128) + m % 8, absolute = row + int(offset) / 128;
-                        const int phases[4] = {absolute & 7, absolute & 7, m & 7, (absolute - field) & 7};
-                        for (int rule = 0; rule < 4; ++rule) {
-                            for (int o = 0; o < OUTPUTS && fits[rule]; ++o) {
-                                float expected = 0;
-                                for (int c = 0; c < CHANNELS; ++c) {
-                                    const bf16 x = rule == 0
-                                                       ? tile[row * CHANNELS + c]
-                                                       : shared[row * CHANNELS + (c / 8 ^ phases[rule]) * 8 + c % 8];
-                                    expected += value(x) * value(tap_weights[o * CHANNELS + c]);
-                                }
-                                fits[rule] = result[index * PRODUCT + m * OUTPUTS + o] == expected;
-                            }
-                        }
-                    }
-                    right += fits[0], address += fits[1], relative += fits[2], corrected += fits[3];
-                    if (fits[0]) {
-                        const size_t used = strlen(rows);
-                        snprintf(rows + used, sizeof(rows) - used, "%s%d", used ? ", " : "", start.row);
-                    }
-                }
-                finding(
-                    "\"question\": \"A with 128-byte swizzle at shifted starts\", \"target_offset\": %u, \"sbo\": %d, "
-                    "\"base_offset_field\": \"%s\", \"starts\": %d, \"right\": %d, \"right_rows\": [%s], "
-                    "\"fit_xor_by_address\": %d, \"fit_xor_by_row_of_matrix\": %d, \"fit_address_minus_base_offset\": "
-                    "%d",
-                    offset, sbo, base_offset ? "(start >> 7) & 7" : "0", count, right, rows, address, relative,
-                    corrected);
+                report_rules(starts, result, sbo, base_offset, offset, tile, shared, tap_weights);
             }
         }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// hopper_probes NAME: runs one probe, which prints its findings as JSON lines. Without a name: lists them.
+// hopper_probes NAME: run one probe, which prints its findings as JSON lines. Without a name: list the probes.
 #include "probes.h"
 
 int main(int argc, char** argv) {

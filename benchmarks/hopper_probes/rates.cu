@@ -8,7 +8,7 @@ struct Cycles {
     uint64_t sum, longest, nanoseconds;
 };
 
-/// Per block: {cycles, nanoseconds}. Their ratio is the clock frequency during the run.
+// Summarize {cycles, nanoseconds} of all blocks; their ratio is the clock frequency during the run.
 Cycles summarize(const Buffer<uint64_t>& buffer) {
     Cycles result{};
     const std::vector<uint64_t> values = buffer.host();
@@ -39,7 +39,7 @@ __device__ void store_stopwatch(const Stopwatch& start, uint64_t* result) {
 constexpr int H = 100, W = 168, C = 256, HALO_BYTES = 12800, WEIGHT_BYTES = 16384, LINEAR_BYTES = 16384;
 enum Kind { PLANES, ROWS, WEIGHTS, LINEAR };
 
-/// One thread keeps `stages` boxes in flight; nothing reads them.
+// Copy boxes by one thread, `stages` in flight; no thread reads them.
 template <Kind KIND>
 __global__ void __launch_bounds__(32) tma_rate_kernel(
     const __grid_constant__ CUtensorMap map, const char* linear, int linear_boxes, int loops, int stages,
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(32) tma_rate_kernel(
     for (int i = 0; i < stages; ++i) {
         mbarrier_init(barrier + 8 * i, 1);
     }
-    fence_mbarrier_init();
+    mbarrier_init_fence();
     const Stopwatch stopwatch = start_stopwatch();
     int stage = 0, parity = 0;
     for (int i = 0; i < loops + stages; ++i) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void red1(float* target) {
                  : "memory");
 }
 
-/// Every warp adds one to all 256 numbers of random rows.
+// Add one to all 256 numbers of random rows, a row per warp at a time.
 template <Reduction KIND>
 __global__ void __launch_bounds__(256) red_kernel(float* sums, int loops) {
     const int lane = threadIdx.x % 32;
@@ -255,7 +255,36 @@ void mma_rate() {
 enum Operand { SWIZZLED, SWIZZLED_SHIFTED, FLAT_PLANES, FLAT_PLANES_SHIFTED, REGISTERS };
 constexpr int A_BYTES = 4 * 14336, B_BYTES = 32768, WGMMA_MEMORY = A_BYTES + 2 * B_BYTES + 1024;
 
-/// Two warpgroups; each has TILES accumulators of 64 x N, and goes over nine taps of four k-steps again and again.
+// Descriptor of A for k-step `s` of a tap, which begins `shift` pixels after `start`.
+template <Operand A>
+__device__ __forceinline__ uint64_t operand_descriptor(unsigned start, int shift, int s) {
+    if constexpr (A == SWIZZLED) {
+        return matrix_descriptor(start + s * 32, 16, 1024, SWIZZLE_128);
+    } else if constexpr (A == SWIZZLED_SHIFTED) {
+        return matrix_descriptor(start + shift * 128 + s * 32, 16, 1280, SWIZZLE_128);
+    } else {
+        return matrix_descriptor(start + (A == FLAT_PLANES ? 0 : shift * 16) + s * 3200, 1600, 160, SWIZZLE_NONE);
+    }
+}
+
+template <int N, int TILES, Operand A>
+__device__ __forceinline__ void multiply_tap(
+    unsigned a_base, unsigned b_start, int shift, const uint32_t (&fragment)[4], float (&d)[TILES][N / 2]) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+        const uint64_t b = matrix_descriptor(b_start + s * 32, 16, 1024, SWIZZLE_128);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            if constexpr (A == REGISTERS) {
+                Wgmma<N>::rs(d[tile], fragment, b, 1);
+            } else {
+                Wgmma<N>::ss(d[tile], operand_descriptor<A>(a_base + tile * 14336, shift, s), b, 1);
+            }
+        }
+    }
+}
+
+// Multiply by two warpgroups, each with TILES accumulators of 64 x N, over nine taps of four k-steps, `loops` times.
 template <int N, int TILES, Operand A>
 __global__ void __launch_bounds__(256, 1) wgmma_kernel(int loops, float* sums, uint64_t* result) {
     extern __shared__ unsigned char memory[];
@@ -282,34 +311,11 @@ __global__ void __launch_bounds__(256, 1) wgmma_kernel(int loops, float* sums, u
     for (int loop = 0; loop < loops; ++loop) {
 #pragma unroll 1
         for (int tap = 0; tap < 9; ++tap) {
-            const int shift = tap / 3 * 10 + tap % 3;
-            const unsigned b_start = b_base + tap % 2 * B_BYTES;
             for (int tile = 0; tile < TILES; ++tile) {
                 pin(d[tile]);
             }
             wgmma_fence();
-#pragma unroll
-            for (int s = 0; s < 4; ++s) {
-                const uint64_t b = matrix_descriptor(b_start + s * 32, 16, 1024, SWIZZLE_128);
-#pragma unroll
-                for (int tile = 0; tile < TILES; ++tile) {
-                    const unsigned start = a_base + tile * 14336;
-                    if constexpr (A == REGISTERS) {
-                        Wgmma<N>::rs(d[tile], fragment, b, 1);
-                    } else if constexpr (A == SWIZZLED) {
-                        Wgmma<N>::ss(d[tile], matrix_descriptor(start + s * 32, 16, 1024, SWIZZLE_128), b, 1);
-                    } else if constexpr (A == SWIZZLED_SHIFTED) {
-                        Wgmma<N>::ss(
-                            d[tile], matrix_descriptor(start + shift * 128 + s * 32, 16, 1280, SWIZZLE_128), b, 1);
-                    } else {
-                        Wgmma<N>::ss(
-                            d[tile],
-                            matrix_descriptor(
-                                start + (A == FLAT_PLANES ? 0 : shift * 16) + s * 3200, 1600, 160, SWIZZLE_NONE),
-                            b, 1);
-                    }
-                }
-            }
+            multiply_tap<N, TILES, A>(a_base, b_base + tap % 2 * B_BYTES, tap / 3 * 10 + tap % 3, fragment, d);
             wgmma_commit();
             wgmma_wait<1>();
             for (int tile = 0; tile < TILES; ++tile) {
@@ -382,7 +388,7 @@ __global__ void __launch_bounds__(512) load_kernel(const uint4* source, unsigned
     sums[blockIdx.x * 512 + threadIdx.x] = sum;
 }
 
-/// cp.async of 16 bytes; three groups of 8 in flight per thread.
+// Read by cp.async of 16 bytes, three groups of eight in flight per thread.
 __global__ void __launch_bounds__(512) cp_async_kernel(const uint4* source, unsigned count, int loops) {
     extern __shared__ unsigned char memory[];
     const unsigned base = shared_address(memory) + threadIdx.x * 16;

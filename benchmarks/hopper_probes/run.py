@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(executable: str, name: str, limit: float) -> list[dict]:
-    """The findings of one probe. A crash or an expired limit is a finding too; lines printed before it are kept."""
+    """Return the findings of one probe; a crash or an expired limit is a finding too. Earlier lines are kept."""
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([executable, name], stdout=output, stderr=errors)
@@ -52,18 +52,23 @@ def broken_facts(findings: list[dict]) -> list[str]:
     """Return the facts that kernels and interpreter rely on and that these findings do not confirm."""
     facts = {
         "TMA swizzles by address": [
-            one["fit_xor_by_address"] == one["pieces"] for one in findings if one.get("question") == "swizzle of TMA"
+            finding["fit_xor_by_address"] == finding["pieces"]
+            for finding in findings
+            if finding.get("question") == "swizzle of TMA"
         ],
         "wgmma reads rows at shifted starts with base offset 0": [
-            one["right"] == one["starts"]
-            for one in findings
-            if one.get("question") == "A with 128-byte swizzle at shifted starts" and one["base_offset_field"] == "0"
+            finding["right"] == finding["starts"]
+            for finding in findings
+            if finding.get("question") == "A with 128-byte swizzle at shifted starts"
+            and finding["base_offset_field"] == "0"
         ],
-        "fragments of m64nNk16 lie as documented": [
-            one["sizes_right"] == one["of"] for one in findings if one.get("probe") == "fragments" and "of" in one
+        "fragments of m64nNk16 have the documented layout": [
+            finding["sizes_right"] == finding["of"]
+            for finding in findings
+            if finding.get("probe") == "fragments" and "of" in finding
         ],
     }
-    return [fact for fact, seen in facts.items() if not seen or not all(seen)]
+    return [fact for fact, confirmations in facts.items() if not confirmations or not all(confirmations)]
 
 
 def main() -> int:
@@ -71,15 +76,17 @@ def main() -> int:
     parser.add_argument("--executable", default=str(ROOT / "build/hopper_probes/hopper_probes"))
     parser.add_argument("--out", help="file the JSON lines are appended to")
     parser.add_argument("--only", nargs="+", choices=TOGETHER + ALONE)
-    parser.add_argument("--seconds", type=float, default=30, help="no probe runs longer than this from the start")
-    parser.add_argument("--check", action="store_true", help="exit with 1 unless the card does what kernels rest on")
+    parser.add_argument("--seconds", type=float, default=30, help="time limit of all probes together")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 unless the card has the layouts that kernels rely on"
+    )
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     chosen = TOGETHER if arguments.check else arguments.only or TOGETHER + ALONE
-    found: list[dict] = []
+    all_findings: list[dict] = []
 
     def report(findings: list[dict]) -> None:
-        found.extend(findings)
+        all_findings.extend(findings)
         lines = "".join(json.dumps(finding) + "\n" for finding in findings)
         print(lines, end="", flush=True)
         if arguments.out:
@@ -89,7 +96,7 @@ def main() -> int:
     def limited(name: str) -> list[dict]:
         left = end - time.monotonic()
         if left <= 0:
-            return [{"probe": name, "status": "left out: no time"}]
+            return [{"probe": name, "status": "skipped: no time left"}]
         return run(arguments.executable, name, min(LIMIT, left))
 
     with ThreadPoolExecutor(len(TOGETHER)) as pool:
@@ -98,9 +105,13 @@ def main() -> int:
     for name in ALONE:
         if name in chosen:
             report(limited(name))
-    broken = broken_facts(found) if arguments.check else []
+    broken = broken_facts(all_findings) if arguments.check else []
     if arguments.check:
-        print("not so on this card: " + "; ".join(broken) if broken else "the card does what the kernels rest on")
+        print(
+            "not confirmed on this card: " + "; ".join(broken)
+            if broken
+            else "the card has the layouts that kernels rely on"
+        )
     return 1 if broken else 0
 
 

@@ -46,6 +46,7 @@ SPATIALFLOW_HOST_DEVICE int64_t deform_corner(const DeformTap<real_t>& tap, int 
     return y >= 0 && y < height && x >= 0 && x < width ? y * width + x : -1;
 }
 
+// Bilinear weights of the four corners.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void deform_values(const DeformTap<real_t>& tap, real_t value[4]) {
     const real_t low_y = real_t(1) - tap.fraction_y, low_x = real_t(1) - tap.fraction_x;
@@ -55,7 +56,7 @@ SPATIALFLOW_HOST_DEVICE void deform_values(const DeformTap<real_t>& tap, real_t 
     value[3] = tap.fraction_y * tap.fraction_x;
 }
 
-// Derivatives of the four values with respect to y and x. At integer coordinates, where the sample is not
+// Derivatives of the four weights with respect to y and x. At integer coordinates, where the sample is not
 // differentiable, they are the right-hand derivatives.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void deform_slopes(const DeformTap<real_t>& tap, real_t slope_y[4], real_t slope_x[4]) {
@@ -70,9 +71,8 @@ SPATIALFLOW_HOST_DEVICE void deform_slopes(const DeformTap<real_t>& tap, real_t 
     slope_x[3] = tap.fraction_y;
 }
 
-// Values of the derivative of a sample along an offset tangent, and their slopes (deform_tangent_slopes). This
-// derivative replaces the sample if there are tangents. The only nonzero second derivative of a bilinear function is
-// the mixed one.
+// Weights of the four corners in the derivative of a sample along an offset tangent. If there is a tangent, this
+// derivative replaces the sample.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void deform_tangent_values(
     const DeformTap<real_t>& tap, real_t tangent_y, real_t tangent_x, real_t value[4]) {
@@ -83,6 +83,8 @@ SPATIALFLOW_HOST_DEVICE void deform_tangent_values(
     }
 }
 
+// Derivatives of the weights of deform_tangent_values with respect to y and x. The only nonzero second derivative of a
+// bilinear function is the mixed one.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void deform_tangent_slopes(
     real_t tangent_y, real_t tangent_x, real_t slope_y[4], real_t slope_x[4]) {

@@ -26,10 +26,10 @@ struct GroupSums {
     double sum, square;
 };
 
-// Add `count` numbers whose sums around `own_pivot` are `sum` and `square`.
+// Add `count` numbers whose sums around `run_pivot` are `sum` and `square`.
 SPATIALFLOW_HOST_DEVICE void add_run(
-    GroupSums& sums, double pivot, double own_pivot, double count, double sum, double square) {
-    const double step = own_pivot - pivot;
+    GroupSums& sums, double pivot, double run_pivot, double count, double sum, double square) {
+    const double step = run_pivot - pivot;
     sums.sum += sum + count * step;
     sums.square += square + step * (2 * sum + count * step);
 }
@@ -96,8 +96,8 @@ struct DoubledCell {
 
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE DoubledCell<real_t> doubled_cell(int64_t index, int64_t size) {
-    const int64_t place = index * (size - 1), parts = 2 * size - 1, low = place / parts;
-    const real_t weight = static_cast<real_t>(place - low * parts) / static_cast<real_t>(parts);
+    const int64_t position = index * (size - 1), parts = 2 * size - 1, low = position / parts;
+    const real_t weight = static_cast<real_t>(position - low * parts) / static_cast<real_t>(parts);
     return {low, low + 1 < size ? low + 1 : low, real_t(1) - weight, weight};
 }
 

@@ -32,8 +32,8 @@ SPATIALFLOW_HOST_DEVICE bool merge_instance_is_kept(int64_t overlap, int64_t are
     return area > 0 && !(double(overlap) / double(area) > overlap_threshold);
 }
 
-SPATIALFLOW_HOST_DEVICE bool merge_box_is_filled(int64_t still_void, int64_t area, double box_threshold) {
-    return still_void > 0 && double(still_void) / double(area) >= box_threshold;
+SPATIALFLOW_HOST_DEVICE bool merge_box_is_filled(int64_t still_void, int64_t area, double box_overlap_threshold) {
+    return still_void > 0 && double(still_void) / double(area) >= box_overlap_threshold;
 }
 
 // Pixels [x1, x2) x [y1, y2) of the image under a box; empty (all zero) if a coordinate is not finite.

@@ -51,9 +51,9 @@ SPATIALFLOW_HOST_DEVICE ResizeTap resize_tap(int64_t i, const ResizeAxis& axis, 
     const float cell = floorf(position);
     const float fraction = position - cell;
     const int64_t last = axis.source - 1, at = static_cast<int64_t>(cell);
-    const auto inside = [last](int64_t index) { return index < 0 ? 0 : index > last ? last : index; };
+    const auto clamped = [last](int64_t index) { return index < 0 ? 0 : index > last ? last : index; };
     return {
-        inside(at), inside(at + 1), static_cast<int>(rintf((1.0f - fraction) * 2048.0f)),
+        clamped(at), clamped(at + 1), static_cast<int>(rintf((1.0f - fraction) * 2048.0f)),
         static_cast<int>(rintf(fraction * 2048.0f))};
 }
 

@@ -120,13 +120,13 @@ SPATIALFLOW_HOST_DEVICE CellRange bin_cells(const RoiAxis<real_t>& axis, int64_t
     if (samples.begin >= samples.end) {
         return {0, 0};
     }
-    const real_t one = sample_position(axis, bin, samples.begin);
-    const real_t other = sample_position(axis, bin, samples.end - 1);
-    const real_t last = real_t(size - 1);
-    real_t low = std::floor(one < other ? one : other);
-    real_t high = std::floor(one < other ? other : one) + real_t(1);
-    low = low > real_t(0) ? (low < last ? low : last) : real_t(0);
-    high = high > real_t(0) ? (high < last ? high : last) : real_t(0);
+    const real_t first_sample = sample_position(axis, bin, samples.begin);
+    const real_t last_sample = sample_position(axis, bin, samples.end - 1);
+    const real_t last_cell = real_t(size - 1);
+    real_t low = std::floor(first_sample < last_sample ? first_sample : last_sample);
+    real_t high = std::floor(first_sample < last_sample ? last_sample : first_sample) + real_t(1);
+    low = low > real_t(0) ? (low < last_cell ? low : last_cell) : real_t(0);
+    high = high > real_t(0) ? (high < last_cell ? high : last_cell) : real_t(0);
     return {static_cast<int64_t>(low), static_cast<int64_t>(high) + 1};
 }
 

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Storage types of features, and the types for arithmetic on them.
+// Storage types of features on the CPU, and their conversion to and from the types for arithmetic.
 //
-// Kernels load `scalar_t`, compute in `accum_t<scalar_t>` (float; double for double) and store `scalar_t`. The 16-bit
-// types here only store bits. Their conversions are branch-free integer code, so that the compiler vectorizes loops
-// over channels without hardware support. This is host code only: the CUDA back end uses the types of the toolkit.
+// Kernels load `scalar_t`, compute in `accum_t<scalar_t>` and store `scalar_t`. The 16-bit types here only store bits.
+// Their conversions are branch-free integer code, so that the compiler vectorizes loops over channels without hardware
+// support. The CUDA back end uses the types of the toolkit.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "common/accum_type.h"
 
 namespace spatialflow {
 
@@ -27,17 +29,6 @@ inline To bit_cast(From from) {
     std::memcpy(&to, &from, sizeof(to));
     return to;
 }
-
-template <typename scalar_t>
-struct AccumType {
-    using type = float;
-};
-template <>
-struct AccumType<double> {
-    using type = double;
-};
-template <typename scalar_t>
-using accum_t = typename AccumType<scalar_t>::type;
 
 inline float load(float value) { return value; }
 inline double load(double value) { return value; }

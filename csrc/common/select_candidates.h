@@ -26,11 +26,11 @@ template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void decode_axis(
     float low, float high, int64_t shift, real_t offset, real_t log_ratio, real_t limit, real_t scale, real_t& begin,
     real_t& end) {
-    const real_t most = static_cast<real_t>(kMaxLogRatio);
+    const real_t bound = static_cast<real_t>(kMaxLogRatio);
     const real_t first = static_cast<real_t>(shift) + static_cast<real_t>(low);
     const real_t last = static_cast<real_t>(shift) + static_cast<real_t>(high);
     const real_t size = last - first;
-    const real_t clamped = log_ratio < -most ? -most : log_ratio > most ? most : log_ratio;
+    const real_t clamped = log_ratio < -bound ? -bound : log_ratio > bound ? bound : log_ratio;
     const real_t center = (first + last) * real_t(0.5) + size * offset;
     const real_t half = size * std::exp(clamped) * real_t(0.5);
     const auto clipped = [&](real_t at) {

@@ -45,14 +45,14 @@ SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
     }
     const value_t small = Math::exp(exponent);
     const value_t log_term = Math::log1p(small);
-    const value_t cost = (z > zero ? z : zero) + log_term;  // softplus(z)
+    const value_t softplus_z = (z > zero ? z : zero) + log_term;
     const value_t larger = focal_reciprocal<real_t>(one + small);
     const value_t smaller = small * larger;
-    const value_t mistake = z > zero ? larger : smaller;  // s
-    const value_t certain = z > zero ? smaller : larger;  // 1 - s
-    value_t power;                                        // s^gamma
+    const value_t s = z > zero ? larger : smaller;
+    const value_t one_minus_s = z > zero ? smaller : larger;
+    value_t power;  // s^gamma
     if (gamma == real_t(2)) {
-        power = mistake * mistake;
+        power = s * s;
     } else if (gamma == real_t(0)) {
         power = one;
     } else {
@@ -60,16 +60,16 @@ SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
     }
     value_t result;
     if constexpr (order == 0) {
-        result = power * cost;
+        result = power * softplus_z;
     } else {
         // f' = s^gamma g with g = gamma (1 - s) softplus + s. The bound makes the product 0 for infinite z, not 0 *
         // infinity.
         const value_t limit = zero + real_t(1e4);
-        const value_t bounded = cost < limit ? cost : limit;
-        const value_t slope = gamma * certain * bounded + mistake;
+        const value_t bounded = softplus_z < limit ? softplus_z : limit;
+        const value_t slope = gamma * one_minus_s * bounded + s;
         result = power * slope;
         if constexpr (order == 2) {
-            result = power * certain * (gamma * slope - gamma * mistake * bounded + (gamma + real_t(1)) * mistake);
+            result = power * one_minus_s * (gamma * slope - gamma * s * bounded + (gamma + real_t(1)) * s);
         }
     }
     if constexpr (std::is_floating_point_v<value_t>) {

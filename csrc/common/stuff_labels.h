@@ -34,10 +34,10 @@ struct LabelAxis {
 
     SPATIALFLOW_HOST_DEVICE LabelTap tap(int64_t pixel) const {
         const auto nearest = static_cast<int64_t>(double(pixel) * nearest_step);
-        const float exact = static_cast<float>(nearest < valid ? nearest : valid - 1) * cell_step;
-        const auto cell = static_cast<int64_t>(exact);
+        const float position = static_cast<float>(nearest < valid ? nearest : valid - 1) * cell_step;
+        const auto cell = static_cast<int64_t>(position);
         const int64_t first = cell < cells ? cell : cells - 1;
-        return {first, first + (first + 1 < cells), exact - static_cast<float>(first)};
+        return {first, first + (first + 1 < cells), position - static_cast<float>(first)};
     }
 };
 

@@ -14,7 +14,7 @@ namespace spatialflow {
 
 constexpr int64_t kWordPixels = 64;
 
-inline int64_t words_of(int64_t width) { return (width + kWordPixels - 1) / kWordPixels; }
+inline int64_t words_per_row(int64_t width) { return (width + kWordPixels - 1) / kWordPixels; }
 
 inline int64_t bit_count(uint64_t word) { return __builtin_popcountll(word); }
 inline int64_t lowest_bit(uint64_t word) { return __builtin_ctzll(word); }

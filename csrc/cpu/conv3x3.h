@@ -6,9 +6,9 @@
 //   out[n, y, x, o] = relu?(sum over taps (dy, dx), c of (x + flow)[n, y + dy, x + dx, c] * w[o, c, dy, dx] + bias[o]
 //                           + residual[n, y, x, o])
 //
-// A group is one input pyramid with one or more branches. A branch has its weights and outputs; branches share the work
-// that depends on the input alone. There is one task list for all groups, levels and images, so that threads stay busy
-// also on small levels.
+// A group is an input pyramid with one or more branches. A branch is a convolution of this pyramid; branches share the
+// work that depends only on the input. There is one task list for all groups, levels and images, so that threads stay
+// busy also on small levels.
 #pragma once
 
 #include <atomic>
@@ -33,7 +33,7 @@ struct ConvBranch {
     const accum_t<scalar_t>* bias;    // (C_out) or null
     int64_t channels;                 // C_out
     bool relu;
-    std::vector<scalar_t*> out;             // per level (N, H, W, C_out); fewer than the group's levels: the first ones
+    std::vector<scalar_t*> out;             // (N, H, W, C_out) per level, of all or of the first levels of the group
     std::vector<const scalar_t*> residual;  // empty, or per level (N, H, W, C_out); may be `out` itself
 };
 

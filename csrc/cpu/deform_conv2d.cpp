@@ -18,43 +18,28 @@ namespace {
 // Number of values of the columns of a block. These 256 KiB of float leave space for the sums of the block in an L2
 // cache of 1 MiB.
 constexpr int64_t kColumnValues = 64 * 1024;
-constexpr int64_t kDepth = kGemmDepth;  // depth of a product up to which taps are gathered together
+constexpr int64_t kDepth = kGemmDepth;  // taps are gathered together up to this depth of the matrix product
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
 constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 
-// Compute c (+)= sum over parts i of a_i * packed_i, one part per tap. Part i of A starts at a + i * a_piece.
+// Compute C = sum over taps t of A_t * B_t, or C += the sum if `accumulate`. A_t (m, k) starts at a + t * a_tap, the
+// packed B_t (k, n) at packed + t * packed_tap.
 template <typename real_t>
-void multiply_pieces(
-    int64_t m, int64_t n, int64_t k, int64_t pieces, const real_t* a, int64_t a_stride, int64_t a_piece,  // (m, k) each
-    const real_t* packed, int64_t packed_piece,  // gemm_pack of (k, n) each
-    real_t* c, int64_t c_stride, bool accumulate) {
+void multiply_taps(
+    int64_t m, int64_t n, int64_t k, int64_t taps, const real_t* a, int64_t a_stride, int64_t a_tap,
+    const real_t* packed, int64_t packed_tap, real_t* c, int64_t c_stride, bool accumulate) {
     constexpr int64_t kColumns = kGemmColumns<real_t>;
-    constexpr int64_t lanes = kLanes<real_t>;
     for (int64_t first = 0; first < n; first += kColumns) {
         const int64_t valid = std::min(kColumns, n - first);
         for_row_blocks(m, [&](int64_t row, int64_t rows) {
             with_rows(rows, [&](auto count) {
                 constexpr int kRows = decltype(count)::value;
                 GemmTile<kRows, real_t> tile = {};
-                for (int64_t i = 0; i < pieces; ++i) {
+                for (int64_t t = 0; t < taps; ++t) {
                     multiply_tile<kRows, false>(
-                        a + row * a_stride + i * a_piece, a_stride, packed + i * packed_piece + first * k, k, tile);
+                        a + row * a_stride + t * a_tap, a_stride, packed + t * packed_tap + first * k, k, tile);
                 }
-                real_t* target = c + row * c_stride + first;
-                for (int r = 0; r < kRows; ++r, target += c_stride) {
-                    for (int v = 0; v < kGemmVectors; ++v) {
-                        const int part = static_cast<int>(std::min(lanes, valid - v * lanes));
-                        if (part == lanes) {
-                            store_vector(
-                                target + v * lanes,
-                                accumulate ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
-                        } else if (part > 0) {
-                            store_partial(
-                                target + v * lanes,
-                                accumulate ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v], part);
-                        }
-                    }
-                }
+                store_tile<kRows>(tile, c + row * c_stride + first, c_stride, valid, accumulate);
             });
         });
     }
@@ -119,16 +104,31 @@ void pack_weight(
     }
     parallel_for(0, shape.groups * taps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const scalar_t* of_tap = weight + i / taps * outputs * inputs * taps + i % taps;
-            gemm_pack(of_tap, taps, inputs * taps, inputs, outputs, packed + i * packed_tap);
+            const scalar_t* source = weight + i / taps * outputs * inputs * taps + i % taps;
+            gemm_pack(source, taps, inputs * taps, inputs, outputs, packed + i * packed_tap);
         }
     });
+}
+
+// Gather the columns (pixel, tap, channel) of taps [tap, tap + count) for a block of output pixels. The columns of a
+// pixel have `row` values.
+template <typename scalar_t>
+void gather_block(
+    const Sampler<scalar_t>& sampler, int64_t first_pixel, int64_t pixels, int64_t tap, int64_t count, int64_t row,
+    accum_t<scalar_t>* columns) {
+    const int64_t channels = sampler.shape().channels;
+    for (int64_t p = 0; p < pixels; ++p) {
+        const OutputPixel at = output_pixel(sampler.shape(), first_pixel + p);
+        for (int64_t k = 0; k < count; ++k) {
+            sampler.gather(at, tap + k, 0, channels, columns + p * row + k * channels);
+        }
+    }
 }
 
 template <bool kRelu, typename scalar_t>
 void deform_conv2d_forward(
     const Sampler<scalar_t>& sampler,
-    const accum_t<scalar_t>* packed,  // of pack_weight
+    const accum_t<scalar_t>* packed,  // see pack_weight
     const scalar_t* bias,             // (O) or null
     scalar_t* output, bool channels_first) {
     using real_t = accum_t<scalar_t>;
@@ -137,9 +137,9 @@ void deform_conv2d_forward(
     const int64_t taps = channels > 0 ? shape.taps() : 1;  // without channels, a single tap sets the sums to zero
     const int64_t inputs = shape.group_channels(), outputs = shape.group_outputs();
     const int64_t packed_tap = gemm_packed_size(inputs, outputs);
-    const Scratch<real_t> wide_bias(shape.out_channels);
+    const Scratch<real_t> accum_bias(shape.out_channels);
     for (int64_t o = 0; o < shape.out_channels; ++o) {
-        wide_bias.get()[o] = bias ? load(bias[o]) : real_t(0);
+        accum_bias.get()[o] = bias ? load(bias[o]) : real_t(0);
     }
 
     const int64_t chunk_taps = std::min(taps, std::max<int64_t>(1, kDepth / std::max<int64_t>(inputs, 1)));
@@ -155,26 +155,21 @@ void deform_conv2d_forward(
             const int64_t pixels = begin + (b + 1) * (end - begin) / blocks - first;
             for (int64_t tap = 0; tap < taps; tap += chunk_taps) {
                 const int64_t count = std::min(chunk_taps, taps - tap);
-                for (int64_t p = 0; p < pixels; ++p) {
-                    const OutputPixel at = output_pixel(shape, first + p);
-                    for (int64_t k = 0; k < count; ++k) {
-                        sampler.gather(at, tap + k, 0, channels, columns.get() + p * row + k * channels);
-                    }
-                }
+                gather_block(sampler, first, pixels, tap, count, row, columns.get());
                 for (int64_t group = 0; group < shape.groups; ++group) {
-                    multiply_pieces(
+                    multiply_taps(
                         pixels, outputs, inputs, count, columns.get() + group * inputs, row, channels,
                         packed + (group * taps + tap) * packed_tap, packed_tap, sums.get() + group * outputs,
                         shape.out_channels, tap > 0);
                 }
             }
             store_block<kRelu>(
-                sums.get(), shape.out_channels, wide_bias.get(), output, shape, first, pixels, channels_first);
+                sums.get(), shape.out_channels, accum_bias.get(), output, shape, first, pixels, channels_first);
         }
     });
 }
 
-// Compute the output for checked arguments. `packed(zero)` returns a pointer to the packed weight.
+// Compute the output for checked arguments. `packed(zero)` returns the packed weight, as a Scratch or a PackedView.
 template <typename Packed>
 Tensor convolve(
     const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input, const Tensor& offset,
@@ -229,9 +224,9 @@ Tensor pack_deform_conv2d_cpu(const Tensor& weight, int64_t groups, int64_t offs
     return packed;
 }
 
-// Pointer to a packed weight, with the interface of Scratch.
+// Pointer to the values of a packed weight, with the interface of Scratch.
 template <typename real_t>
-struct Borrowed {
+struct PackedView {
     const real_t* values;
     const real_t* get() const { return values; }
 };
@@ -249,7 +244,7 @@ Tensor deform_conv2d_packed_cpu(
         packed, input, accum_dtype(input.scalar_type()), packed_weight_size(shape), kPackedColumns);
     return convolve(shape, options, input, offset, bias, mask, std::nullopt, [&](auto zero) {
         using real_t = accum_t<decltype(zero)>;
-        return Borrowed<real_t>{data<real_t>(packed)};
+        return PackedView<real_t>{data<real_t>(packed)};
     });
 }
 

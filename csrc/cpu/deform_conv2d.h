@@ -17,6 +17,7 @@
 
 namespace spatialflow {
 
+// View of a 4-D tensor with any strides.
 template <typename value_t>
 struct View4 {
     const value_t* data = nullptr;
@@ -37,9 +38,10 @@ struct OutputPixel {
     int64_t image, y, x;
 };
 
+// Pixel with a row-major index over all images.
 inline OutputPixel output_pixel(const DeformConvShape& shape, int64_t index) {
-    const int64_t within = index % shape.pixels();
-    return {index / shape.pixels(), within / shape.out_width, within % shape.out_width};
+    const int64_t pixel = index % shape.pixels();
+    return {index / shape.pixels(), pixel / shape.out_width, pixel % shape.out_width};
 }
 
 // target[c] = sum over corners of weight[corner] * corner[c].
@@ -84,7 +86,7 @@ public:
 
     // One tap of one pixel: the cells of its sample and their weights.
     struct Tap {
-        DeformTap<real_t> place;
+        DeformTap<real_t> position;
         const scalar_t* corner[4];  // channels of the four cells; `zeros_` for a cell outside the map
         int64_t cell[4];            // row-major index of the four cells in the image, or -1
         real_t value[4];
@@ -112,59 +114,59 @@ public:
     }
 
     // Compute a tap. Return false if it reads nothing: it is outside the map, or its offset or mask is not finite.
-    bool tap(const OutputPixel& at, int64_t offset_group, int64_t number, Tap& tap) const {
-        const int64_t index = offset_group * shape_.taps() + number;
-        const int64_t row = number / shape_.kernel_width, column = number % shape_.kernel_width;
-        const real_t y = real_t(at.y * options_.stride[0] - options_.padding[0] + row * options_.dilation[0]) +
-                         offset_.at(at.image, 2 * index, at.y, at.x);
-        const real_t x = real_t(at.x * options_.stride[1] - options_.padding[1] + column * options_.dilation[1]) +
-                         offset_.at(at.image, 2 * index + 1, at.y, at.x);
-        tap.mask = mask_.data ? mask_.at(at.image, index, at.y, at.x) : real_t(1);
+    bool tap(const OutputPixel& pixel, int64_t offset_group, int64_t tap_index, Tap& tap) const {
+        const int64_t index = offset_group * shape_.taps() + tap_index;
+        const int64_t row = tap_index / shape_.kernel_width, column = tap_index % shape_.kernel_width;
+        const real_t y = real_t(pixel.y * options_.stride[0] - options_.padding[0] + row * options_.dilation[0]) +
+                         offset_.at(pixel.image, 2 * index, pixel.y, pixel.x);
+        const real_t x = real_t(pixel.x * options_.stride[1] - options_.padding[1] + column * options_.dilation[1]) +
+                         offset_.at(pixel.image, 2 * index + 1, pixel.y, pixel.x);
+        tap.mask = mask_.data ? mask_.at(pixel.image, index, pixel.y, pixel.x) : real_t(1);
         if (options_.mask_sigmoid && mask_.data) {
             tap.mask = sigmoid<real_t, ScalarMath>(tap.mask);
         }
-        if (!deform_tap(y, x, shape_.height, shape_.width, tap.place) || !(tap.mask - tap.mask == real_t(0))) {
+        if (!deform_tap(y, x, shape_.height, shape_.width, tap.position) || !(tap.mask - tap.mask == real_t(0))) {
             return false;
         }
-        const scalar_t* image = input_.data + at.image * input_.stride[0];
+        const scalar_t* image = input_.data + pixel.image * input_.stride[0];
         for (int i = 0; i < 4; ++i) {
-            tap.cell[i] = deform_corner(tap.place, i, shape_.height, shape_.width);
+            tap.cell[i] = deform_corner(tap.position, i, shape_.height, shape_.width);
             tap.corner[i] = tap.cell[i] < 0 ? zeros_.data()
-                                            : image + (tap.place.y + (i >> 1)) * input_.stride[2] +
-                                                  (tap.place.x + (i & 1)) * input_.stride[3];
+                                            : image + (tap.position.y + (i >> 1)) * input_.stride[2] +
+                                                  (tap.position.x + (i & 1)) * input_.stride[3];
         }
         if (tangent_.data) {
             deform_tangent_values(
-                tap.place, tangent_.at(at.image, 2 * index, at.y, at.x),
-                tangent_.at(at.image, 2 * index + 1, at.y, at.x), tap.value);
+                tap.position, tangent_.at(pixel.image, 2 * index, pixel.y, pixel.x),
+                tangent_.at(pixel.image, 2 * index + 1, pixel.y, pixel.x), tap.value);
         } else {
-            deform_values(tap.place, tap.value);
+            deform_values(tap.position, tap.value);
         }
         return true;
     }
 
     // Compute the derivatives of the tap's values with respect to its offset.
     void slopes(
-        const OutputPixel& at, int64_t offset_group, int64_t number, const Tap& tap, real_t slope_y[4],
+        const OutputPixel& pixel, int64_t offset_group, int64_t tap_index, const Tap& tap, real_t slope_y[4],
         real_t slope_x[4]) const {
         if (tangent_.data) {
-            const int64_t index = 2 * (offset_group * shape_.taps() + number);
+            const int64_t index = 2 * (offset_group * shape_.taps() + tap_index);
             deform_tangent_slopes(
-                tangent_.at(at.image, index, at.y, at.x), tangent_.at(at.image, index + 1, at.y, at.x), slope_y,
-                slope_x);
+                tangent_.at(pixel.image, index, pixel.y, pixel.x),
+                tangent_.at(pixel.image, index + 1, pixel.y, pixel.x), slope_y, slope_x);
         } else {
-            deform_slopes(tap.place, slope_y, slope_x);
+            deform_slopes(tap.position, slope_y, slope_x);
         }
     }
 
     // target[c - c_begin] = mask * sample, for channels [c_begin, c_end) of one tap of one pixel.
-    void gather(const OutputPixel& at, int64_t number, int64_t c_begin, int64_t c_end, real_t* target) const {
-        const int64_t per_group = shape_.offset_group_channels();
+    void gather(const OutputPixel& pixel, int64_t tap_index, int64_t c_begin, int64_t c_end, real_t* target) const {
+        const int64_t group_channels = shape_.offset_group_channels();
         for (int64_t c = c_begin; c < c_end;) {
-            const int64_t group = c / per_group;
-            const int64_t count = std::min(c_end, (group + 1) * per_group) - c;
+            const int64_t group = c / group_channels;
+            const int64_t count = std::min(c_end, (group + 1) * group_channels) - c;
             Tap tap;
-            if (this->tap(at, group, number, tap)) {
+            if (this->tap(pixel, group, tap_index, tap)) {
                 const scalar_t* corner[4];
                 real_t weight[4];
                 for (int i = 0; i < 4; ++i) {

@@ -27,13 +27,14 @@ struct Segment {
     int64_t packed;  // offset of its packed weight: per tap (outputs, channels)
 };
 
+// Channels [begin, end) that a task computes, as the segments of the weight groups.
 struct Slice {
     int64_t begin, end;
     std::vector<Segment> segments;
 };
 
-// Split the channels into at most `count` slices of whole vectors. `packed_size` is the length of all their packed
-// weights.
+// Split the channels into at most `count` slices of whole vectors. Set `packed_size` to the length of the packed
+// weights of all slices.
 std::vector<Slice> channel_slices(const DeformConvShape& shape, int64_t lanes, int64_t count, int64_t& packed_size) {
     const int64_t vectors = (shape.channels + lanes - 1) / lanes;
     count = std::min(vectors, count);
@@ -97,16 +98,17 @@ inline void scatter_channels(
     }
 }
 
-// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count). Add the tap's part
-// of grad_input (one image, channels-last; null: not requested).
+// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count). Add the gradient of
+// these samples to grad_input (one image, channels-last; null: not requested). Contributions outside the map are added
+// to `discarded`.
 template <typename scalar_t, typename real_t>
 SamplingGradient<real_t> scatter_tap(
-    const Sampler<scalar_t>& sampler, const OutputPixel& at, int64_t offset_group, int64_t number,
+    const Sampler<scalar_t>& sampler, const OutputPixel& pixel, int64_t offset_group, int64_t tap_index,
     const real_t* grad_columns,  // (count)
-    int64_t c_begin, int64_t count, real_t* grad_input, real_t* ignored) {
+    int64_t c_begin, int64_t count, real_t* grad_input, real_t* discarded) {
     SamplingGradient<real_t> result{};
     typename Sampler<scalar_t>::Tap tap;
-    if (!sampler.tap(at, offset_group, number, tap)) {
+    if (!sampler.tap(pixel, offset_group, tap_index, tap)) {
         return result;
     }
     const scalar_t* corner[4];
@@ -116,10 +118,10 @@ SamplingGradient<real_t> scatter_tap(
         corner[i] = tap.corner[i] + c_begin;
         weight[i] = tap.mask * tap.value[i];
         grad_cell[i] =
-            tap.cell[i] < 0 || !grad_input ? ignored : grad_input + tap.cell[i] * sampler.shape().channels + c_begin;
+            tap.cell[i] < 0 || !grad_input ? discarded : grad_input + tap.cell[i] * sampler.shape().channels + c_begin;
     }
     scatter_channels(grad_columns, corner, weight, grad_input ? grad_cell : nullptr, count, dot);
-    sampler.slopes(at, offset_group, number, tap, slope_y, slope_x);
+    sampler.slopes(pixel, offset_group, tap_index, tap, slope_y, slope_x);
     for (int i = 0; i < 4; ++i) {
         result.y += tap.mask * slope_y[i] * dot[i];
         result.x += tap.mask * slope_x[i] * dot[i];
@@ -128,112 +130,257 @@ SamplingGradient<real_t> scatter_tap(
     return result;
 }
 
-template <typename scalar_t>
-void deform_conv2d_backward_data(
-    const Sampler<scalar_t>& sampler,
-    const accum_t<scalar_t>* grad_output,  // (N, H_out, W_out, O)
-    const scalar_t* weight,                // (O, C / groups, taps)
-    accum_t<scalar_t>* grad_input,         // (N, H, W, C), zero on entry; null: not requested
-    accum_t<scalar_t>* grad_offset,        // (N, 2 * offset_groups * taps, H_out, W_out)
-    accum_t<scalar_t>* grad_mask) {        // (N, offset_groups * taps, H_out, W_out) or null
-    using real_t = accum_t<scalar_t>;
-    const DeformConvShape& shape = sampler.shape();
-    const int64_t taps = shape.taps(), outputs = shape.group_outputs(), inputs = shape.group_channels();
-    const int64_t per_group = shape.offset_group_channels();
-    int64_t packed_size = 0;
-    const std::vector<Slice> slices =
-        channel_slices(shape, kLanes<real_t>, (num_threads() + shape.batch - 1) / shape.batch, packed_size);
-    const int64_t num_slices = static_cast<int64_t>(slices.size());
+// Partial sampling gradients. Each pair of a slice and an offset group with common channels has one per image, pixel
+// and tap. Both are in ascending order of channels, so slice + offset group is a unique index of such a pair.
+template <typename real_t>
+class PartialGradients {
+public:
+    PartialGradients(const DeformConvShape& shape, int64_t num_slices, bool requested)
+        : pixels_(shape.batch * shape.pixels()),
+          taps_(shape.taps()),
+          partials_(requested ? (num_slices + shape.offset_groups - 1) * pixels_ * taps_ : 0) {}
 
-    const Scratch<real_t> packed(packed_size);
-    parallel_for(0, num_slices * taps, 1, [&](int64_t begin, int64_t end) {
+    // `pixel` is an index among the output pixels of all images.
+    SamplingGradient<real_t>& at(int64_t slice, int64_t offset_group, int64_t pixel, int64_t tap) const {
+        return partials_.get()[((slice + offset_group) * pixels_ + pixel) * taps_ + tap];
+    }
+
+private:
+    int64_t pixels_, taps_;
+    Scratch<SamplingGradient<real_t>> partials_;
+};
+
+// Arguments of the data gradients.
+template <typename scalar_t>
+struct DataGradient {
+    using real_t = accum_t<scalar_t>;
+
+    const Sampler<scalar_t>& sampler;
+    const real_t* grad_output;  // (N, H_out, W_out, O)
+    const scalar_t* weight;     // (O, C / groups, taps)
+    real_t* grad_input;         // (N, H, W, C), zero on entry; null: not requested
+    real_t* grad_offset;        // (N, 2 * offset_groups * taps, H_out, W_out); null: not requested
+    real_t* grad_mask;          // (N, offset_groups * taps, H_out, W_out) or null
+};
+
+// Pack the weights of all segments and taps.
+template <typename scalar_t>
+void pack_slices(
+    const DeformConvShape& shape, const std::vector<Slice>& slices, const scalar_t* weight, accum_t<scalar_t>* packed) {
+    const int64_t taps = shape.taps(), outputs = shape.group_outputs(), inputs = shape.group_channels();
+    parallel_for(0, static_cast<int64_t>(slices.size()) * taps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             for (const Segment& segment : slices[static_cast<size_t>(i / taps)].segments) {
                 const int64_t tap = i % taps, width = segment.end - segment.begin;
                 gemm_pack(
                     weight + (segment.group * outputs * inputs + segment.begin % inputs) * taps + tap, inputs * taps,
-                    taps, outputs, width, packed.get() + segment.packed + tap * gemm_packed_size(outputs, width));
+                    taps, outputs, width, packed + segment.packed + tap * gemm_packed_size(outputs, width));
             }
         }
     });
+}
 
-    // Each pair of a slice and an offset group with common channels has a partial sampling gradient. Both are in
-    // ascending order of channels, so slice + offset group is a unique index of such a pair.
-    const int64_t pixels = shape.pixels();
-    const int64_t part = shape.batch * pixels * taps;
-    const Scratch<SamplingGradient<real_t>> parts(
-        grad_offset ? (num_slices + shape.offset_groups - 1) * part : 0);  // (pair, N, pixel, tap)
+// Add the gradients of the columns of one tap and `count` pixels to grad_input of an image, and write their partial
+// sampling gradients. `pixel` is the first of the pixels among those of all images.
+template <typename scalar_t>
+void scatter_columns(
+    const DataGradient<scalar_t>& problem, const Slice& slice, int64_t slice_index, int64_t pixel, int64_t count,
+    int64_t tap,
+    const accum_t<scalar_t>* columns,  // (count, channels of the slice)
+    accum_t<scalar_t>* grad_input, accum_t<scalar_t>* discarded, const PartialGradients<accum_t<scalar_t>>& partials) {
+    const DeformConvShape& shape = problem.sampler.shape();
+    const int64_t group_channels = shape.offset_group_channels(), width = slice.end - slice.begin;
+    for (int64_t p = 0; p < count; ++p) {
+        const OutputPixel output = output_pixel(shape, pixel + p);
+        for (int64_t c = slice.begin; c < slice.end;) {
+            const int64_t group = c / group_channels;
+            const int64_t size = std::min(slice.end, (group + 1) * group_channels) - c;
+            const auto gradient = scatter_tap(
+                problem.sampler, output, group, tap, columns + p * width + (c - slice.begin), c, size, grad_input,
+                discarded);
+            if (problem.grad_offset) {
+                partials.at(slice_index, group, pixel + p, tap) = gradient;
+            }
+            c += size;
+        }
+    }
+}
 
+// Compute the data gradients of a slice of channels of an image.
+template <typename scalar_t>
+void backward_slice(
+    const DataGradient<scalar_t>& problem, const Slice& slice, int64_t slice_index, int64_t image,
+    const accum_t<scalar_t>* packed,  // see pack_slices
+    const PartialGradients<accum_t<scalar_t>>& partials) {
+    using real_t = accum_t<scalar_t>;
+    const DeformConvShape& shape = problem.sampler.shape();
+    const int64_t outputs = shape.group_outputs(), pixels = shape.pixels(), width = slice.end - slice.begin;
+    const int64_t block = std::clamp<int64_t>(kColumnValues / width, kGemmRows, kMaxBlockPixels);
+    const Scratch<real_t> columns(block * width);
+    const Scratch<real_t> discarded(width);  // sum of contributions outside the map
+    std::fill_n(discarded.get(), width, real_t(0));
+    real_t* grad_input =
+        problem.grad_input ? problem.grad_input + image * shape.height * shape.width * shape.channels : nullptr;
+    for (int64_t first = 0; first < pixels; first += block) {
+        const int64_t count = std::min(block, pixels - first);
+        const real_t* source = problem.grad_output + (image * pixels + first) * shape.out_channels;
+        for (int64_t tap = 0; tap < shape.taps(); ++tap) {
+            for (const Segment& segment : slice.segments) {
+                const int64_t size = segment.end - segment.begin;
+                gemm(
+                    count, size, outputs, source + segment.group * outputs, shape.out_channels,
+                    packed + segment.packed + tap * gemm_packed_size(outputs, size),
+                    columns.get() + (segment.begin - slice.begin), width);
+            }
+            scatter_columns(
+                problem, slice, slice_index, image * pixels + first, count, tap, columns.get(), grad_input,
+                discarded.get(), partials);
+        }
+    }
+}
+
+// Add the partial gradients of a sample, in order of the slices.
+template <typename real_t>
+SamplingGradient<real_t> sum_partials(
+    const PartialGradients<real_t>& partials, const std::vector<Slice>& slices, const DeformConvShape& shape,
+    int64_t offset_group, int64_t pixel, int64_t tap) {
+    const int64_t begin = offset_group * shape.offset_group_channels(), end = begin + shape.offset_group_channels();
+    SamplingGradient<real_t> sum{};
+    for (size_t s = 0; s < slices.size(); ++s) {
+        if (slices[s].begin < end && slices[s].end > begin) {
+            const SamplingGradient<real_t>& partial = partials.at(static_cast<int64_t>(s), offset_group, pixel, tap);
+            sum.y += partial.y;
+            sum.x += partial.x;
+            sum.mask += partial.mask;
+        }
+    }
+    return sum;
+}
+
+template <typename scalar_t>
+void deform_conv2d_backward_data(const DataGradient<scalar_t>& problem) {
+    using real_t = accum_t<scalar_t>;
+    const DeformConvShape& shape = problem.sampler.shape();
+    const int64_t taps = shape.taps(), pixels = shape.pixels();
+    int64_t packed_size = 0;
+    const std::vector<Slice> slices =
+        channel_slices(shape, kLanes<real_t>, (num_threads() + shape.batch - 1) / shape.batch, packed_size);
+    const int64_t num_slices = static_cast<int64_t>(slices.size());
+    const Scratch<real_t> packed(packed_size);
+    pack_slices(shape, slices, problem.weight, packed.get());
+    const PartialGradients<real_t> partials(shape, num_slices, problem.grad_offset != nullptr);
     parallel_for(0, shape.batch * num_slices, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t image = task / num_slices;
-            const Slice& slice = slices[static_cast<size_t>(task % num_slices)];
-            const int64_t width = slice.end - slice.begin;
-            const int64_t block = std::clamp<int64_t>(kColumnValues / width, kGemmRows, kMaxBlockPixels);
-            const Scratch<real_t> columns(block * width);
-            const Scratch<real_t> ignored(width);  // receives contributions outside the map
-            std::fill_n(ignored.get(), width, real_t(0));
-            real_t* image_gradient =
-                grad_input ? grad_input + image * shape.height * shape.width * shape.channels : nullptr;
-            for (int64_t first = 0; first < pixels; first += block) {
-                const int64_t count = std::min(block, pixels - first);
-                const real_t* source = grad_output + (image * pixels + first) * shape.out_channels;
-                for (int64_t tap = 0; tap < taps; ++tap) {
-                    for (const Segment& segment : slice.segments) {
-                        const int64_t size = segment.end - segment.begin;
-                        gemm(
-                            count, size, outputs, source + segment.group * outputs, shape.out_channels,
-                            packed.get() + segment.packed + tap * gemm_packed_size(outputs, size),
-                            columns.get() + (segment.begin - slice.begin), width);
-                    }
-                    for (int64_t p = 0; p < count; ++p) {
-                        const OutputPixel at = output_pixel(shape, image * pixels + first + p);
-                        for (int64_t c = slice.begin; c < slice.end;) {
-                            const int64_t group = c / per_group;
-                            const int64_t size = std::min(slice.end, (group + 1) * per_group) - c;
-                            const SamplingGradient<real_t> result = scatter_tap(
-                                sampler, at, group, tap, columns.get() + p * width + (c - slice.begin), c, size,
-                                image_gradient, ignored.get());
-                            if (grad_offset) {
-                                const int64_t pair = task % num_slices + group;
-                                parts.get()[pair * part + (image * pixels + first + p) * taps + tap] = result;
-                            }
-                            c += size;
-                        }
-                    }
-                }
-            }
+            const int64_t slice = task % num_slices;
+            backward_slice(
+                problem, slices[static_cast<size_t>(slice)], slice, task / num_slices, packed.get(), partials);
         }
     });
-    if (!grad_offset) {
+    if (!problem.grad_offset) {
         return;
     }
     parallel_for(0, shape.batch * shape.offset_groups * taps, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t tap = i % taps, group = i / taps % shape.offset_groups;
             const int64_t image = i / (taps * shape.offset_groups);
-            real_t* target_y = grad_offset + 2 * i * pixels;
+            real_t* target_y = problem.grad_offset + 2 * i * pixels;
             real_t* target_x = target_y + pixels;
             for (int64_t p = 0; p < pixels; ++p) {
-                SamplingGradient<real_t> sum{};
-                for (int64_t s = 0; s < num_slices; ++s) {
-                    const Slice& slice = slices[static_cast<size_t>(s)];
-                    if (slice.begin < (group + 1) * per_group && slice.end > group * per_group) {
-                        const SamplingGradient<real_t>& one =
-                            parts.get()[(s + group) * part + (image * pixels + p) * taps + tap];
-                        sum.y += one.y;
-                        sum.x += one.x;
-                        sum.mask += one.mask;
-                    }
-                }
+                const SamplingGradient<real_t> sum =
+                    sum_partials(partials, slices, shape, group, image * pixels + p, tap);
                 target_y[p] = sum.y;
                 target_x[p] = sum.x;
-                if (grad_mask) {
-                    grad_mask[i * pixels + p] = sum.mask;
+                if (problem.grad_mask) {
+                    problem.grad_mask[i * pixels + p] = sum.mask;
                 }
             }
         }
     });
+}
+
+// grad_output packed as one matrix (pixels, outputs) per block of pixels and weight group. A block is a range of at
+// most kWeightBlock pixels of an image.
+template <typename scalar_t>
+class PackedGradient {
+public:
+    using real_t = accum_t<scalar_t>;
+
+    PackedGradient(
+        const DeformConvShape& shape,
+        const View4<scalar_t>& grad_output,  // (N, O, H_out, W_out)
+        int64_t pixel_stride)                // of all pixels of an image of grad_output
+        : shape_(shape),
+          image_blocks_((shape.pixels() + kWeightBlock - 1) / kWeightBlock),
+          size_(gemm_packed_size(kWeightBlock, shape.group_outputs())),
+          packed_(blocks() * shape.groups * size_) {
+        const int64_t outputs = shape.group_outputs();
+        parallel_for(0, blocks() * shape.groups, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t block = i / shape.groups, group = i % shape.groups;
+                const int64_t image = block / image_blocks_, first = block % image_blocks_ * kWeightBlock;
+                gemm_pack(
+                    grad_output.data + image * grad_output.stride[0] + first * pixel_stride +
+                        group * outputs * grad_output.stride[1],
+                    pixel_stride, grad_output.stride[1], pixels(block), outputs, packed_.get() + i * size_);
+            }
+        });
+    }
+
+    int64_t blocks() const { return shape_.batch * image_blocks_; }
+    // First pixel of a block, among the output pixels of all images.
+    int64_t first_pixel(int64_t block) const {
+        return block / image_blocks_ * shape_.pixels() + block % image_blocks_ * kWeightBlock;
+    }
+    int64_t pixels(int64_t block) const {
+        return std::min(kWeightBlock, shape_.pixels() - block % image_blocks_ * kWeightBlock);
+    }
+    const real_t* matrix(int64_t block, int64_t group) const {
+        return packed_.get() + (block * shape_.groups + group) * size_;
+    }
+
+private:
+    const DeformConvShape& shape_;
+    int64_t image_blocks_, size_;
+    Scratch<real_t> packed_;
+};
+
+// Compute the weight gradient of taps [first_tap, last_tap) for a slice of channels.
+template <typename scalar_t>
+void backward_weight_slice(
+    const Sampler<scalar_t>& sampler, const PackedGradient<scalar_t>& grad_output, const Slice& slice,
+    int64_t first_tap, int64_t last_tap,
+    scalar_t* grad_weight) {  // (O, C / groups, taps)
+    using real_t = accum_t<scalar_t>;
+    const DeformConvShape& shape = sampler.shape();
+    const int64_t taps = shape.taps(), inputs = shape.group_channels(), outputs = shape.group_outputs();
+    const int64_t width = slice.end - slice.begin;
+    const Scratch<real_t> columns(kWeightBlock * width);
+    const Scratch<real_t> sums((last_tap - first_tap) * width * outputs);  // (tap, channel, output)
+    for (int64_t block = 0; block < grad_output.blocks(); ++block) {
+        const int64_t first = grad_output.first_pixel(block), pixels = grad_output.pixels(block);
+        for (int64_t tap = first_tap; tap < last_tap; ++tap) {
+            for (int64_t p = 0; p < pixels; ++p) {
+                sampler.gather(output_pixel(shape, first + p), tap, slice.begin, slice.end, columns.get() + p * width);
+            }
+            for (const Segment& segment : slice.segments) {
+                const int64_t channel = segment.begin - slice.begin;
+                gemm<true>(
+                    segment.end - segment.begin, outputs, pixels, columns.get() + channel, width,
+                    grad_output.matrix(block, segment.group),
+                    sums.get() + ((tap - first_tap) * width + channel) * outputs, outputs, block > 0);
+            }
+        }
+    }
+    for (int64_t c = slice.begin; c < slice.end; ++c) {
+        scalar_t* target = grad_weight + (c / inputs * outputs * inputs + c % inputs) * taps;
+        for (int64_t o = 0; o < outputs; ++o) {
+            for (int64_t tap = first_tap; tap < last_tap; ++tap) {
+                store(
+                    target[o * inputs * taps + tap],
+                    sums.get()[((tap - first_tap) * width + c - slice.begin) * outputs + o]);
+            }
+        }
+    }
 }
 
 template <typename scalar_t>
@@ -242,74 +389,26 @@ void deform_conv2d_backward_weight(
     const View4<scalar_t>& grad_output,  // (N, O, H_out, W_out)
     int64_t pixel_stride,                // of all pixels of an image of grad_output
     scalar_t* grad_weight) {             // (O, C / groups, taps)
-    using real_t = accum_t<scalar_t>;
     const DeformConvShape& shape = sampler.shape();
-    const int64_t taps = shape.taps(), inputs = shape.group_channels(), outputs = shape.group_outputs();
+    const int64_t taps = shape.taps();
+    const PackedGradient<scalar_t> packed(shape, grad_output, pixel_stride);
 
-    // Pack grad_output as (pixels, outputs) per image, block of pixels and group.
-    const int64_t image_blocks = (shape.pixels() + kWeightBlock - 1) / kWeightBlock;
-    const int64_t blocks = shape.batch * image_blocks;
-    const auto pixels_of = [&](int64_t block) {
-        return std::min(kWeightBlock, shape.pixels() - block % image_blocks * kWeightBlock);
-    };
-    const int64_t packed_size = gemm_packed_size(kWeightBlock, outputs);
-    const Scratch<real_t> packed(blocks * shape.groups * packed_size);
-    parallel_for(0, blocks * shape.groups, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t block = i / shape.groups, group = i % shape.groups;
-            const int64_t image = block / image_blocks, first = block % image_blocks * kWeightBlock;
-            gemm_pack(
-                grad_output.data + image * grad_output.stride[0] + first * pixel_stride +
-                    group * outputs * grad_output.stride[1],
-                pixel_stride, grad_output.stride[1], pixels_of(block), outputs, packed.get() + i * packed_size);
-        }
-    });
-
-    const int64_t wanted =
+    const int64_t slice_count =
         std::max((shape.channels + kWeightChannels - 1) / kWeightChannels, (4 * num_threads() + taps - 1) / taps);
     int64_t unused = 0;
-    const std::vector<Slice> slices = channel_slices(shape, kLanes<real_t>, wanted, unused);
+    const std::vector<Slice> slices = channel_slices(shape, kLanes<accum_t<scalar_t>>, slice_count, unused);
     const int64_t num_slices = static_cast<int64_t>(slices.size());
     // With few outputs per group (many groups) a task takes several taps, to read grad_output less often.
-    const int64_t per_tap = (shape.channels + num_slices - 1) / num_slices * outputs;
+    const int64_t tap_sums = (shape.channels + num_slices - 1) / num_slices * shape.group_outputs();
     const int64_t task_taps =
-        std::clamp<int64_t>(std::min(kWeightSums / per_tap, taps * num_slices / (4 * num_threads())), 1, taps);
+        std::clamp<int64_t>(std::min(kWeightSums / tap_sums, taps * num_slices / (4 * num_threads())), 1, taps);
     const int64_t tap_tasks = (taps + task_taps - 1) / task_taps;
     parallel_for(0, tap_tasks * num_slices, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first_tap = task / num_slices * task_taps;
-            const int64_t last_tap = std::min(taps, first_tap + task_taps);
-            const Slice& slice = slices[static_cast<size_t>(task % num_slices)];
-            const int64_t width = slice.end - slice.begin;
-            const Scratch<real_t> columns(kWeightBlock * width);
-            const Scratch<real_t> sums((last_tap - first_tap) * width * outputs);
-            for (int64_t block = 0; block < blocks; ++block) {
-                const int64_t first = block / image_blocks * shape.pixels() + block % image_blocks * kWeightBlock;
-                const int64_t pixels = pixels_of(block);
-                for (int64_t tap = first_tap; tap < last_tap; ++tap) {
-                    for (int64_t p = 0; p < pixels; ++p) {
-                        sampler.gather(
-                            output_pixel(shape, first + p), tap, slice.begin, slice.end, columns.get() + p * width);
-                    }
-                    for (const Segment& segment : slice.segments) {
-                        const int64_t at = segment.begin - slice.begin;
-                        gemm<true>(
-                            segment.end - segment.begin, outputs, pixels, columns.get() + at, width,
-                            packed.get() + (block * shape.groups + segment.group) * packed_size,
-                            sums.get() + ((tap - first_tap) * width + at) * outputs, outputs, block > 0);
-                    }
-                }
-            }
-            for (int64_t c = slice.begin; c < slice.end; ++c) {
-                scalar_t* target = grad_weight + (c / inputs * outputs * inputs + c % inputs) * taps;
-                for (int64_t o = 0; o < outputs; ++o) {
-                    for (int64_t tap = first_tap; tap < last_tap; ++tap) {
-                        store(
-                            target[o * inputs * taps + tap],
-                            sums.get()[((tap - first_tap) * width + c - slice.begin) * outputs + o]);
-                    }
-                }
-            }
+            backward_weight_slice(
+                sampler, packed, slices[static_cast<size_t>(task % num_slices)], first_tap,
+                std::min(taps, first_tap + task_taps), grad_weight);
         }
     });
 }
@@ -337,10 +436,10 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cpu(
             using real_t = accum_t<scalar_t>;
             const Sampler<scalar_t> sampler(shape, options, input, offset, mask, offset_tangent);
             deform_conv2d_backward_data<scalar_t>(
-                sampler, data<real_t>(source), data<scalar_t>(dense_weight),
-                need_input ? mutable_data<real_t>(gradients.input) : nullptr,
-                need_sampling ? mutable_data<real_t>(gradients.offset) : nullptr,
-                need_sampling && mask ? mutable_data<real_t>(gradients.mask) : nullptr);
+                {sampler, data<real_t>(source), data<scalar_t>(dense_weight),
+                 need_input ? mutable_data<real_t>(gradients.input) : nullptr,
+                 need_sampling ? mutable_data<real_t>(gradients.offset) : nullptr,
+                 need_sampling && mask ? mutable_data<real_t>(gradients.mask) : nullptr});
         });
     }
     return finished_deform_gradients(gradients, input, offset, mask);

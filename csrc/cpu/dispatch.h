@@ -68,7 +68,7 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& 
         try {
             torch::stable::parallel_for(begin, end, grain, Ordered<Body>(body));
         } catch (const std::exception&) {  // the stable ABI does not preserve the exception
-            check(false, "spatialflow: out of memory for what the threads of a kernel need");
+            check(false, "spatialflow: out of memory in a thread of a kernel");
         }
     }
 }

@@ -13,7 +13,7 @@ namespace spatialflow {
 
 namespace {
 
-// Number of outputs per image below which transforming the weights costs more than Winograd saves.
+// Number of output pixels of all levels and images below which transforming the weights costs more than Winograd saves.
 constexpr int64_t kWinogradPixels = 256;
 
 Tensor pack(const Tensor& weight, int64_t resolved) {
@@ -51,12 +51,12 @@ Tensor pack_conv3x3_cpu(const Tensor& weight, int64_t algorithm) {
 // Group of the active images: each range of adjacent active images is a separate level. The results of inactive images
 // are set to zero.
 template <typename scalar_t>
-ConvGroup<scalar_t> active_images(const ConvGroup<scalar_t>& whole, const uint8_t* active) {
-    ConvGroup<scalar_t> group = {whole.channels, {}, {whole.branches[0]}};
+ConvGroup<scalar_t> active_images(const ConvGroup<scalar_t>& all_images, const uint8_t* active) {
+    ConvGroup<scalar_t> group = {all_images.channels, {}, {all_images.branches[0]}};
     ConvBranch<scalar_t>& branch = group.branches[0];
     branch.out.clear();
-    for (size_t i = 0; i < whole.levels.size(); ++i) {
-        const ConvLevel<scalar_t>& level = whole.levels[i];
+    for (size_t i = 0; i < all_images.levels.size(); ++i) {
+        const ConvLevel<scalar_t>& level = all_images.levels[i];
         const int64_t pixels = level.height * level.width;
         int64_t end = 0;
         for (int64_t first = 0; first < level.batch; first = end) {
@@ -64,11 +64,12 @@ ConvGroup<scalar_t> active_images(const ConvGroup<scalar_t>& whole, const uint8_
             while (end < level.batch && (active[end] != 0) == is_active) {
                 ++end;
             }
-            const int64_t in = first * pixels * whole.channels, size = (end - first) * pixels * branch.channels;
-            scalar_t* out = whole.branches[0].out[i] + first * pixels * branch.channels;
+            const int64_t offset = first * pixels * all_images.channels;
+            const int64_t size = (end - first) * pixels * branch.channels;  // of the results
+            scalar_t* out = all_images.branches[0].out[i] + first * pixels * branch.channels;
             if (is_active) {
-                const scalar_t* flow = level.flow ? level.flow + in : nullptr;
-                group.levels.push_back({end - first, level.height, level.width, level.x + in, flow});
+                const scalar_t* flow = level.flow ? level.flow + offset : nullptr;
+                group.levels.push_back({end - first, level.height, level.width, level.x + offset, flow});
                 branch.out.push_back(out);
             } else if (size > 0) {
                 std::memset(out, 0, static_cast<size_t>(size) * sizeof(scalar_t));
@@ -109,11 +110,11 @@ struct Convolution {
                                              relu,
                                              output_pointers<scalar_t>(out),
                                              {}};
-        ConvGroup<scalar_t> whole = {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
+        ConvGroup<scalar_t> all_images = {x[0].size(1), conv_levels<scalar_t>(x, flow), {branch}};
         if (active) {
-            return active_images(whole, data<uint8_t>(*active));
+            return active_images(all_images, data<uint8_t>(*active));
         }
-        return whole;
+        return all_images;
     }
 };
 
@@ -153,7 +154,7 @@ std::vector<Tensor> flow_conv2d_cpu(
         pixels += level.size(0) * level.size(2) * level.size(3);
     }
     const bool is_double = weight.scalar_type() == ScalarType::Double;
-    const int64_t resolved = is_open(algorithm) && pixels < kWinogradPixels
+    const int64_t resolved = allows_any_algorithm(algorithm) && pixels < kWinogradPixels
                                  ? kConvDirect
                                  : resolve_algorithm(algorithm, is_double, in_channels, out_channels);
     return run(x, {{x, flow, pack(weight, resolved), bias, out_channels, relu, resolved}});

@@ -16,9 +16,9 @@
 namespace spatialflow {
 namespace {
 
-constexpr int64_t kChunkTiles = 128;
-constexpr int64_t kTaskTiles = 8;
-constexpr int64_t kChunkPixels = 1024;
+constexpr int64_t kChunkTiles = 128;            // Winograd tiles per chunk
+constexpr int64_t kTaskTiles = 8;               // tiles that a task transforms
+constexpr int64_t kChunkPixels = 1024;          // least number of output pixels per chunk of the direct algorithm
 constexpr int64_t kTaskInputs = 4 * kGemmRows;  // input channels per block of the result
 
 template <typename scalar_t>
@@ -66,43 +66,44 @@ void transform_gradient(
 }
 
 template <typename scalar_t>
-void weight_gradient_winograd(const WeightGradient<scalar_t>& job) {
+void weight_gradient_winograd(const WeightGradient<scalar_t>& problem) {
     constexpr int64_t kColumns = kGemmColumns<float>;
     WinogradTiles tiles;
-    for (const ConvLevel<scalar_t>& level : job.levels) {
+    for (const ConvLevel<scalar_t>& level : problem.levels) {
         tiles.add_level(level.batch, level.height, level.width);
     }
-    const int64_t columns = gemm_padded_columns(job.out_channels);
-    const int64_t in_row = padded_row(job.in_channels), in_stride = kChunkTiles * in_row + 16;
-    const int64_t gradient_stride = kChunkTiles * columns + 16, sum_stride = job.in_channels * columns;
+    const int64_t columns = gemm_padded_columns(problem.out_channels);
+    const int64_t in_row = padded_row(problem.in_channels), in_stride = kChunkTiles * in_row + 16;
+    const int64_t gradient_stride = kChunkTiles * columns + 16, sum_stride = problem.in_channels * columns;
     Scratch<float> inputs(kWinogradProducts * in_stride);           // (36, tiles, C_in)
     Scratch<float> gradients(kWinogradProducts * gradient_stride);  // (36, panel, tiles, kColumns)
     Scratch<float> sums(kWinogradProducts * sum_stride);            // (36, C_in, C_out)
-    const std::vector<scalar_t> zeros(static_cast<size_t>(job.in_channels));
+    const std::vector<scalar_t> zeros(static_cast<size_t>(problem.in_channels));
     for (int64_t begin = 0; begin < tiles.count(); begin += kChunkTiles) {
         const int64_t count = std::min(kChunkTiles, tiles.count() - begin);
-        const int64_t transforms = count * 512 * (job.in_channels + columns);
+        const int64_t transforms = count * 512 * (problem.in_channels + columns);
         run_tasks((count + kTaskTiles - 1) / kTaskTiles, transforms, [&](int64_t task, int64_t) {
             for (int64_t t = task * kTaskTiles; t < std::min(count, (task + 1) * kTaskTiles); ++t) {
                 const WinogradTile tile = tiles[begin + t];
                 const size_t l = static_cast<size_t>(tile.level);
-                const ConvLevel<scalar_t>& level = job.levels[l];
-                transform_input(level, job.in_channels, tile, zeros.data(), inputs.get() + t * in_row, in_stride);
+                const ConvLevel<scalar_t>& level = problem.levels[l];
+                transform_input(level, problem.in_channels, tile, zeros.data(), inputs.get() + t * in_row, in_stride);
                 transform_gradient(
-                    job.gradients[l], level.height, level.width, job.out_channels, tile, count,
+                    problem.gradients[l], level.height, level.width, problem.out_channels, tile, count,
                     gradients.get() + t * kColumns, gradient_stride);
             }
         });
-        run_tasks(kWinogradProducts * job.slices(), kWinogradProducts * count * sum_stride, [&](int64_t task, int64_t) {
-            const int64_t f = task / job.slices(), first = task % job.slices() * kTaskInputs;
-            gemm<true>(
-                std::min(kTaskInputs, job.in_channels - first), job.out_channels, count,
-                inputs.get() + f * in_stride + first, in_row, gradients.get() + f * gradient_stride,
-                sums.get() + f * sum_stride + first * columns, columns, begin > 0);
-        });
+        run_tasks(
+            kWinogradProducts * problem.slices(), kWinogradProducts * count * sum_stride, [&](int64_t task, int64_t) {
+                const int64_t f = task / problem.slices(), first = task % problem.slices() * kTaskInputs;
+                gemm<true>(
+                    std::min(kTaskInputs, problem.in_channels - first), problem.out_channels, count,
+                    inputs.get() + f * in_stride + first, in_row, gradients.get() + f * gradient_stride,
+                    sums.get() + f * sum_stride + first * columns, columns, begin > 0);
+            });
     }
-    run_tasks(job.in_channels, 256 * sum_stride, [&](int64_t c, int64_t) {
-        for (int64_t o = 0; o < job.out_channels; ++o) {
+    run_tasks(problem.in_channels, 256 * sum_stride, [&](int64_t c, int64_t) {
+        for (int64_t o = 0; o < problem.out_channels; ++o) {
             double half[3][6], line[6], result[3];
             for (int j = 0; j < 6; ++j) {
                 for (int i = 0; i < 6; ++i) {
@@ -113,7 +114,7 @@ void weight_gradient_winograd(const WeightGradient<scalar_t>& job) {
                     half[i][j] = result[i];
                 }
             }
-            scalar_t* target = job.out + (o * job.in_channels + c) * 9;
+            scalar_t* target = problem.out + (o * problem.in_channels + c) * 9;
             for (int i = 0; i < 3; ++i) {
                 winograd_weight_transposed(half[i], result);
                 for (int j = 0; j < 3; ++j) {
@@ -144,18 +145,18 @@ void pack_gradient_strip(
 }
 
 template <typename scalar_t>
-void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
+void weight_gradient_direct(const WeightGradient<scalar_t>& problem) {
     using real_t = accum_t<scalar_t>;
     std::vector<ConvStrip> strips;
-    for (size_t l = 0; l < job.levels.size(); ++l) {
-        const ConvLevel<scalar_t>& level = job.levels[l];
+    for (size_t l = 0; l < problem.levels.size(); ++l) {
+        const ConvLevel<scalar_t>& level = problem.levels[l];
         append_strips(0, l, level.batch, level.height, level.width, kStripPixels, strips);
     }
     // Form chunks of consecutive strips with about kChunkPixels pixels, and compute the offsets of each strip's copies
     // within its chunk.
-    const int64_t in_row = padded_row(job.in_channels), columns = gemm_padded_columns(job.out_channels);
+    const int64_t in_row = padded_row(problem.in_channels), columns = gemm_padded_columns(problem.out_channels);
     std::vector<size_t> chunk_end;
-    std::vector<int64_t> input_at, gradient_at;
+    std::vector<int64_t> input_offset, gradient_offset;
     int64_t inputs_size = 0, gradients_size = 0;
     for (size_t begin = 0; begin < strips.size(); begin = chunk_end.back()) {
         int64_t pixels = 0, inputs_end = 0, gradients_end = 0;
@@ -163,8 +164,8 @@ void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
         for (; s < strips.size() && pixels < kChunkPixels; ++s) {
             const ConvStrip& strip = strips[s];
             const int64_t strip_pixels = (strip.y_end - strip.y_begin) * (strip.x_end - strip.x_begin);
-            input_at.push_back(inputs_end);
-            gradient_at.push_back(gradients_end);
+            input_offset.push_back(inputs_end);
+            gradient_offset.push_back(gradients_end);
             pixels += strip_pixels;
             inputs_end += strip.padded_pixels() * in_row;
             gradients_end += strip_pixels * columns;
@@ -173,37 +174,41 @@ void weight_gradient_direct(const WeightGradient<scalar_t>& job) {
         inputs_size = std::max(inputs_size, inputs_end);
         gradients_size = std::max(gradients_size, gradients_end);
     }
-    const int64_t sum_stride = job.in_channels * columns;
+    const int64_t sum_stride = problem.in_channels * columns;
     Scratch<real_t> inputs(inputs_size), gradients(gradients_size), sums(9 * sum_stride);
     std::fill(sums.get(), sums.get() + 9 * sum_stride, real_t(0));
     size_t begin = 0;
     for (const size_t end : chunk_end) {
         run_tasks(static_cast<int64_t>(end - begin), 8 * (inputs_size + gradients_size), [&](int64_t task, int64_t) {
             const size_t s = begin + static_cast<size_t>(task), l = strips[s].level;
-            copy_strip(job.levels[l], strips[s], job.in_channels, inputs.get() + input_at[s]);
+            copy_strip(problem.levels[l], strips[s], problem.in_channels, inputs.get() + input_offset[s]);
             pack_gradient_strip(
-                job.gradients[l], job.levels[l], strips[s], job.out_channels, gradients.get() + gradient_at[s]);
+                problem.gradients[l], problem.levels[l], strips[s], problem.out_channels,
+                gradients.get() + gradient_offset[s]);
         });
-        run_tasks(9 * job.slices(), gradients_size * 9 * job.in_channels, [&](int64_t task, int64_t) {
-            const int64_t tap = task / job.slices(), first = task % job.slices() * kTaskInputs;
+        run_tasks(9 * problem.slices(), gradients_size * 9 * problem.in_channels, [&](int64_t task, int64_t) {
+            const int64_t tap = task / problem.slices(), first = task % problem.slices() * kTaskInputs;
             for (size_t s = begin; s < end; ++s) {
                 const ConvStrip& strip = strips[s];
                 const int64_t width = strip.x_end - strip.x_begin;
                 for (int64_t y = 0; y < strip.y_end - strip.y_begin; ++y) {
                     gemm<true>(
-                        std::min(kTaskInputs, job.in_channels - first), job.out_channels, width,
-                        inputs.get() + input_at[s] + ((y + tap / 3) * strip.padded_width() + tap % 3) * in_row + first,
-                        in_row, gradients.get() + gradient_at[s] + y * width * columns,
+                        std::min(kTaskInputs, problem.in_channels - first), problem.out_channels, width,
+                        inputs.get() + input_offset[s] + ((y + tap / 3) * strip.padded_width() + tap % 3) * in_row +
+                            first,
+                        in_row, gradients.get() + gradient_offset[s] + y * width * columns,
                         sums.get() + tap * sum_stride + first * columns, columns, true);
                 }
             }
         });
         begin = end;
     }
-    run_tasks(job.in_channels, 32 * sum_stride, [&](int64_t c, int64_t) {
-        for (int64_t o = 0; o < job.out_channels; ++o) {
+    run_tasks(problem.in_channels, 32 * sum_stride, [&](int64_t c, int64_t) {
+        for (int64_t o = 0; o < problem.out_channels; ++o) {
             for (int64_t tap = 0; tap < 9; ++tap) {
-                store(job.out[(o * job.in_channels + c) * 9 + tap], sums.get()[tap * sum_stride + c * columns + o]);
+                store(
+                    problem.out[(o * problem.in_channels + c) * 9 + tap],
+                    sums.get()[tap * sum_stride + c * columns + o]);
             }
         }
     });
@@ -228,17 +233,17 @@ Tensor weight_gradient_cpu(
         resolve_algorithm(algorithm, x[0].scalar_type() == ScalarType::Double, in_channels, out_channels);
     dispatch_floating("flow_conv2d_weight_gradient", x[0].scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
-        WeightGradient<scalar_t> job = {
+        WeightGradient<scalar_t> problem = {
             in_channels, out_channels, conv_levels<scalar_t>(dense_x, dense_flow), {}, mutable_data<scalar_t>(out)};
         for (const Tensor& level : dense_grad) {
-            job.gradients.push_back(data<scalar_t>(level));
+            problem.gradients.push_back(data<scalar_t>(level));
         }
         if constexpr (!std::is_same_v<scalar_t, double>) {
             if (resolved == kConvWinograd) {
-                return weight_gradient_winograd(job);
+                return weight_gradient_winograd(problem);
             }
         }
-        weight_gradient_direct(job);
+        weight_gradient_direct(problem);
     });
     return out;
 }

@@ -26,7 +26,7 @@ public:
 
     explicit EagerSubnets(const std::vector<Tensor>& levels) : levels_(levels) {}
 
-    Feature input(size_t count) const { return {first(levels_, count), false}; }
+    Feature input(size_t count) const { return {first_maps(levels_, count), false}; }
     static size_t num_levels(const Feature& feature) { return feature.maps.size(); }
     static int64_t channels(const Feature& feature) { return feature.maps.empty() ? 0 : feature.maps[0].size(1); }
     static bool is_input(const Feature& feature) { return !feature.writable; }
@@ -48,15 +48,16 @@ private:
         for (const int64_t algorithm : {kConvWinograd, kConvDirect}) {
             ConvGroup<scalar_t> group = {channels(source), {}, {}};
             for (const SubnetUpdate<Feature>& update : updates) {
-                if (update.flow && update.flow->resolved == algorithm) {
-                    Feature& feature = *update.feature;
-                    Feature sum = feature.writable ? feature : allocate(num_levels(feature), update.flow->out_channels);
-                    group.branches.push_back(branch(*update.flow, false, sum, &feature));
-                    if (num_levels(sum) > group.levels.size()) {
-                        group.levels = conv_levels<scalar_t>(first(source.maps, num_levels(sum)), {});
-                    }
-                    pending_.push_back({&feature, std::move(sum)});
+                if (!update.flow || update.flow->resolved != algorithm) {
+                    continue;
                 }
+                Feature& feature = *update.feature;
+                Feature sum = feature.writable ? feature : allocate(num_levels(feature), update.flow->out_channels);
+                group.branches.push_back(branch(*update.flow, false, sum, &feature));
+                if (num_levels(sum) > group.levels.size()) {
+                    group.levels = conv_levels<scalar_t>(first_maps(source.maps, num_levels(sum)), {});
+                }
+                pending_.push_back({&feature, std::move(sum)});
             }
             if (!group.branches.empty()) {
                 groups_[algorithm == kConvWinograd].push_back(std::move(group));
@@ -90,7 +91,7 @@ private:
         pending_.clear();
     }
 
-    static std::vector<Tensor> first(const std::vector<Tensor>& maps, size_t count) {
+    static std::vector<Tensor> first_maps(const std::vector<Tensor>& maps, size_t count) {
         return {maps.begin(), maps.begin() + static_cast<std::ptrdiff_t>(count)};
     }
 
@@ -119,7 +120,7 @@ private:
                 return reused;
             }
         }
-        return {empty_channels_last(first(levels_, count), channels), true};
+        return {empty_channels_last(first_maps(levels_, count), channels), true};
     }
 
     const std::vector<Tensor>& levels_;

@@ -130,6 +130,36 @@ __attribute__((always_inline)) inline void for_row_blocks(int64_t m, const Body&
     }
 }
 
+// Store the first `columns` columns of a tile to `target` (kRows, row stride `stride`), or add them to it if
+// `accumulate`.
+template <int kRows, typename real_t>
+__attribute__((always_inline)) inline void store_tile(
+    const GemmTile<kRows, real_t>& tile, real_t* target, int64_t stride, int64_t columns, bool accumulate) {
+    constexpr int64_t lanes = kLanes<real_t>;
+    for (int r = 0; r < kRows; ++r, target += stride) {
+        for (int v = 0; v < kGemmVectors; ++v) {
+            real_t* out = target + v * lanes;
+            const int64_t count = std::min(lanes, columns - v * lanes);
+            if (count == lanes) {
+                store_vector(out, accumulate ? load_vector(out) + tile[r][v] : tile[r][v]);
+            } else if (count > 0) {
+                const int part = static_cast<int>(count);
+                store_partial(out, accumulate ? load_partial(out, part) + tile[r][v] : tile[r][v], part);
+            }
+        }
+    }
+}
+
+// Compute one tile of C from `depth` steps over k.
+template <int kRows, bool kTransposed, typename real_t>
+__attribute__((always_inline)) inline void gemm_tile(
+    const real_t* a, int64_t a_stride, const real_t* panel, int64_t depth, real_t* c, int64_t c_stride, int64_t columns,
+    bool accumulate) {
+    GemmTile<kRows, real_t> tile = {};
+    multiply_tile<kRows, kTransposed>(a, a_stride, panel, depth, tile);
+    store_tile<kRows>(tile, c, c_stride, columns, accumulate);
+}
+
 // C = A * B, or C += A * B if `accumulate`.
 template <bool kTransposed = false, typename real_t>
 void gemm(
@@ -139,7 +169,6 @@ void gemm(
     real_t* c, int64_t c_stride,  // (m, n), row stride c_stride
     bool accumulate = false) {
     constexpr int64_t kColumns = kGemmColumns<real_t>;
-    constexpr int64_t lanes = kLanes<real_t>;
     for (int64_t k_begin = 0; k_begin < std::max<int64_t>(k, 1); k_begin += kGemmDepth) {
         const int64_t depth = std::min(kGemmDepth, k - k_begin);
         const bool add = accumulate || k_begin > 0;
@@ -149,26 +178,9 @@ void gemm(
             const int64_t valid = std::min(kColumns, n - first);
             for_row_blocks(m, [&](int64_t row, int64_t rows) {
                 with_rows(rows, [&](auto count) {
-                    constexpr int kRows = decltype(count)::value;
-                    GemmTile<kRows, real_t> tile = {};
-                    multiply_tile<kRows, kTransposed>(
-                        a_block + row * (kTransposed ? 1 : a_stride), a_stride, panel, depth, tile);
-                    real_t* target = c + row * c_stride + first;
-                    for (int r = 0; r < kRows; ++r, target += c_stride) {
-                        for (int v = 0; v < kGemmVectors; ++v) {
-                            const int64_t count = std::min(lanes, valid - v * lanes);
-                            if (count == lanes) {
-                                store_vector(
-                                    target + v * lanes,
-                                    add ? load_vector(target + v * lanes) + tile[r][v] : tile[r][v]);
-                            } else if (count > 0) {
-                                const int part = static_cast<int>(count);
-                                store_partial(
-                                    target + v * lanes,
-                                    add ? load_partial(target + v * lanes, part) + tile[r][v] : tile[r][v], part);
-                            }
-                        }
-                    }
+                    gemm_tile<decltype(count)::value, kTransposed>(
+                        a_block + row * (kTransposed ? 1 : a_stride), a_stride, panel, depth,
+                        c + row * c_stride + first, c_stride, valid, add);
                 });
             });
         }

@@ -6,6 +6,7 @@
 #include "cpu/group_norm_relu.h"
 
 #include "cpu/huge_pages.h"
+#include "cpu/row_pair.h"
 #include "cpu/scratch.h"
 
 namespace spatialflow {
@@ -28,17 +29,17 @@ void add_pixels(
         const scalar_t* pixel = run + c;
         for (int64_t p = 0; p < count; ++p, pixel += pixel_stride) {
             for (int v = 0; v < kVectors; ++v) {
-                const Vector<real_t> from = lanes.load(pixel + v * kLanes<real_t>) - pivot[v];
-                sum[v] += from;
-                square[v] += from * from;
+                const Vector<real_t> difference = lanes.load(pixel + v * kLanes<real_t>) - pivot[v];
+                sum[v] += difference;
+                square[v] += difference * difference;
             }
         }
-        const LanesOf<kVectors, real_t> own_pivots(pivot), own_sums(sum), own_squares(square);
-        for (int i = 0; i < own_sums.count; ++i) {
+        const LanesOf<kVectors, real_t> run_pivots(pivot), run_sums(sum), run_squares(square);
+        for (int i = 0; i < run_sums.count; ++i) {
             GroupSums total{sums[c + i], squares[c + i]};
             add_run(
-                total, pivots[c + i], own_pivots.values[i], static_cast<double>(count), own_sums.values[i],
-                own_squares.values[i]);
+                total, pivots[c + i], run_pivots.values[i], static_cast<double>(count), run_sums.values[i],
+                run_squares.values[i]);
             sums[c + i] = total.sum;
             squares[c + i] = total.square;
         }
@@ -76,10 +77,10 @@ void compute_statistics(
                 total.square += sums.second(block)[c];
             }
         }
-        const GroupStatistics found =
+        const GroupStatistics group =
             group_statistics(total, pivots[image * stride + begin], static_cast<double>(shape.group_size()), eps);
-        statistics[2 * g] = found.mean;
-        statistics[2 * g + 1] = found.rstd;
+        statistics[2 * g] = group.mean;
+        statistics[2 * g + 1] = group.rstd;
     }
 }
 
@@ -93,11 +94,11 @@ inline void normalize(
     using real_t = accum_t<scalar_t>;
     for_channels<real_t>(channels, [&](auto lanes, int64_t c) {
         constexpr int kVectors = decltype(lanes)::vectors;
-        const AffineVectors<kVectors, real_t> own(affine, c);
+        const AffineVectors<kVectors, real_t> coefficients(affine, c);
         for (int64_t x = 0; x < count; ++x) {
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t at = c + v * kLanes<real_t>;
-                const Vector<real_t> value = own.apply(v, lanes.load(pixels + x * pixel_stride + at));
+                const Vector<real_t> value = coefficients.apply(v, lanes.load(pixels + x * pixel_stride + at));
                 lanes.store(target + x * target_stride + at, lane_max(Vector<real_t>{}, value));  // NaN stays NaN
             }
         }
@@ -145,21 +146,18 @@ template <typename scalar_t>
 void upsample_rows(
     NormMap<const scalar_t> input, const NormShape& shape, const Affine<accum_t<scalar_t>>& affine,
     const std::vector<DoubledCell<accum_t<scalar_t>>>& columns, NormMap<scalar_t> output, int64_t image, int64_t first,
-    int64_t last, accum_t<scalar_t>* rows) {
+    int64_t last,
+    accum_t<scalar_t>* memory) {  // (2, W, padded C)
     using real_t = accum_t<scalar_t>;
-    const int64_t stride = padded(shape.channels), row_size = stride * shape.width;
-    int64_t held[2] = {-1, -1};  // row y is kept at y % 2
-    const auto row_of = [&](int64_t y) {
-        real_t* row = rows + y % 2 * row_size;
-        if (held[y % 2] != y) {
-            normalize(input.row(image, y), input.pixel_stride, affine, row, stride, shape.channels, shape.width);
-            held[y % 2] = y;
-        }
-        return row;
+    const int64_t stride = padded(shape.channels);
+    RowPair<real_t> normalized(memory, stride * shape.width);
+    const auto normalize_row = [&](int64_t y, real_t* row) {
+        normalize(input.row(image, y), input.pixel_stride, affine, row, stride, shape.channels, shape.width);
     };
     for (int64_t i = first_doubled(first, shape.height); i < first_doubled(last, shape.height); ++i) {
         const DoubledCell<real_t> row = doubled_cell<real_t>(i, shape.height);
-        const real_t *low = row_of(row.low), *high = row_of(row.high);
+        const real_t* low = normalized.row(row.low, normalize_row);
+        const real_t* high = normalized.row(row.high, normalize_row);
         interpolate_row(low, high, row, columns, stride, shape.channels, output.row(image, i));
     }
 }
@@ -188,11 +186,11 @@ void forward(
     const std::vector<DoubledCell<real_t>> columns = doubled_axis<real_t>(shape.width);
     const int64_t rows = shape.batch * shape.height, grain = std::max<int64_t>(1, kBlockPixels / shape.width);
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-        const Scratch<real_t> kept(2 * padded(shape.channels) * shape.width);
-        while (begin < end) {  // a part of one image
+        const Scratch<real_t> memory(2 * padded(shape.channels) * shape.width);
+        while (begin < end) {  // a range of rows of one image
             const int64_t image = begin / shape.height, y = begin % shape.height;
             const int64_t count = std::min(shape.height - y, end - begin);
-            upsample_rows(input, shape, affine[image], columns, target, image, y, y + count, kept.get());
+            upsample_rows(input, shape, affine[image], columns, target, image, y, y + count, memory.get());
             begin += count;
         }
     });
@@ -211,7 +209,7 @@ std::tuple<Tensor, Tensor> group_norm_relu_cpu(
         return {output, torch::stable::zero_(statistics)};
     }
     const Tensor source = channels_adjacent(input);
-    const auto scale = numbers_of(weight, shape.channels, 1.0), shift = numbers_of(bias, shape.channels, 0.0);
+    const auto scale = float64_values(weight, shape.channels, 1.0), shift = float64_values(bias, shape.channels, 0.0);
     dispatch_floating("group_norm_relu", input.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         const NormMap<const scalar_t> map = map_of<scalar_t>(source);

@@ -138,8 +138,8 @@ struct Affine {
     Affine(const NormShape& shape, const double* statistics, const double* weight, const double* bias)
         : shift(padded(shape.channels)), scale(shift.size()), offset(shift.size()) {
         for (int64_t c = 0; c < shape.channels; ++c) {
-            const double* own = statistics + c / shape.group_channels() * 2;
-            const GroupAffine<real_t> affine = group_affine<real_t>({own[0], own[1]}, weight[c], bias[c]);
+            const double* group = statistics + c / shape.group_channels() * 2;
+            const GroupAffine<real_t> affine = group_affine<real_t>({group[0], group[1]}, weight[c], bias[c]);
             shift[c] = affine.shift;
             scale[c] = affine.scale;
             offset[c] = affine.offset;
@@ -213,8 +213,8 @@ inline NormShape shape_of(const Tensor& input, int64_t num_groups) {
     return {input.size(0), input.size(1), input.size(2), input.size(3), num_groups};
 }
 
-// Values of weight or bias in float64; `fill` for each channel if the tensor is absent.
-inline std::vector<double> numbers_of(const std::optional<Tensor>& tensor, int64_t channels, double fill) {
+// Values of weight or bias in float64. If the tensor is absent, each channel has the value `fill`.
+inline std::vector<double> float64_values(const std::optional<Tensor>& tensor, int64_t channels, double fill) {
     std::vector<double> numbers(static_cast<size_t>(channels), fill);
     if (tensor) {
         dispatch_floating("group_norm_relu", tensor->scalar_type(), [&](auto zero) {

@@ -66,36 +66,36 @@ void add_gradients(
     using real_t = accum_t<scalar_t>;
     for_channels<real_t>(channels, [&](auto lanes, int64_t c) {
         constexpr int kVectors = decltype(lanes)::vectors;
-        const AffineVectors<kVectors, real_t> own(affine, c);
+        const AffineVectors<kVectors, real_t> coefficients(affine, c);
         Vector<real_t> sum[kVectors] = {}, product[kVectors] = {};
         for (int64_t x = 0; x < count; ++x) {
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t at = c + v * kLanes<real_t>;
                 const Vector<real_t> value = lanes.load(input + x * input_stride + at);
                 const Vector<real_t> g =
-                    where_active(own.apply(v, value), lanes.load(gradient + x * gradient_stride + at));
+                    where_active(coefficients.apply(v, value), lanes.load(gradient + x * gradient_stride + at));
                 sum[v] += g;
-                product[v] += g * (value - own.shift[v]);
+                product[v] += g * (value - coefficients.shift[v]);
                 if (masked) {
                     lanes.store(masked + x * channels + at, g);
                 }
             }
         }
-        const LanesOf<kVectors, real_t> own_gradients(sum), own_products(product);
-        for (int i = 0; i < own_gradients.count; ++i) {
-            gradients[c + i] += own_gradients.values[i];
-            products[c + i] += own_products.values[i];
+        const LanesOf<kVectors, real_t> run_gradients(sum), run_products(product);
+        for (int i = 0; i < run_gradients.count; ++i) {
+            gradients[c + i] += run_gradients.values[i];
+            products[c + i] += run_products.values[i];
         }
     });
 }
 
 // Coefficients of `GroupGradient` per channel of one image.
 template <typename real_t>
-struct ByInput {
+struct GradientCoefficients {
     PerChannel<real_t> by_gradient, by_input, constant;
 
     // `gradients` and `products`: sums over the image of g, and of g times the normalized input.
-    ByInput(
+    GradientCoefficients(
         const NormShape& shape, const double* statistics, const double* weight, const double* gradients,
         const double* products)
         : by_gradient(padded(shape.channels)), by_input(by_gradient.size()), constant(by_gradient.size()) {
@@ -108,11 +108,11 @@ struct ByInput {
                 mean_product += products[c] * weight[c] / count;
             }
             for (int64_t c = begin; c < end; ++c) {
-                const GroupGradient<real_t> found = group_gradient<real_t>(
+                const GroupGradient<real_t> coefficients = group_gradient<real_t>(
                     {statistics[2 * g], statistics[2 * g + 1]}, weight[c], mean_gradient, mean_product);
-                by_gradient[c] = found.by_gradient;
-                by_input[c] = found.by_input;
-                constant[c] = found.constant;
+                by_gradient[c] = coefficients.by_gradient;
+                by_input[c] = coefficients.by_input;
+                constant[c] = coefficients.constant;
             }
         }
     }
@@ -123,12 +123,12 @@ struct ByInput {
 template <bool kMasked, typename scalar_t, typename gradient_t>
 void input_gradient(
     const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride, int64_t count,
-    const Affine<accum_t<scalar_t>>& affine, const ByInput<accum_t<scalar_t>>& factors, int64_t channels,
+    const Affine<accum_t<scalar_t>>& affine, const GradientCoefficients<accum_t<scalar_t>>& factors, int64_t channels,
     scalar_t* target) {
     using real_t = accum_t<scalar_t>;
     for_channels<real_t>(channels, [&](auto lanes, int64_t c) {
         constexpr int kVectors = decltype(lanes)::vectors;
-        const AffineVectors<kVectors, real_t> own(affine, c);
+        const AffineVectors<kVectors, real_t> coefficients(affine, c);
         Vector<real_t> by_gradient[kVectors], by_input[kVectors], constant[kVectors];
         load_channels(factors.by_gradient, c, by_gradient);
         load_channels(factors.by_input, c, by_input);
@@ -139,11 +139,11 @@ void input_gradient(
                 const Vector<real_t> value = lanes.load(input + x * input_stride + at);
                 Vector<real_t> g = lanes.load(gradient + x * gradient_stride + at);
                 if constexpr (!kMasked) {
-                    g = where_active(own.apply(v, value), g);
+                    g = where_active(coefficients.apply(v, value), g);
                 }
                 lanes.store(
                     target + x * channels + at,
-                    (value - own.shift[v]) * by_input[v] + (g * by_gradient[v] + constant[v]));
+                    (value - coefficients.shift[v]) * by_input[v] + (g * by_gradient[v] + constant[v]));
             }
         }
     });
@@ -167,10 +167,10 @@ void backward(
     const auto columns = doubled_axis<real_t>(upsample ? shape.width : 0);
     blocks.for_each(shape, size, [&](int64_t image, int64_t begin, int64_t end, int64_t block) {
         const auto add = [&](int64_t y, int64_t x, int64_t count, const auto* gradient, int64_t gradient_stride,
-                             real_t* kept) {
+                             real_t* masked_run) {
             add_gradients(
                 input.row(image, y) + x * input.pixel_stride, input.pixel_stride, gradient, gradient_stride, count,
-                affine[image], channels, kept, sums.first(block), sums.second(block));
+                affine[image], channels, masked_run, sums.first(block), sums.second(block));
         };
         if (!upsample) {
             for_runs(shape, adjacent_rows, begin, end, [&](int64_t y, int64_t x, int64_t count) {
@@ -187,10 +187,10 @@ void backward(
             });
         }
     });
-    std::vector<ByInput<real_t>> factors;
+    std::vector<GradientCoefficients<real_t>> factors;
     std::vector<double> gradients(static_cast<size_t>(channels)), products(gradients.size());
     for (int64_t image = 0; image < shape.batch; ++image) {
-        const double* own = statistics + image * shape.groups * 2;
+        const double* image_statistics = statistics + image * shape.groups * 2;
         std::fill(gradients.begin(), gradients.end(), 0.0);
         std::fill(products.begin(), products.end(), 0.0);
         for (int64_t block = image * blocks.count; block < (image + 1) * blocks.count; ++block) {
@@ -200,13 +200,13 @@ void backward(
             }
         }
         for (int64_t c = 0; c < channels; ++c) {
-            const double* of_group = own + c / shape.group_channels() * 2;
+            const double* group = image_statistics + c / shape.group_channels() * 2;
             products[c] = normalized_product(
-                gradients[c], products[c], static_cast<double>(affine[image].shift[c]), {of_group[0], of_group[1]});
+                gradients[c], products[c], static_cast<double>(affine[image].shift[c]), {group[0], group[1]});
             grad_weight[c] += products[c];
             grad_bias[c] += gradients[c];
         }
-        factors.emplace_back(shape, own, weight, gradients.data(), products.data());
+        factors.emplace_back(shape, image_statistics, weight, gradients.data(), products.data());
     }
     const NormMap<scalar_t> target = dense_map(grad_input, channels, shape.height, shape.width);
     NormBlocks(shape.pixels(), kBlockPixels)
@@ -240,8 +240,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cpu(
     const Tensor grad_weight = zeros(input, {shape.channels}), grad_bias = zeros(input, {shape.channels});
     if (input.numel() != 0) {
         const Tensor source = channels_adjacent(input), gradient = channels_adjacent(as_dtype(grad_output, dtype));
-        const auto scale = numbers_of(weight, shape.channels, 1.0), shift = numbers_of(bias, shape.channels, 0.0);
-        const Tensor own_statistics = to_contiguous(statistics);
+        const auto scale = float64_values(weight, shape.channels, 1.0),
+                   shift = float64_values(bias, shape.channels, 0.0);
+        const Tensor dense_statistics = to_contiguous(statistics);
         const bool in_place = accum_dtype(dtype) == dtype;
         const Tensor masked = in_place || !upsample
                                   ? grad_input
@@ -252,8 +253,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cpu(
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
             backward(
-                map_of<scalar_t>(gradient), map_of<scalar_t>(source), shape, data<double>(own_statistics), scale.data(),
-                shift.data(), upsample, upsample ? mutable_data<real_t>(masked) : nullptr,
+                map_of<scalar_t>(gradient), map_of<scalar_t>(source), shape, data<double>(dense_statistics),
+                scale.data(), shift.data(), upsample, upsample ? mutable_data<real_t>(masked) : nullptr,
                 mutable_data<scalar_t>(grad_input), mutable_data<double>(grad_weight), mutable_data<double>(grad_bias));
         });
     }

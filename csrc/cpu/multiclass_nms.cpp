@@ -68,18 +68,18 @@ template <typename real_t>
 std::vector<ScoreEntry<real_t>> candidates_of(const real_t* scores, const Options<real_t>& options) {
     const int64_t total = options.boxes * options.classes;
     const int64_t parts = std::max<int64_t>(1, std::min(num_threads(), total / kScoresPerThread));
-    std::vector<std::vector<ScoreEntry<real_t>>> found(static_cast<size_t>(parts));
+    std::vector<std::vector<ScoreEntry<real_t>>> entries(static_cast<size_t>(parts));
     parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t part = first; part < last; ++part) {
             collect(
                 scores, total * part / parts, total * (part + 1) / parts, options.score_threshold,
-                found[static_cast<size_t>(part)]);
+                entries[static_cast<size_t>(part)]);
         }
     });
     for (int64_t part = 1; part < parts; ++part) {
-        found[0].insert(found[0].end(), found[part].begin(), found[part].end());
+        entries[0].insert(entries[0].end(), entries[part].begin(), entries[part].end());
     }
-    return std::move(found[0]);
+    return std::move(entries[0]);
 }
 
 template <typename real_t>
@@ -92,9 +92,9 @@ int64_t detect(
     SelectedBoxes<real_t> kept;
     kept.clear(options.classes);
     int64_t count = 0;
-    for (size_t wanted = std::max<size_t>(1024, 4 * static_cast<size_t>(options.max_detections)); !pending.empty();
-         wanted *= 4) {
-        take_best(pending, wanted, chunk);
+    for (size_t chunk_size = std::max<size_t>(1024, 4 * static_cast<size_t>(options.max_detections)); !pending.empty();
+         chunk_size *= 4) {
+        take_best(pending, chunk_size, chunk);
         radix_sort(chunk.data(), static_cast<int64_t>(chunk.size()), static_cast<decltype(chunk[0].key)>(-1), scratch);
         for (const auto& entry : chunk) {
             const int64_t index = entry.row / options.classes, label = entry.row % options.classes;
@@ -125,47 +125,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cpu(
     const Tensor& boxes, const Tensor& scores, double score_threshold, double iou_threshold, int64_t max_detections) {
     check_multiclass_nms(boxes, scores, score_threshold, iou_threshold, max_detections);
     const int64_t batch = boxes.size(0), rows = boxes.size(1), classes = scores.size(2);
-    check(
-        classes == 0 || rows < kMaxRows / classes,
-        "multiclass_nms: scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
-    const ScalarType type = nms_compute_type(boxes, scores);
-    const Tensor upcast_boxes = contiguous_as(boxes, type), upcast_scores = contiguous_as(scores, type);
-    const Tensor out_boxes = empty_like_sized(upcast_boxes, {batch, max_detections, 4});
-    const Tensor out_scores = empty_like_sized(upcast_boxes, {batch, max_detections});
-    const Tensor labels = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor indices = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor count = empty_like_sized(upcast_boxes, {batch}, ScalarType::Long);
-    const auto run = [&](auto zero) {
+    const DetectionTensors tensors = detection_tensors(boxes, scores, max_detections);
+    dispatch_accum(tensors.boxes.scalar_type(), [&](auto zero) {
         using real_t = decltype(zero);
         const Options<real_t> options{
             static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold), rows, classes, max_detections};
-        const auto* all_boxes = reinterpret_cast<const Box<real_t>*>(data<real_t>(upcast_boxes));
-        const Detections<real_t> all{
-            reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(out_boxes)), mutable_data<real_t>(out_scores),
-            mutable_data<int64_t>(labels), mutable_data<int64_t>(indices)};
+        const auto* batch_boxes = reinterpret_cast<const Box<real_t>*>(data<real_t>(tensors.boxes));
+        const real_t* batch_scores = data<real_t>(tensors.scores);
+        const Detections<real_t> first{
+            reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(tensors.out_boxes)),
+            mutable_data<real_t>(tensors.out_scores), mutable_data<int64_t>(tensors.labels),
+            mutable_data<int64_t>(tensors.indices)};
         parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
             for (int64_t image = begin; image < end; ++image) {
                 const int64_t offset = image * max_detections;
                 const Detections<real_t> result{
-                    all.boxes + offset, all.scores + offset, all.labels + offset, all.indices + offset};
-                const int64_t kept = detect(
-                    all_boxes + image * rows, data<real_t>(upcast_scores) + image * rows * classes, options, result);
-                mutable_data<int64_t>(count)[image] = kept;
+                    first.boxes + offset, first.scores + offset, first.labels + offset, first.indices + offset};
+                const int64_t kept =
+                    detect(batch_boxes + image * rows, batch_scores + image * rows * classes, options, result);
+                mutable_data<int64_t>(tensors.count)[image] = kept;
                 std::fill(result.boxes + kept, result.boxes + max_detections, Box<real_t>{0, 0, 0, 0});
                 std::fill(result.scores + kept, result.scores + max_detections, real_t(0));
                 std::fill(result.labels + kept, result.labels + max_detections, int64_t(-1));
                 std::fill(result.indices + kept, result.indices + max_detections, int64_t(-1));
             }
         });
-    };
-    if (type == ScalarType::Double) {
-        run(double{});
-    } else {
-        run(float{});
-    }
-    return {
-        contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels, count,
-        indices};
+    });
+    return finished_detections(tensors, boxes, scores);
 }
 
 }  // namespace

@@ -48,6 +48,22 @@ SortedCandidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_
     return candidates;
 }
 
+// Whether a kept box in the cells that `box` can reach suppresses it.
+template <typename real_t>
+bool suppressed_by_neighbors(
+    const SelectedBoxes<real_t>& kept, const UniformGrid<real_t>& grid, const Box<real_t>& box, real_t area,
+    real_t threshold) {
+    const auto range = grid.reachable(box);
+    for (int64_t row = range.row_begin; row < range.row_end; ++row) {
+        for (int64_t column = range.column_begin; column < range.column_end; ++column) {
+            if (kept.suppress(row * grid.columns() + column, box, area, threshold)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
 // Apply NMS to one class. positions(0 .. count - 1) ascend, so scores descend. Set keep[position] = 1 for each kept
 // box.
 template <typename real_t, typename Positions>
@@ -81,15 +97,7 @@ void greedy_nms(
             kept.clear(grid.cell_count());
             scan(
                 [&](const Box<real_t>& box, real_t area) {
-                    const auto range = grid.reachable(box);
-                    for (int64_t row = range.row_begin; row < range.row_end; ++row) {
-                        for (int64_t column = range.column_begin; column < range.column_end; ++column) {
-                            if (kept.suppress(row * grid.columns() + column, box, area, threshold)) {
-                                return true;
-                            }
-                        }
-                    }
-                    return false;
+                    return suppressed_by_neighbors(kept, grid, box, area, threshold);
                 },
                 [&](const Box<real_t>& box) { return grid.cell(box); });
             return;
@@ -132,11 +140,11 @@ void greedy_nms_by_class(
     parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
         SelectedBoxes<real_t> kept;
         for (int64_t worker = begin; worker < end; ++worker) {
-            for (int64_t one; (one = next.fetch_add(1, std::memory_order_relaxed)) < classes;) {
-                const KeyedRow<uint64_t>* members = by_class.data() + class_begin[one];
+            for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < classes;) {
+                const KeyedRow<uint64_t>* members = by_class.data() + class_begin[index];
                 greedy_nms(
                     candidates, [&](int64_t i) { return static_cast<int64_t>(members[i].row); },
-                    class_begin[one + 1] - class_begin[one], threshold, kept, keep);
+                    class_begin[index + 1] - class_begin[index], threshold, kept, keep);
             }
         }
     });
@@ -149,7 +157,7 @@ Tensor kept_rows(const char* op, const Tensor& boxes, const Tensor& scores, cons
     const ScalarType type = nms_compute_type(boxes, scores);
     const Tensor upcast_boxes = contiguous_as(boxes, type), upcast_scores = contiguous_as(scores, type);
     std::vector<int64_t> rows;
-    const auto run = [&](auto zero) {
+    dispatch_accum(type, [&](auto zero) {
         using real_t = decltype(zero);
         const SortedCandidates<real_t> candidates = sorted_candidates(
             reinterpret_cast<const Box<real_t>*>(data<real_t>(upcast_boxes)), data<real_t>(upcast_scores), count);
@@ -170,12 +178,7 @@ Tensor kept_rows(const char* op, const Tensor& boxes, const Tensor& scores, cons
             kept_count += keep[position];
         }
         rows.resize(kept_count);
-    };
-    if (type == ScalarType::Double) {
-        run(double{});
-    } else {
-        run(float{});
-    }
+    });
     Tensor result = empty_like_sized(boxes, {static_cast<int64_t>(rows.size())}, ScalarType::Long);
     std::copy(rows.begin(), rows.end(), mutable_data<int64_t>(result));
     return result;

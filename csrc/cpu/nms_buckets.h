@@ -50,14 +50,14 @@ public:
     // intersection is not clamped: a negative height makes inter <= 0, which is never above the threshold.
     bool suppress(int64_t bucket, const Box<real_t>& box, real_t area, real_t threshold) const {
         const Vector<real_t> x1 = broadcast(box.x1), y1 = broadcast(box.y1), x2 = broadcast(box.x2),
-                             y2 = broadcast(box.y2), own_area = broadcast(area);
+                             y2 = broadcast(box.y2), box_area = broadcast(area);
         const Vector<real_t> limit = broadcast(threshold), zero = {};
         for (int64_t index = chains_[static_cast<size_t>(bucket)].last; index >= 0;) {
             const Block& block = blocks_[static_cast<size_t>(index)];
             const Vector<real_t> width = lane_max(lane_min(x2, block.x2) - lane_max(x1, block.x1), zero);
             const Vector<real_t> height = lane_min(y2, block.y2) - lane_max(y1, block.y1);
             const Vector<real_t> inter = width * height;
-            if (any_lane(inter > limit * ((own_area + block.area) - inter))) {
+            if (any_lane(inter > limit * ((box_area + block.area) - inter))) {
                 return true;
             }
             index = block.previous;
@@ -97,7 +97,7 @@ public:
     template <typename Visit>
     UniformGrid(real_t threshold, const Visit& visit) {
         constexpr real_t kInfinity = std::numeric_limits<real_t>::infinity();
-        real_t low_x = kInfinity, high_x = -kInfinity, low_y = kInfinity, high_y = -kInfinity, largest = 0;
+        real_t low_x = kInfinity, high_x = -kInfinity, low_y = kInfinity, high_y = -kInfinity, max_coordinate = 0;
         double sum_width = 0, sum_height = 0, count = 0;
         visit([&](const Box<real_t>& box) {
             const real_t x = center(box.x1, box.x2), y = center(box.y1, box.y2);
@@ -111,11 +111,12 @@ public:
             max_height_ = std::max(max_height_, height);
             sum_width += width;
             sum_height += height;
-            largest = std::max({largest, std::abs(box.x1), std::abs(box.y1), std::abs(box.x2), std::abs(box.y2)});
+            max_coordinate =
+                std::max({max_coordinate, std::abs(box.x1), std::abs(box.y1), std::abs(box.x2), std::abs(box.y2)});
         });
         const real_t lowered = std::min(threshold, real_t(1)) * real_t(1 - 1e-5);
         reach_ = (real_t(1) - lowered) / (real_t(2) * lowered) + real_t(1e-5);  // infinite for a threshold of 0
-        slack_ = largest * real_t(16) * std::numeric_limits<real_t>::epsilon();
+        slack_ = max_coordinate * real_t(16) * std::numeric_limits<real_t>::epsilon();
         x0_ = low_x;
         y0_ = low_y;
         const real_t mean_x = reach_of(static_cast<real_t>(sum_width / count), max_width_);
@@ -149,8 +150,8 @@ private:
     }
 
     static int64_t cells(real_t range, real_t reach, double limit, real_t& per_unit) {
-        const double wanted = std::min(static_cast<double>(range) / static_cast<double>(reach), limit);
-        const int64_t count = wanted >= 1 ? static_cast<int64_t>(wanted) : 1;  // NaN and infinite ranges: one cell
+        const double bounded = std::min(static_cast<double>(range) / static_cast<double>(reach), limit);
+        const int64_t count = bounded >= 1 ? static_cast<int64_t>(bounded) : 1;  // NaN and infinite ranges: one cell
         per_unit = count > 1 ? static_cast<real_t>(count / static_cast<double>(range)) : real_t(0);
         return count;
     }

@@ -26,8 +26,8 @@ constexpr int64_t kBandRows = 32;  // rows per task
 struct MergeOptions {
     double score_threshold;
     double overlap_threshold;
-    int64_t stuff_area_limit;
-    double box_threshold;
+    int64_t stuff_area_threshold;
+    double box_overlap_threshold;
 };
 
 struct Extent {
@@ -40,11 +40,11 @@ struct Extent {
         y2 = std::max(y2, y);
     }
 
-    void add(const Extent& other) {
-        x1 = std::min(x1, other.x1);
-        x2 = std::max(x2, other.x2);
-        y1 = std::min(y1, other.y1);
-        y2 = std::max(y2, other.y2);
+    void add(const Extent& extent) {
+        x1 = std::min(x1, extent.x1);
+        x2 = std::max(x2, extent.x2);
+        y1 = std::min(y1, extent.y1);
+        y2 = std::max(y2, extent.y2);
     }
 };
 
@@ -101,11 +101,12 @@ struct PackedMasks {
     }
 };
 
-// Keep or drop the candidates in order. The mask of a kept candidate loses the pixels of earlier kept candidates; a
-// dropped candidate gets a row count of 0. Return the kept segments; id_of[c] is the id of candidate c, 0 if dropped.
+// Keep or drop the candidates in order. The mask of a kept candidate loses the pixels of earlier kept candidates, the
+// set bits of `used`. A dropped candidate gets row counts of 0. Return the kept segments; candidate_ids[c] is the id of
+// candidate c, 0 if dropped.
 std::vector<Segment> keep_instances(
     PackedMasks& masks, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
-    double overlap_threshold, std::vector<uint64_t>& used, std::vector<int32_t>& id_of) {
+    double overlap_threshold, std::vector<uint64_t>& used, std::vector<int32_t>& candidate_ids) {
     std::vector<Segment> segments;
     std::vector<uint64_t> columns(static_cast<size_t>(image.words));
     for (size_t c = 0; c < order.size(); ++c) {
@@ -155,7 +156,7 @@ std::vector<Segment> keep_instances(
             }
         }
         segments.push_back(segment);
-        id_of[c] = static_cast<int32_t>(segments.size());
+        candidate_ids[c] = static_cast<int32_t>(segments.size());
     }
     return segments;
 }
@@ -169,15 +170,36 @@ bool is_constant(const label_t* labels, int64_t count) {
     return difference == 0;
 }
 
+// Call add(label, bits) for the runs of equal labels among the pixels `free` of a word.
+template <typename label_t, typename Add>
+__attribute__((always_inline)) inline void for_label_runs(
+    const label_t* labels,  // (count)
+    int64_t count, uint64_t free, const Add& add) {
+    if (free != 0 && is_constant(labels, count)) {
+        add(labels[0], free);
+        return;
+    }
+    while (free != 0) {
+        const int64_t first = lowest_bit(free);
+        int64_t last = first + 1;
+        while (last < count && labels[last] == labels[first]) {
+            ++last;
+        }
+        const uint64_t run = free & bit_range(first, last);
+        add(labels[first], run);
+        free ^= run;
+    }
+}
+
 // Compute the area and extent of every stuff label over the pixels without an instance.
 template <typename label_t>
 std::vector<StuffClass> stuff_statistics(
     const label_t* stuff, const std::vector<uint64_t>& used, const Image& image, int64_t labels) {
     const int64_t bands = (image.height + kBandRows - 1) / kBandRows;
-    std::vector<StuffClass> of_band(static_cast<size_t>(bands * labels));
+    std::vector<StuffClass> band_classes(static_cast<size_t>(bands * labels));
     parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
         for (int64_t y = begin * kBandRows; y < std::min(end * kBandRows, image.height); ++y) {
-            StuffClass* classes = of_band.data() + y / kBandRows * labels;
+            StuffClass* classes = band_classes.data() + y / kBandRows * labels;
             const label_t* row = stuff + y * image.width;
             const auto add = [&](int64_t label, int64_t x, uint64_t bits) {
                 if (label >= 0 && label < labels) {
@@ -187,42 +209,58 @@ std::vector<StuffClass> stuff_statistics(
             };
             for (int64_t w = 0, x = 0; w < image.words; ++w, x += kWordPixels) {
                 const int64_t count = std::min(kWordPixels, image.width - x);
-                uint64_t open = ~used[y * image.words + w] & bit_range(0, count);
-                if (open != 0 && is_constant(row + x, count)) {
-                    add(row[x], x, open);
-                    continue;
-                }
-                while (open != 0) {
-                    const int64_t first = lowest_bit(open);
-                    int64_t last = first + 1;
-                    while (last < count && row[x + last] == row[x + first]) {
-                        ++last;
-                    }
-                    const uint64_t run = open & bit_range(first, last);
-                    add(row[x + first], x, run);
-                    open ^= run;
-                }
+                const uint64_t free = ~used[y * image.words + w] & bit_range(0, count);
+                for_label_runs(row + x, count, free, [&](int64_t label, uint64_t bits) { add(label, x, bits); });
             }
         }
     });
     std::vector<StuffClass> classes(static_cast<size_t>(labels));
-    for (size_t i = 0; i < of_band.size(); ++i) {
-        classes[i % static_cast<size_t>(labels)].area += of_band[i].area;
-        classes[i % static_cast<size_t>(labels)].extent.add(of_band[i].extent);
+    for (size_t i = 0; i < band_classes.size(); ++i) {
+        classes[i % static_cast<size_t>(labels)].area += band_classes[i].area;
+        classes[i % static_cast<size_t>(labels)].extent.add(band_classes[i].extent);
     }
     return classes;
 }
 
-// Write every pixel of the id map, and the bit mask `open` of void pixels.
+// Write the ids of `count` pixels of a word. `free` is the bit mask of the pixels without an instance; other pixels get
+// an unspecified id. Return the bit mask of the free pixels whose label has no id.
+template <typename label_t, typename StuffId>
+__attribute__((always_inline)) inline uint64_t paint_stuff(
+    const label_t* labels, int64_t count, uint64_t free, const StuffId& stuff_id, int32_t* ids) {
+    if (free == 0 || is_constant(labels, count)) {
+        const int32_t id = free == 0 ? 0 : stuff_id(labels[0]);
+        std::fill(ids, ids + count, id);
+        return id == 0 ? free : 0;
+    }
+    uint64_t unlabeled = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t id = stuff_id(labels[i]);
+        ids[i] = id;
+        unlabeled |= static_cast<uint64_t>(id == 0) << i;
+    }
+    return unlabeled & free;
+}
+
+// Write `id` to the pixels of a mask row.
+__attribute__((always_inline)) inline void paint_mask_row(
+    const uint64_t* bits, int64_t words, int32_t id, int32_t* ids) {
+    for (int64_t w = 0; w < words; ++w) {
+        if (bits[w] != 0) {
+            paint_word(ids + w * kWordPixels, bits[w], id);
+        }
+    }
+}
+
+// Write every pixel of the id map, and the bit mask `void_bits` of void pixels.
 template <typename label_t>
 void paint(
-    const label_t* stuff, const std::vector<int32_t>& id_of_label, const PackedMasks& masks,
-    const std::vector<int32_t>& id_of, const std::vector<uint64_t>& used, const Image& image, int32_t* id_map,
-    std::vector<uint64_t>& open) {
-    const auto labels = static_cast<int64_t>(id_of_label.size());
+    const label_t* stuff, const std::vector<int32_t>& label_ids, const PackedMasks& masks,
+    const std::vector<int32_t>& candidate_ids, const std::vector<uint64_t>& used, const Image& image, int32_t* id_map,
+    std::vector<uint64_t>& void_bits) {
+    const auto labels = static_cast<int64_t>(label_ids.size());
     const auto stuff_id = [&](label_t label) {
         const auto index = static_cast<int64_t>(label);
-        return index >= 0 && index < labels ? id_of_label[index] : 0;
+        return index >= 0 && index < labels ? label_ids[index] : 0;
     };
     parallel_for(0, image.height, kBandRows, [&](int64_t begin, int64_t end) {
         for (int64_t y = begin; y < end; ++y) {
@@ -231,30 +269,14 @@ void paint(
             for (int64_t w = 0, x = 0; w < image.words; ++w, x += kWordPixels) {
                 const int64_t count = std::min(kWordPixels, image.width - x);
                 const uint64_t free = ~used[y * image.words + w] & bit_range(0, count);
-                uint64_t unlabelled = 0;
-                if (free == 0 || is_constant(row + x, count)) {
-                    const int32_t id = free == 0 ? 0 : stuff_id(row[x]);
-                    std::fill(target + x, target + x + count, id);
-                    unlabelled = id == 0 ? free : 0;
-                } else {
-                    for (int64_t i = 0; i < count; ++i) {
-                        const int32_t id = stuff_id(row[x + i]);
-                        target[x + i] = id;
-                        unlabelled |= static_cast<uint64_t>(id == 0) << i;
-                    }
-                }
-                open[y * image.words + w] = unlabelled & free;
+                void_bits[y * image.words + w] = paint_stuff(row + x, count, free, stuff_id, target + x);
             }
-            for (size_t c = 0; c < id_of.size(); ++c) {
-                if (id_of[c] == 0 || masks.row_count[c * image.height + y] == 0) {
+            for (size_t c = 0; c < candidate_ids.size(); ++c) {
+                if (candidate_ids[c] == 0 || masks.row_count[c * image.height + y] == 0) {
                     continue;
                 }
-                const uint64_t* bits = masks.bits.data() + (c * image.height + y) * image.words;
-                for (int64_t w = 0; w < image.words; ++w) {
-                    if (bits[w] != 0) {
-                        paint_word(target + w * kWordPixels, bits[w], id_of[c]);
-                    }
-                }
+                paint_mask_row(
+                    masks.bits.data() + (c * image.height + y) * image.words, image.words, candidate_ids[c], target);
             }
         }
     });
@@ -264,8 +286,8 @@ void paint(
 // new segment.
 void fill_boxes(
     const double* boxes, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
-    double box_threshold, std::vector<int32_t>& id_of, std::vector<uint64_t>& open, std::vector<Segment>& segments,
-    int32_t* id_map) {
+    double box_overlap_threshold, std::vector<int32_t>& candidate_ids, std::vector<uint64_t>& void_bits,
+    std::vector<Segment>& segments, int32_t* id_map) {
     for (size_t c = 0; c < order.size(); ++c) {
         const PixelBox box = merge_pixel_box(boxes + 4 * order[c], image.height, image.width);
         if (box.area() == 0) {
@@ -279,24 +301,24 @@ void fill_boxes(
         int64_t still_void = 0;
         for (int64_t y = box.y1; y < box.y2; ++y) {
             for (int64_t w = first; w <= last; ++w) {
-                still_void += bit_count(open[y * image.words + w] & part(w));
+                still_void += bit_count(void_bits[y * image.words + w] & part(w));
             }
         }
-        if (!merge_box_is_filled(still_void, box.area(), box_threshold)) {
+        if (!merge_box_is_filled(still_void, box.area(), box_overlap_threshold)) {
             continue;
         }
-        if (id_of[c] == 0) {
+        if (candidate_ids[c] == 0) {
             segments.push_back({labels[order[c]], order[c], 0, {}});
-            id_of[c] = static_cast<int32_t>(segments.size());
+            candidate_ids[c] = static_cast<int32_t>(segments.size());
         }
-        Segment& segment = segments[static_cast<size_t>(id_of[c] - 1)];
+        Segment& segment = segments[static_cast<size_t>(candidate_ids[c] - 1)];
         segment.area += still_void;
         for (int64_t y = box.y1; y < box.y2; ++y) {
             for (int64_t w = first; w <= last; ++w) {
-                const uint64_t bits = open[y * image.words + w] & part(w);
+                const uint64_t bits = void_bits[y * image.words + w] & part(w);
                 if (bits != 0) {
-                    open[y * image.words + w] ^= bits;
-                    paint_word(id_map + y * image.width + w * kWordPixels, bits, id_of[c]);
+                    void_bits[y * image.words + w] ^= bits;
+                    paint_word(id_map + y * image.width + w * kWordPixels, bits, candidate_ids[c]);
                     segment.extent.add(w * kWordPixels + lowest_bit(bits), w * kWordPixels + highest_bit(bits), y);
                 }
             }
@@ -319,24 +341,26 @@ __attribute__((aligned(64))) std::vector<Segment> merge(
     const std::vector<int64_t> order = candidates(scores, count, options.score_threshold);
     PackedMasks packed(masks, order, image);
     std::vector<uint64_t> used(static_cast<size_t>(image.height * image.words));
-    std::vector<int32_t> id_of(order.size());
+    std::vector<int32_t> candidate_ids(order.size());
     std::vector<Segment> segments =
-        keep_instances(packed, order, labels, image, options.overlap_threshold, used, id_of);
+        keep_instances(packed, order, labels, image, options.overlap_threshold, used, candidate_ids);
 
     const auto stuff_labels = static_cast<int64_t>(ignored.size());
     const std::vector<StuffClass> classes = stuff_statistics(stuff, used, image, stuff_labels);
-    std::vector<int32_t> id_of_label(ignored.size());
+    std::vector<int32_t> label_ids(ignored.size());
     for (int64_t label = 0; label < stuff_labels; ++label) {
-        const StuffClass& found = classes[static_cast<size_t>(label)];
-        if (!ignored[static_cast<size_t>(label)] && found.area > 0 && found.area >= options.stuff_area_limit) {
-            segments.push_back({label, -1, found.area, found.extent});
-            id_of_label[static_cast<size_t>(label)] = static_cast<int32_t>(segments.size());
+        const StuffClass& stuff_class = classes[static_cast<size_t>(label)];
+        if (!ignored[static_cast<size_t>(label)] && stuff_class.area > 0 &&
+            stuff_class.area >= options.stuff_area_threshold) {
+            segments.push_back({label, -1, stuff_class.area, stuff_class.extent});
+            label_ids[static_cast<size_t>(label)] = static_cast<int32_t>(segments.size());
         }
     }
-    std::vector<uint64_t> open(used.size());
-    paint(stuff, id_of_label, packed, id_of, used, image, id_map, open);
+    std::vector<uint64_t> void_bits(used.size());
+    paint(stuff, label_ids, packed, candidate_ids, used, image, id_map, void_bits);
     if (boxes != nullptr) {
-        fill_boxes(boxes, order, labels, image, options.box_threshold, id_of, open, segments, id_map);
+        fill_boxes(
+            boxes, order, labels, image, options.box_overlap_threshold, candidate_ids, void_bits, segments, id_map);
     }
     return segments;
 }
@@ -344,11 +368,11 @@ __attribute__((aligned(64))) std::vector<Segment> merge(
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
-    int64_t stuff_area_limit, double box_threshold) {
+    int64_t stuff_area_threshold, double box_overlap_threshold) {
     check_panoptic_merge(
-        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_threshold);
+        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_overlap_threshold);
     const int64_t count = masks.size(0), rows = count + stuff_labels;
-    const Image image{masks.size(1), masks.size(2), words_of(masks.size(2))};
+    const Image image{masks.size(1), masks.size(2), words_per_row(masks.size(2))};
     Tensor id_map = empty_like_sized(masks, {image.height, image.width}, ScalarType::Int);
     Tensor table = empty_like_sized(masks, {rows, kMergeColumns}, ScalarType::Long);
     Tensor segment_scores = empty_like_sized(masks, {rows}, ScalarType::Float);
@@ -373,7 +397,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cpu(
                 data<uint8_t>(mask_values), data<double>(score_values), data<int64_t>(label_values),
                 box_values ? data<double>(*box_values) : nullptr, data<label_t>(stuff_values), ignored,
                 mutable_data<int32_t>(id_map), count, image,
-                {score_threshold, overlap_threshold, stuff_area_limit, box_threshold});
+                {score_threshold, overlap_threshold, stuff_area_threshold, box_overlap_threshold});
         };
         switch (stuff.scalar_type()) {
             case ScalarType::Byte:

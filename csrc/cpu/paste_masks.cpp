@@ -97,12 +97,12 @@ void paste(
     parallel_for(0, count * bands, 1, [&](int64_t begin, int64_t end) {
         Runs<real_t> runs;
         std::vector<real_t> cells(static_cast<size_t>(stride));
-        int64_t prepared = -1;
+        int64_t current_mask = -1;
         PixelRange rows{0, 0}, columns{0, 0};
         PasteAxis y_axis{};
         for (int64_t task = begin; task < end; ++task) {
             const int64_t k = task / bands;
-            if (k != prepared) {
+            if (k != current_mask) {
                 const double* box = boxes + 4 * k;
                 y_axis = paste_axis(box[1], box[3], mask_height);
                 const PasteAxis x_axis = paste_axis(box[0], box[2], mask_width);
@@ -111,7 +111,7 @@ void paste(
                 if (rows.begin < rows.end && columns.begin < columns.end) {
                     runs.fill(x_axis, columns);
                 }
-                prepared = k;
+                current_mask = k;
             }
             const int64_t first = task % bands * kBandRows, last = std::min(first + kBandRows, height);
             uint8_t* mask = output + k * height * width;

@@ -13,6 +13,7 @@
 
 #include "common/preprocess_images.h"
 #include "cpu/dispatch.h"
+#include "cpu/row_pair.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 #include "ops/preprocess_images.h"
@@ -20,20 +21,20 @@
 namespace spatialflow {
 namespace {
 
-using Ints = Vector<int32_t>;
+using IntVector = Vector<int32_t>;
 constexpr int kVectorLanes = kLanes<float>;
 constexpr int64_t kBlock = 3 * kVectorLanes;  // elements of three vectors
 
 // Load four bytes from every offset.
-inline Ints gather_bytes(const uint8_t* source, const int32_t* offsets) {
-    Ints at;
+inline IntVector gather_bytes(const uint8_t* source, const int32_t* offsets) {
+    IntVector at;
     std::memcpy(&at, offsets, sizeof(at));
 #if defined(__AVX512F__)
-    return bit_cast<Ints>(_mm512_i32gather_epi32(bit_cast<__m512i>(at), source, 1));
+    return bit_cast<IntVector>(_mm512_i32gather_epi32(bit_cast<__m512i>(at), source, 1));
 #elif defined(__AVX2__)
-    return bit_cast<Ints>(_mm256_i32gather_epi32(reinterpret_cast<const int*>(source), bit_cast<__m256i>(at), 1));
+    return bit_cast<IntVector>(_mm256_i32gather_epi32(reinterpret_cast<const int*>(source), bit_cast<__m256i>(at), 1));
 #else
-    Ints words;
+    IntVector words;
     for (int lane = 0; lane < kVectorLanes; ++lane) {
         int32_t word;
         std::memcpy(&word, source + at[lane], sizeof(word));
@@ -89,21 +90,21 @@ void resize_row(const ImagePlan& plan, int64_t y, int32_t* row) {
         source = narrow;
     }
     for (int64_t element = 0; element < plan.padded(); element += kVectorLanes) {
-        const Ints bytes = gather_bytes(source, plan.offsets.get() + element);
-        Ints left_weight, right_weight;
-        std::memcpy(&left_weight, plan.left_weights.get() + element, sizeof(Ints));
-        std::memcpy(&right_weight, plan.right_weights.get() + element, sizeof(Ints));
-        const Ints sum =
-            resize_columns<Ints>(bytes & 0xff, bytes >> 24 & 0xff, left_weight, right_weight, plan.resize.halves);
-        std::memcpy(row + element, &sum, sizeof(Ints));
+        const IntVector bytes = gather_bytes(source, plan.offsets.get() + element);
+        IntVector left_weight, right_weight;
+        std::memcpy(&left_weight, plan.left_weights.get() + element, sizeof(IntVector));
+        std::memcpy(&right_weight, plan.right_weights.get() + element, sizeof(IntVector));
+        const IntVector sum =
+            resize_columns<IntVector>(bytes & 0xff, bytes >> 24 & 0xff, left_weight, right_weight, plan.resize.halves);
+        std::memcpy(row + element, &sum, sizeof(IntVector));
     }
 }
 
 // Normalization (value - mean) * factor of vectors, with the product in double. The channels of lanes repeat every
 // three vectors.
-class BlockNormalisation {
+class BlockNormalization {
 public:
-    explicit BlockNormalisation(const ImageNormalisation& normalization) {
+    explicit BlockNormalization(const ImageNormalization& normalization) {
         for (int64_t element = 0; element < kBlock; ++element) {
             const Normalization& channel = normalization.channels[element % 3];
             means_[element] = channel.mean;
@@ -111,7 +112,7 @@ public:
         }
     }
 
-    Vector<float> operator()(Ints values, int part) const {
+    Vector<float> operator()(IntVector values, int part) const {
         const Vector<float> centered =
             __builtin_convertvector(values, Vector<float>) - load_vector(means_.data() + part * kVectorLanes);
         float lanes[kVectorLanes];
@@ -130,14 +131,14 @@ private:
 // Interpolate between two resized rows of the source and normalize the result.
 template <typename scalar_t>
 void write_row(
-    const ImagePlan& plan, const BlockNormalisation& normalization, const ResizeTap& tap, const int32_t* upper,
+    const ImagePlan& plan, const BlockNormalization& normalization, const ResizeTap& tap, const int32_t* upper,
     const int32_t* lower, scalar_t* output) {
     for (int64_t block = 0; block < plan.elements; block += kBlock) {
         for (int part = 0; part < 3; ++part) {
             const int64_t element = block + part * kVectorLanes;
-            Ints above, below;
-            std::memcpy(&above, upper + element, sizeof(Ints));
-            std::memcpy(&below, lower + element, sizeof(Ints));
+            IntVector above, below;
+            std::memcpy(&above, upper + element, sizeof(IntVector));
+            std::memcpy(&below, lower + element, sizeof(IntVector));
             const Vector<float> values =
                 normalization(resize_rows(above, below, tap.first_weight, tap.second_weight, plan.resize.halves), part);
             const int64_t rest = plan.elements - element;
@@ -152,9 +153,9 @@ void write_row(
 
 template <typename scalar_t>
 void write_images(
-    const std::vector<ImagePlan>& plans, const ImageNormalisation& channels, int64_t height, int64_t width,
+    const std::vector<ImagePlan>& plans, const ImageNormalization& channels, int64_t height, int64_t width,
     scalar_t* output) {  // (N, height, width, 3)
-    const BlockNormalisation normalization(channels);
+    const BlockNormalization normalization(channels);
     int64_t longest = 0;
     for (const ImagePlan& plan : plans) {
         longest = std::max(longest, plan.padded());
@@ -162,8 +163,8 @@ void write_images(
     const int64_t row_elements = 3 * width, rows = static_cast<int64_t>(plans.size()) * height;
     const int64_t grain = std::max<int64_t>(1, 16384 / row_elements);
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-        const Scratch<int32_t> resized(2 * longest);  // row y of the source at y % 2
-        int64_t held[2] = {-1, -1};                   // indices of these rows
+        const Scratch<int32_t> memory(2 * longest);
+        RowPair<int32_t> resized(memory.get(), longest);  // rows of image `current`, resized along x
         for (int64_t row = begin, current = -1; row < end; ++row) {
             const int64_t n = row / height, y = row % height;
             const ImagePlan& plan = plans[n];
@@ -171,20 +172,13 @@ void write_images(
             int64_t written = 0;
             if (n != current) {
                 current = n;
-                held[0] = held[1] = -1;
+                resized.clear();
             }
             if (y < plan.resize.y.target) {
                 const ResizeTap tap = resize_tap(y, plan.resize.y, plan.resize.halves);
-                const auto source_row = [&](int64_t index) {
-                    int32_t* values = resized.get() + index % 2 * longest;
-                    if (held[index % 2] != index) {
-                        resize_row(plan, index, values);
-                        held[index % 2] = index;
-                    }
-                    return values;
-                };
-                const int32_t* upper = source_row(tap.first);
-                const int32_t* lower = source_row(tap.second);
+                const auto resize = [&](int64_t index, int32_t* values) { resize_row(plan, index, values); };
+                const int32_t* upper = resized.row(tap.first, resize);
+                const int32_t* lower = resized.row(tap.second, resize);
                 write_row(plan, normalization, tap, upper, lower, target);
                 written = plan.elements;
             }
@@ -206,7 +200,7 @@ Tensor preprocess_images_cpu(
     }
     dispatch_image_dtype<float16, bfloat16>(dtype, [&](auto zero) {
         write_images(
-            plans, image_normalisation(mean, std), output.size(2), output.size(3),
+            plans, image_normalization(mean, std), output.size(2), output.size(3),
             mutable_data<decltype(zero)>(output));
     });
     return output;

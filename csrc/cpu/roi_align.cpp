@@ -38,15 +38,15 @@ struct AxisTaps {
     void fill(const RoiAxis<real_t>& axis, int64_t bins, int64_t size, int64_t stride) {
         taps.clear();
         begin.assign(1, 0);
-        const real_t share = real_t(1) / std::max(axis.grid, real_t(1));
+        const real_t sample_weight = real_t(1) / std::max(axis.grid, real_t(1));
         for (int64_t bin = 0; bin < bins; ++bin) {
             const size_t first = taps.size();
             const SampleRange range = sample_range(axis, bin, size);
             for (int64_t i = range.begin; i < range.end; ++i) {
                 LinearSample<real_t> sample;
                 if (linear_sample(sample_position(axis, bin, i), size, sample)) {
-                    add(first, sample.low * stride, sample.low_weight * share);
-                    add(first, sample.high * stride, sample.high_weight * share);
+                    add(first, sample.low * stride, sample.low_weight * sample_weight);
+                    add(first, sample.high * stride, sample.high_weight * sample_weight);
                 }
             }
             begin.push_back(static_cast<int64_t>(taps.size()));
@@ -184,6 +184,16 @@ inline void gather_roi(
     }
 }
 
+// target[c, bin] = source[bin, c].
+template <typename scalar_t>
+void transpose_bins(const scalar_t* source, int64_t bins, int64_t channels, scalar_t* target) {
+    for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t bin = 0; bin < bins; ++bin) {
+            target[c * bins + bin] = source[bin * channels + c];
+        }
+    }
+}
+
 template <typename scalar_t>
 void gather_rois(
     const std::vector<CpuRoiLevel<const scalar_t>>& levels,
@@ -195,20 +205,16 @@ void gather_rois(
     advise_huge_pages(output, sizeof(scalar_t) * static_cast<size_t>(num_rois * channels * bins));
     parallel_for(0, num_rois, 1, [&](int64_t roi_begin, int64_t roi_end) {
         RoiTaps<real_t, const scalar_t> taps;
-        std::vector<scalar_t> transposed(channels_first ? static_cast<size_t>(bins * channels) : 0);
+        std::vector<scalar_t> bin_rows(channels_first ? static_cast<size_t>(bins * channels) : 0);  // (PH, PW, C)
         for (int64_t roi = roi_begin; roi < roi_end; ++roi) {
             scalar_t* target = output + roi * bins * channels;
             if (!taps.fill(boxes + roi * 5, settings, levels, 0, batch)) {
                 std::memset(static_cast<void*>(target), 0, sizeof(scalar_t) * static_cast<size_t>(bins * channels));
                 continue;
             }
-            gather_roi(taps, settings, channels, channels_first ? transposed.data() : target);
+            gather_roi(taps, settings, channels, channels_first ? bin_rows.data() : target);
             if (channels_first) {
-                for (int64_t c = 0; c < channels; ++c) {
-                    for (int64_t bin = 0; bin < bins; ++bin) {
-                        target[c * bins + bin] = transposed[bin * channels + c];
-                    }
-                }
+                transpose_bins(bin_rows.data(), bins, channels, target);
             }
         }
     });
@@ -236,6 +242,21 @@ inline void scatter_bin(
     }
 }
 
+// Add the gradient of one RoI to channels [c_begin, c_end) of its level.
+template <typename scalar_t, typename real_t>
+inline void scatter_roi(
+    const RoiTaps<real_t, real_t>& taps, const RoiAlignSettings& settings, int64_t channels,
+    const scalar_t* source,  // (PH, PW, C)
+    int64_t c_begin, int64_t c_end) {
+    real_t* feature = taps.level->data + taps.image * taps.level->image_stride;
+    for (int64_t ph = 0; ph < settings.pooled_height; ++ph) {
+        const TapRange<real_t> rows = taps_of_bin(taps.rows, ph);
+        for (int64_t pw = 0; pw < settings.pooled_width; ++pw, source += channels) {
+            scatter_bin(feature, source, rows, taps_of_bin(taps.columns, pw), c_begin, c_end);
+        }
+    }
+}
+
 // Add the gradients to the levels, which are zero on entry.
 template <typename scalar_t>
 void scatter_rois(
@@ -257,16 +278,8 @@ void scatter_rois(
             const int64_t c_begin = std::min(channels, task % slices * slice_channels);
             const int64_t c_end = std::min(channels, c_begin + slice_channels);
             for (int64_t roi = 0; roi < num_rois; ++roi) {
-                if (!taps.fill(boxes + roi * 5, settings, levels, image, image + 1)) {
-                    continue;
-                }
-                real_t* feature = taps.level->data + taps.image * taps.level->image_stride;
-                const scalar_t* source = grad_output + roi * bins * channels;
-                for (int64_t ph = 0; ph < settings.pooled_height; ++ph) {
-                    const TapRange<real_t> rows = taps_of_bin(taps.rows, ph);
-                    for (int64_t pw = 0; pw < settings.pooled_width; ++pw, source += channels) {
-                        scatter_bin(feature, source, rows, taps_of_bin(taps.columns, pw), c_begin, c_end);
-                    }
+                if (taps.fill(boxes + roi * 5, settings, levels, image, image + 1)) {
+                    scatter_roi(taps, settings, channels, grad_output + roi * bins * channels, c_begin, c_end);
                 }
             }
         }
@@ -344,40 +357,12 @@ std::vector<Tensor> roi_align_backward(
                 boxes.size(0), batch, channels, settings);
         });
     }
-    for (Tensor& gradient : gradients) {
-        gradient = as_dtype(gradient, dtype);
-        if (!channels_last) {
-            gradient = to_contiguous(gradient);
-        }
-    }
-    return gradients;
+    return finished_level_gradients(std::move(gradients), dtype, channels_last);
 }
 
-namespace {
-
-Tensor roi_align_cpu(
-    const Tensor& input, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
-    int64_t sampling_ratio, bool aligned) {
-    check_roi_align(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio);
-    return roi_align_forward(
-        "roi_align", {input}, boxes, {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0});
-}
-
-Tensor roi_align_backward_cpu(
-    const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
-    int64_t sampling_ratio, bool aligned, int64_t batch, int64_t channels, int64_t height, int64_t width,
-    bool channels_last, bool deterministic) {
-    check_roi_align_backward(grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
-    return roi_align_backward(
-        "roi_align_backward", grad_output, boxes,
-        {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0}, batch, channels, {height},
-        {width}, channels_last, deterministic)[0];
-}
-
-}  // namespace
 }  // namespace spatialflow
 
 STABLE_TORCH_LIBRARY_IMPL(spatialflow, CPU, library) {
-    library.impl("roi_align", TORCH_BOX(&spatialflow::roi_align_cpu));
-    library.impl("_roi_align_backward", TORCH_BOX(&spatialflow::roi_align_backward_cpu));
+    library.impl("roi_align", TORCH_BOX(&spatialflow::single_level_roi_align));
+    library.impl("_roi_align_backward", TORCH_BOX(&spatialflow::single_level_roi_align_backward));
 }

@@ -17,7 +17,7 @@ struct KeyedRow {
     Key key;
     uint32_t row;
 
-    bool operator<(const KeyedRow& other) const { return key != other.key ? key < other.key : row < other.row; }
+    bool operator<(const KeyedRow& entry) const { return key != entry.key ? key < entry.key : row < entry.row; }
 };
 
 template <typename real_t>
@@ -71,12 +71,12 @@ void radix_sort(KeyedRow<Key>* entries, int64_t count, Key largest, std::vector<
     }
 }
 
-// Move the best entries of `pending` to `chunk`: at least `wanted` entries, or all if there are fewer. Entries with
+// Move the best entries of `pending` to `chunk`: at least `min_count` entries, or all if there are fewer. Entries with
 // equal keys stay together. Both vectors stay in row order.
 template <typename Key>
-void take_best(std::vector<KeyedRow<Key>>& pending, size_t wanted, std::vector<KeyedRow<Key>>& chunk) {
+void take_best(std::vector<KeyedRow<Key>>& pending, size_t min_count, std::vector<KeyedRow<Key>>& chunk) {
     chunk.clear();
-    if (pending.size() <= 2 * wanted) {
+    if (pending.size() <= 2 * min_count) {
         chunk.swap(pending);
         return;
     }
@@ -95,18 +95,18 @@ void take_best(std::vector<KeyedRow<Key>>& pending, size_t wanted, std::vector<K
         ++histogram[(entry.key - lowest) >> shift];
     }
     size_t bins = 0;
-    for (size_t taken = 0; taken < wanted; ++bins) {
+    for (size_t taken = 0; taken < min_count; ++bins) {
         taken += histogram[bins];
     }
-    size_t left = 0;
+    size_t remaining = 0;
     for (const auto& entry : pending) {
         if (((entry.key - lowest) >> shift) < bins) {
             chunk.push_back(entry);
         } else {
-            pending[left++] = entry;
+            pending[remaining++] = entry;
         }
     }
-    pending.resize(left);
+    pending.resize(remaining);
 }
 
 }  // namespace spatialflow

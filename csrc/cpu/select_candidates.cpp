@@ -71,48 +71,56 @@ accum_t<scalar_t> best_logit(const scalar_t* logits, int64_t classes) {
     return largest_lane(bests);
 }
 
+// A level of an image, with the best logit of each anchor.
+template <typename scalar_t>
+struct ScoredLevel {
+    const CandidateLevel<scalar_t>* level;
+    int64_t image;
+    std::vector<ScoreEntry<accum_t<scalar_t>>> entries;  // (H * W * A)
+};
+
+// Write the entries of the anchors in cell rows [begin, end).
+template <typename scalar_t>
+void score_anchors(
+    const CandidateProblem<scalar_t>& problem, int64_t begin, int64_t end, ScoredLevel<scalar_t>& scored) {
+    const CandidateLevel<scalar_t>& level = *scored.level;
+    int64_t row = begin * level.width * problem.anchors;
+    for (int64_t y = begin; y < end; ++y) {
+        for (int64_t x = 0; x < level.width; ++x) {
+            const scalar_t* logits = level.logits.at(scored.image, y, x);
+            for (int64_t anchor = 0; anchor < problem.anchors; ++anchor, ++row) {
+                const auto best = best_logit(logits + anchor * problem.classes, problem.classes);
+                scored.entries[row] = {descending_key(best), static_cast<uint32_t>(row)};
+            }
+        }
+    }
+}
+
 // Select the rows of the kept anchors of every level that has too many anchors: kept[image * rows + candidate].
 template <typename scalar_t>
 std::vector<uint32_t> selected_rows(const CandidateProblem<scalar_t>& problem) {
     using real_t = accum_t<scalar_t>;
-    struct Job {
-        const CandidateLevel<scalar_t>* level;
-        int64_t image;
-        std::vector<ScoreEntry<real_t>> entries;
-    };
-    std::vector<Job> jobs;
+    std::vector<ScoredLevel<scalar_t>> scored_levels;
     for (const auto& level : problem.levels) {
         for (int64_t image = 0; image < problem.batch && level.range.is_selected; ++image) {
-            jobs.push_back({&level, image, {}});
+            scored_levels.push_back({&level, image, {}});
         }
     }
-    for (Job& job : jobs) {
-        const CandidateLevel<scalar_t>& level = *job.level;
-        const int64_t row_anchors = level.width * problem.anchors;
-        job.entries.resize(static_cast<size_t>(level.height * row_anchors));
+    for (ScoredLevel<scalar_t>& scored : scored_levels) {
+        const int64_t height = scored.level->height, row_anchors = scored.level->width * problem.anchors;
+        scored.entries.resize(static_cast<size_t>(height * row_anchors));
         const int64_t grain = kLogitsPerThread / std::max<int64_t>(1, row_anchors * problem.classes) + 1;
-        parallel_for(0, level.height, grain, [&](int64_t begin, int64_t end) {
-            int64_t row = begin * row_anchors;
-            for (int64_t y = begin; y < end; ++y) {
-                for (int64_t x = 0; x < level.width; ++x) {
-                    const scalar_t* logits = level.logits.at(job.image, y, x);
-                    for (int64_t anchor = 0; anchor < problem.anchors; ++anchor, ++row) {
-                        const real_t best = best_logit(logits + anchor * problem.classes, problem.classes);
-                        job.entries[row] = {descending_key(best), static_cast<uint32_t>(row)};
-                    }
-                }
-            }
-        });
+        parallel_for(0, height, grain, [&](int64_t begin, int64_t end) { score_anchors(problem, begin, end, scored); });
     }
-    std::vector<uint32_t> kept(jobs.empty() ? 0 : static_cast<size_t>(problem.batch * problem.rows));
-    parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> kept(scored_levels.empty() ? 0 : static_cast<size_t>(problem.batch * problem.rows));
+    parallel_for(0, static_cast<int64_t>(scored_levels.size()), 1, [&](int64_t begin, int64_t end) {
         std::vector<ScoreEntry<real_t>> best, scratch;
         for (int64_t i = begin; i < end; ++i) {
-            Job& job = jobs[i];
-            const CandidateRange& range = job.level->range;
-            take_best(job.entries, static_cast<size_t>(range.count), best);
+            ScoredLevel<scalar_t>& scored = scored_levels[i];
+            const CandidateRange& range = scored.level->range;
+            take_best(scored.entries, static_cast<size_t>(range.count), best);
             radix_sort(best.data(), static_cast<int64_t>(best.size()), static_cast<decltype(best[0].key)>(-1), scratch);
-            uint32_t* rows = kept.data() + job.image * problem.rows + range.begin;
+            uint32_t* rows = kept.data() + scored.image * problem.rows + range.begin;
             for (int64_t row = 0; row < range.count; ++row) {
                 rows[row] = best[row].row;
             }
@@ -138,12 +146,12 @@ void write_candidates(
             const int64_t cell = row / problem.anchors, anchor = row % problem.anchors;
             const int64_t y = cell / level->width, x = cell % level->width;
             const scalar_t* deltas = level->deltas.at(image, y, x) + 4 * anchor;
-            const CandidateImage<real_t> own{
+            const CandidateImage<real_t> candidate_image{
                 static_cast<real_t>(valid_sizes[2 * image]), static_cast<real_t>(valid_sizes[2 * image + 1]),
                 static_cast<real_t>(scale_factors[2 * image]), static_cast<real_t>(scale_factors[2 * image + 1])};
             boxes[i] = decode_candidate<real_t>(
                 level->base[anchor], x * level->stride, y * level->stride, load(deltas[0]), load(deltas[1]),
-                load(deltas[2]), load(deltas[3]), own);
+                load(deltas[2]), load(deltas[3]), candidate_image);
             write_sigmoid(
                 level->logits.at(image, y, x) + anchor * problem.classes, scores + i * problem.classes,
                 problem.classes);
@@ -155,27 +163,27 @@ std::tuple<Tensor, Tensor> select_candidates_cpu(
     const std::vector<Tensor>& class_logits, const std::vector<Tensor>& box_deltas, const Tensor& base_anchors,
     const std::vector<int64_t>& strides, const Tensor& valid_sizes, const Tensor& scale_factors, int64_t per_level) {
     check_select_candidates(class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level);
-    const CandidateTensors own =
+    const CandidateTensors tensors =
         candidate_tensors(class_logits, box_deltas, base_anchors, valid_sizes, scale_factors, per_level);
-    if (own.boxes.numel() == 0) {
-        return {own.boxes, own.scores};
+    if (tensors.boxes.numel() == 0) {
+        return {tensors.boxes, tensors.scores};
     }
     dispatch_floating("select_candidates", class_logits[0].scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         using real_t = accum_t<scalar_t>;
-        CandidateProblem<scalar_t> problem{{}, own.batch, own.anchors, own.classes, own.rows};
-        const auto* all_base = reinterpret_cast<const Box<float>*>(data<float>(own.base));
-        for (size_t l = 0; l < own.ranges.size(); ++l) {
-            const Tensor& logits = own.logits[l];
+        CandidateProblem<scalar_t> problem{{}, tensors.batch, tensors.anchors, tensors.classes, tensors.rows};
+        const auto* base = reinterpret_cast<const Box<float>*>(data<float>(tensors.base));
+        for (size_t l = 0; l < tensors.ranges.size(); ++l) {
+            const Tensor& logits = tensors.logits[l];
             problem.levels.push_back(
-                {LevelValues<scalar_t>(logits), LevelValues<scalar_t>(own.deltas[l]), logits.size(2), logits.size(3),
-                 strides[l], all_base + static_cast<int64_t>(l) * own.anchors, own.ranges[l]});
+                {LevelValues<scalar_t>(logits), LevelValues<scalar_t>(tensors.deltas[l]), logits.size(2),
+                 logits.size(3), strides[l], base + static_cast<int64_t>(l) * tensors.anchors, tensors.ranges[l]});
         }
         write_candidates(
-            problem, selected_rows(problem), data<int64_t>(own.valid_sizes), data<float>(own.scale_factors),
-            reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(own.boxes)), mutable_data<real_t>(own.scores));
+            problem, selected_rows(problem), data<int64_t>(tensors.valid_sizes), data<float>(tensors.scale_factors),
+            reinterpret_cast<Box<real_t>*>(mutable_data<real_t>(tensors.boxes)), mutable_data<real_t>(tensors.scores));
     });
-    return {own.boxes, own.scores};
+    return {tensors.boxes, tensors.scores};
 }
 
 }  // namespace

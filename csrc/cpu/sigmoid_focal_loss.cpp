@@ -3,9 +3,9 @@
 // Sigmoid focal loss on the CPU, from class indices without a one-hot target.
 //
 // A block of rows is processed in a buffer that stays in the L1 cache. The logits are copied, negated for the label's
-// class, and replaced by f or a derivative (common/sigmoid_focal_loss.h). Then the element of the label's class in each
-// row gets its different weight and, for odd derivatives, its sign. Each block has a partial sum in double. These are
-// added in order, so the sum does not depend on the number of threads.
+// class, and replaced by f or a derivative (common/sigmoid_focal_loss.h). All elements are multiplied by the negative
+// weight, but the element of the label's class by the positive weight, negated for odd derivatives. Each block has a
+// partial sum in double. These are added in order, so the sum does not depend on the number of threads.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>
@@ -230,11 +230,11 @@ Tensor sigmoid_focal_loss_derivative_cpu(
                 data<scalar_t>(source), data<int64_t>(classes_of_rows), factors, mutable_data<scalar_t>(output),
                 labels.numel(), logits.size(logits.dim() - 1), FocalOptions(gamma, alpha));
         };
-        if (factor.dim() == 0) {  // kept in double, as 16-bit logits have a float32 sum
+        if (factor.dim() == 0) {  // gradient of a sum, which is float32 or float64 and must not be rounded to 16 bits
             run(*data<double>(contiguous_as(factor, ScalarType::Double)));
         } else {
-            const Tensor same = contiguous_as(factor, logits.scalar_type());
-            run(data<scalar_t>(same));
+            const Tensor dense_factor = contiguous_as(factor, logits.scalar_type());
+            run(data<scalar_t>(dense_factor));
         }
     });
     return output;

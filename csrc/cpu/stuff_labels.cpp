@@ -6,8 +6,8 @@
 //
 // logits (C, h, w) of any strides, output (H, W). Each row of the logits is copied once to one row per class. The two
 // rows adjacent to a row of the output stay in the cache and are interpolated for the whole row. Then the loop over
-// classes keeps the best values and classes of a vector of pixels in registers. Two loads and two permutations fetch
-// their cells.
+// classes keeps the best values and classes of a vector of pixels in registers. Per class, two loads and two
+// permutations fetch the cells left and right of these pixels.
 //
 // Tasks are rows of the output. Without fused multiply-adds, labels are equal on all instruction sets and back ends.
 #include "common/stuff_labels.h"
@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "cpu/dispatch.h"
+#include "cpu/row_pair.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 #include "ops/stuff_labels.h"
@@ -156,21 +157,13 @@ void label_rows(const Tensor& input, const LabelAxis& rows, const LabelAxis& col
     const int64_t elements = logits.classes * logits.stride;
     const int64_t grain = std::max<int64_t>(1, 16384 / (logits.classes * columns.pixels));
     parallel_for(0, rows.pixels, grain, [&](int64_t begin, int64_t end) {
-        const Scratch<real_t> fetched(2 * elements);  // row y of the logits at y % 2
-        const Scratch<real_t> blended(elements);
-        int64_t held[2] = {-1, -1};  // indices of these rows
-        const auto logits_row = [&](int64_t y) {
-            real_t* row = fetched.get() + y % 2 * elements;
-            if (held[y % 2] != y) {
-                logits.fetch_row(y, row);
-                held[y % 2] = y;
-            }
-            return row;
-        };
+        const Scratch<real_t> memory(2 * elements), blended(elements);
+        RowPair<real_t> fetched(memory.get(), elements);
+        const auto fetch = [&](int64_t y, real_t* row) { logits.fetch_row(y, row); };
         for (int64_t y = begin; y < end; ++y) {
             const LabelTap tap = rows.tap(y);
-            const real_t* upper = logits_row(tap.first);
-            const real_t* lower = logits_row(tap.second);
+            const real_t* upper = fetched.row(tap.first, fetch);
+            const real_t* lower = fetched.row(tap.second, fetch);
             const Vector<real_t> weight = broadcast(static_cast<real_t>(tap.weight));
             for (int64_t i = 0; i < elements; i += kWidth) {
                 const Vector<real_t> above = load_vector(upper + i);

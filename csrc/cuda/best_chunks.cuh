@@ -45,8 +45,8 @@ __device__ __forceinline__ unsigned sum_before(unsigned value, Shared<unsigned> 
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
     unsigned inclusive = value;
     for (int step = 1; step < kWarpSize; step *= 2) {
-        const unsigned other = __shfl_up_sync(kAllLanes, inclusive, static_cast<unsigned>(step));
-        inclusive += lane >= step ? other : 0u;
+        const unsigned preceding = __shfl_up_sync(kAllLanes, inclusive, static_cast<unsigned>(step));
+        inclusive += lane >= step ? preceding : 0u;
     }
     if (lane == kWarpSize - 1) {
         sums[warp] = inclusive;
@@ -164,7 +164,7 @@ __device__ __forceinline__ int next_chunk(
     });
     __syncthreads();
     const int taken = static_cast<int>(static_cast<unsigned>(gathered[0]));
-    int padded = kLeastPadded;
+    int padded = kMinPadded;
     while (padded < taken) {
         padded *= 2;
     }

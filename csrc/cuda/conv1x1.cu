@@ -49,24 +49,24 @@ Tensor conv1x1_cuda(
     if (out.numel() == 0) {
         return out;
     }
-    const Tensor rows = to_contiguous(weight);
-    const auto offsets = bias ? std::make_optional(to_contiguous(*bias)) : std::nullopt;
-    const auto terms =
+    const Tensor dense_weight = to_contiguous(weight);
+    const auto dense_bias = bias ? std::make_optional(to_contiguous(*bias)) : std::nullopt;
+    const auto dense_residual =
         residual ? std::make_optional(to_contiguous(*residual, MemoryFormat::ChannelsLast)) : std::nullopt;
     dispatch_floating(op, x.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         if constexpr (sizeof(scalar_t) == 2) {
-            if (conv1x1_sm90<scalar_t>(x, rows, offsets, terms, out, relu, device.stream())) {
+            if (conv1x1_sm90<scalar_t>(x, dense_weight, dense_bias, dense_residual, out, relu, device.stream())) {
                 return;
             }
         }
         const Tensor pixels = to_contiguous(x, MemoryFormat::ChannelsLast);
         launch<conv1x1_kernel<scalar_t>>(
             dim3(grid_size(op, ceil_div(out.numel(), kThreads))), dim3(kThreads), 0, device.stream(),
-            data<scalar_t>(pixels), data<scalar_t>(rows),
-            offsets ? data<scalar_t>(*offsets) : Global<const scalar_t>(nullptr),
-            terms ? data<scalar_t>(*terms) : Global<const scalar_t>(nullptr), mutable_data<scalar_t>(out), out.numel(),
-            x.size(1), weight.size(0), relu);
+            data<scalar_t>(pixels), data<scalar_t>(dense_weight),
+            dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr),
+            dense_residual ? data<scalar_t>(*dense_residual) : Global<const scalar_t>(nullptr),
+            mutable_data<scalar_t>(out), out.numel(), x.size(1), weight.size(0), relu);
     });
     return out;
 }

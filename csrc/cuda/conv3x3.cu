@@ -35,6 +35,35 @@ struct SimtConfig {
     static constexpr int kInputRow = kPixels + 4;
 };
 
+// Add bias and residual to the sums of a thread, apply ReLU, and store them. The sums are those of 4 pixels of the tile
+// by 4 outputs.
+template <typename scalar_t>
+__device__ __forceinline__ void store_thread_sums(
+    const ConvEntry<scalar_t>& entry, const MapTile& map, int first_pixel, int first_output,
+    const scalar_t (&sums)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int pixel = first_pixel + i;
+        const int y = map.y + pixel / SimtConfig::kSide, x = map.x + pixel % SimtConfig::kSide;
+        const bool inside = y < entry.source.height && x < entry.source.width;
+        const int64_t at = output_at(entry, map.image, y, x);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int output = first_output + j;
+            if (inside && output < entry.outputs) {
+                scalar_t value = sums[i][j];
+                if (entry.bias) {
+                    value += entry.bias[output];
+                }
+                if (entry.residual) {
+                    value += entry.residual[at + output];
+                }
+                entry.out[at + output] = rectified(value, entry.relu);
+            }
+        }
+    }
+}
+
 template <typename scalar_t, int kAccess>
 __global__ void __launch_bounds__(SimtConfig::kThreads, 2)
     conv3x3_kernel(const __grid_constant__ ConvTable<scalar_t> table) {
@@ -49,13 +78,13 @@ __global__ void __launch_bounds__(SimtConfig::kThreads, 2)
     if (table.active) {
         skip_inactive_images<SimtConfig>(table, skipped);
     }
-    for (int tile = static_cast<int>(blockIdx.x); tile < table.num_tiles; tile += static_cast<int>(gridDim.x)) {
-        if (table.active && is_skipped(skipped, tile)) {
+    for (int index = static_cast<int>(blockIdx.x); index < table.num_tiles; index += static_cast<int>(gridDim.x)) {
+        if (table.active && is_skipped(skipped, index)) {
             continue;
         }
-        const ConvTile place = conv_tile<SimtConfig::kOutputs>(table, tile);
-        const MapTile map = map_of<SimtConfig::kSide, SimtConfig::kSide>(table, place);
-        const ConvEntry<scalar_t>& entry = table.entries[place.entry];
+        const ConvTile tile = conv_tile<SimtConfig::kOutputs>(table, index);
+        const MapTile map = map_of<SimtConfig::kSide, SimtConfig::kSide>(table, tile);
+        const ConvEntry<scalar_t>& entry = table.entries[tile.entry];
         const int channels = entry.source.channels, row_size = padded_outputs(entry.outputs);
         Vec<scalar_t, 4> inputs;
         scalar_t weights[4];
@@ -63,7 +92,7 @@ __global__ void __launch_bounds__(SimtConfig::kThreads, 2)
             inputs = load_sum<4, kAccess>(
                 entry.source, map.image, map.y + input_row / SimtConfig::kSide + tap / 3 - 1,
                 map.x + input_row % SimtConfig::kSide + tap % 3 - 1, c0 + input_channel);
-            const int c = c0 + weight_channel, output = place.output + weight_output;
+            const int c = c0 + weight_channel, output = tile.output + weight_output;
             const auto source = entry.weights + ((static_cast<int64_t>(tap) * channels + c) * row_size + output);
 #pragma unroll
             for (int i = 0; i < 4; i += kVector) {
@@ -78,8 +107,8 @@ __global__ void __launch_bounds__(SimtConfig::kThreads, 2)
             }
         };
         // A thread without outputs, or with all its pixels below the map, only loads tiles.
-        const bool busy = place.output + thread_column < entry.outputs &&
-                          map.y + thread_row / SimtConfig::kSide < entry.source.height;
+        const bool busy =
+            tile.output + thread_column < entry.outputs && map.y + thread_row / SimtConfig::kSide < entry.source.height;
         scalar_t sums[4][4] = {};
         const auto multiply = [&](int k) {
             scalar_t a[4], b[4];
@@ -129,27 +158,7 @@ __global__ void __launch_bounds__(SimtConfig::kThreads, 2)
             }
             __syncthreads();
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int pixel = thread_row + i;
-            const int y = map.y + pixel / SimtConfig::kSide, x = map.x + pixel % SimtConfig::kSide;
-            const bool inside = y < entry.source.height && x < entry.source.width;
-            const int64_t at = output_at(entry, map.image, y, x);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int output = place.output + thread_column + j;
-                if (inside && output < entry.outputs) {
-                    scalar_t value = sums[i][j];
-                    if (entry.bias) {
-                        value += entry.bias[output];
-                    }
-                    if (entry.residual) {
-                        value += entry.residual[at + output];
-                    }
-                    entry.out[at + output] = rectified(value, entry.relu);
-                }
-            }
-        }
+        store_thread_sums(entry, map, thread_row, tile.output + thread_column, sums);
     }
 }
 
@@ -190,25 +199,48 @@ struct Kernel {
     }
     // Estimated time of all tiles: n concurrent tiles of a multiprocessor need as long as n + 1/4 tiles.
     static int64_t cost(const std::vector<Convolution>& convolutions, Stream stream) {
-        int64_t all = 0;
+        int64_t num_tiles = 0;
         for (const Convolution& conv : convolutions) {
             for (const Tensor& out : conv.out) {
-                all += tiles(out);
+                num_tiles += tiles(out);
             }
         }
         const int64_t blocks = resident(stream), multiprocessors = std::max<int64_t>(1, blocks / Config::kResident);
-        const int64_t rest = all % blocks;
-        return all / blocks * (4 * Config::kResident + 1) + (rest > 0 ? 4 * ceil_div(rest, multiprocessors) + 1 : 0);
+        const int64_t remaining = num_tiles % blocks;
+        return num_tiles / blocks * (4 * Config::kResident + 1) +
+               (remaining > 0 ? 4 * ceil_div(remaining, multiprocessors) + 1 : 0);
     }
 };
+
+// Entry of the table for level `level` of a convolution.
+template <typename Tiles>
+ConvEntry<typename Tiles::scalar_t> conv_entry(
+    const char* op, const Convolution& conv, size_t level, const Global<const typename Tiles::scalar_t>& weights) {
+    using scalar_t = typename Tiles::scalar_t;
+    using real_t = accum_t<scalar_t>;
+    using Config = typename Tiles::Config;
+    const Tensor& out = conv.out[level];
+    ConvEntry<scalar_t> entry{};
+    entry.source = conv_source<scalar_t>(op, conv.x[level], conv.flow.empty() ? nullptr : &conv.flow[level]);
+    entry.weights = weights;
+    entry.bias = conv.bias ? data<real_t>(*conv.bias) : Global<const real_t>(nullptr);
+    entry.residual = conv.residual.empty() ? Global<const scalar_t>(nullptr) : data<scalar_t>(conv.residual[level]);
+    entry.out = mutable_data<scalar_t>(out);
+    entry.outputs = static_cast<int>(out.size(1));
+    entry.relu = conv.relu;
+    entry.vectorized = out.size(1) % kVectorElements<scalar_t> == 0 &&
+                       (conv.residual.empty() || is_aligned(conv.residual[level].const_data_ptr(), 16));
+    entry.tile_rows = static_cast<int>(ceil_div(out.size(2), Config::kHeight));
+    entry.tile_columns = static_cast<int>(ceil_div(out.size(3), Config::kWidth));
+    entry.output_tiles = static_cast<int>(Tiles::output_tiles(out));
+    return entry;
+}
 
 template <typename operand_t, int kOutputs>
 void convolve(
     const char* op, const std::vector<Convolution>& convolutions, Stream stream, const std::optional<Tensor>& active) {
     using scalar_t = element_t<operand_t>;
-    using real_t = accum_t<scalar_t>;
     using Tiles = Kernel<operand_t, kOutputs>;
-    using Config = typename Tiles::Config;
     struct SizedEntry {
         ConvEntry<scalar_t> entry;
         int64_t pixels, tiles;
@@ -229,17 +261,7 @@ void convolve(
                 tiles <= kMaxTiles, op, ": a level of shape ", shape_string(out), " holds too many tiles for a launch");
             if (tiles > 0) {
                 sized_entries.push_back(
-                    {{conv_source<scalar_t>(op, conv.x[i], conv.flow.empty() ? nullptr : &conv.flow[i]), weights,
-                      conv.bias ? data<real_t>(*conv.bias) : Global<const real_t>(nullptr),
-                      conv.residual.empty() ? Global<const scalar_t>(nullptr) : data<scalar_t>(conv.residual[i]),
-                      mutable_data<scalar_t>(out), static_cast<int>(out.size(1)), conv.relu,
-                      out.size(1) % kVectorElements<scalar_t> == 0 &&
-                          (conv.residual.empty() || is_aligned(conv.residual[i].const_data_ptr(), 16)),
-                      0, static_cast<int>(ceil_div(out.size(2), Config::kHeight)),
-                      static_cast<int>(ceil_div(out.size(3), Config::kWidth)),
-                      static_cast<int>(Tiles::output_tiles(out))},
-                     out.size(0) * out.size(2) * out.size(3),
-                     tiles});
+                    {conv_entry<Tiles>(op, conv, i, weights), out.size(0) * out.size(2) * out.size(3), tiles});
             }
         }
     }
@@ -293,14 +315,14 @@ void convolve3x3(
     }
     while (!convolutions.empty()) {
         const int64_t algorithm = convolutions[0].algorithm;
-        const auto others = std::stable_partition(
+        const auto group_end = std::stable_partition(
             convolutions.begin(), convolutions.end(),
             [&](const Convolution& convolution) { return convolution.algorithm == algorithm; });
-        std::vector<Convolution> same(convolutions.begin(), others);
-        convolutions.erase(convolutions.begin(), others);
-        dispatch_floating(op, same[0].x[0].scalar_type(), [&](auto zero) {
+        std::vector<Convolution> group(convolutions.begin(), group_end);
+        convolutions.erase(convolutions.begin(), group_end);
+        dispatch_floating(op, group[0].x[0].scalar_type(), [&](auto zero) {
             dispatch_operand<decltype(zero)>(
-                algorithm, [&](auto operand) { convolve<decltype(operand)>(op, std::move(same), stream, active); });
+                algorithm, [&](auto operand) { convolve<decltype(operand)>(op, std::move(group), stream, active); });
         });
     }
 }

@@ -193,12 +193,12 @@ __device__ __forceinline__ void skip_inactive_images(
         });
 }
 
-// Number of persistent blocks: as many as are resident at one time. With `active`, at least as many as give each block
+// Number of persistent blocks: as many as are resident at one time. With `active`, at least so many that each block has
 // at most kMaxBlockTiles tiles.
 template <typename Table>
 inline unsigned persistent_blocks(const Table& table, int resident) {
-    const int least = table.active ? static_cast<int>(ceil_div(table.num_tiles, kMaxBlockTiles)) : 1;
-    return static_cast<unsigned>(std::min(table.num_tiles, std::max(resident, least)));
+    const int min_blocks = table.active ? static_cast<int>(ceil_div(table.num_tiles, kMaxBlockTiles)) : 1;
+    return static_cast<unsigned>(std::min(table.num_tiles, std::max(resident, min_blocks)));
 }
 
 }  // namespace spatialflow

@@ -37,7 +37,7 @@ struct TensorCoreConfig {
     static constexpr int kInputBuffer = kInputs * kInputRow, kWeightStage = kWeightRows * kWeightRow;  // elements
     static constexpr size_t kSharedBytes =
         sizeof(element_t<operand_t>) * (2 * kInputBuffer + kWeightStages * kWeightStage);
-    static_assert((kHeight + 2) * kHaloWidth <= kInputs, "a chunk per unit");
+    static_assert((kHeight + 2) * kHaloWidth <= kInputs, "one chunk per unit covers a tile and its halo");
 };
 
 // Sums of a lane, of four rows. In 16 bits outputs are the columns of a product. sums[i][j][e] is pixel e / 2 * 8,
@@ -232,6 +232,18 @@ __device__ __forceinline__ void store_sums(
     });
 }
 
+// Multiply a row of inputs by the weights of a tap.
+template <int kBlocks, typename scalar_t>
+__device__ __forceinline__ void multiply_row(
+    const unsigned (&a)[4], const unsigned (&b)[kBlocks * 2][4], float (&sums)[kBlocks * 4][4],
+    scalar_t /* operand type */) {
+#pragma unroll
+    for (int j = 0; j < kBlocks * 4; ++j) {
+        const unsigned right[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+        mma_16816(sums[j], a, right, scalar_t{});
+    }
+}
+
 // Multiply a unit: a column of taps, and as many channels as the depth of a product. This lane reads the first row of
 // inputs at `inputs` and the first tap at `weights`. In 16 bits the column's weights stay in registers. A row of inputs
 // is used for its three taps before the next row is read.
@@ -255,11 +267,7 @@ __device__ __forceinline__ void multiply_unit(
         for (int t = 0; t < 3; ++t) {
             const int i = row - t;
             if (i >= 0 && i < Config::kWarpRows) {
-#pragma unroll
-                for (int j = 0; j < Config::kBlocks * 4; ++j) {
-                    const unsigned right[2] = {b[t][j / 2][j % 2 * 2], b[t][j / 2][j % 2 * 2 + 1]};
-                    mma_16816(sums[i][j], a, right, scalar_t{});
-                }
+                multiply_row<Config::kBlocks>(a, b[t], sums[i], scalar_t{});
             }
         }
     }
@@ -314,6 +322,141 @@ __device__ __forceinline__ void multiply_unit(
     }
 }
 
+// Loader of the inputs of a thread: 16 bytes of the channels of a step, for a pixel of every chunk.
+template <typename operand_t, int kAccess, int kTileOutputs>
+struct InputLoader {
+    using scalar_t = element_t<operand_t>;
+    using Config = TensorCoreConfig<operand_t, kTileOutputs>;
+    static constexpr int kThreads = Config::kChannels / Config::kVector;                 // of a pixel
+    static constexpr int kWord = static_cast<int>(sizeof(unsigned) / sizeof(scalar_t));  // elements
+
+    const ConvTable<scalar_t>& table;
+    Shared<int64_t> pixel_offsets;
+    int channel, pixel;
+    Shared<unsigned> target;
+    InputReader<Config::kHeight, Config::kWidth, Config::kInputs, scalar_t> reader;
+
+    __device__ __forceinline__ InputLoader(
+        const ConvTable<scalar_t>& table, const Shared<scalar_t>& inputs, const Shared<int64_t>& pixel_offsets,
+        int thread)
+        : table(table),
+          pixel_offsets(pixel_offsets),
+          channel(thread % kThreads * Config::kVector),
+          pixel(thread / kThreads),
+          target(pointer_cast<unsigned>(inputs + (pixel * Config::kInputRow + channel))) {}
+
+    // All threads of the block must call it, with barriers before and after.
+    __device__ __forceinline__ void begin(const ConvTile& tile) {
+        reader.end();
+        if (tile.index < table.num_tiles) {
+            reader.begin(
+                table.entries[tile.entry].source, map_of<Config::kHeight, Config::kWidth>(table, tile), channel,
+                pixel_offsets);
+        }
+    }
+    __device__ __forceinline__ SumTerms fetch(int chunk) const {
+        return reader.template fetch<kAccess>(pixel_offsets, chunk * Config::kChunkPixels + pixel);
+    }
+    __device__ __forceinline__ void store(int chunk, const SumTerms& terms) const {
+        Vec<unsigned, 4> words = sum_of<scalar_t>(terms);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            words[i] = prepared(words[i], operand_t{});
+        }
+        store_vector(target + chunk * (Config::kChunkPixels * Config::kInputRow / kWord), words);
+    }
+    // Load the first step of a tile, without products in between.
+    __device__ __forceinline__ void load_step() const {
+        SumTerms chunks[Config::kUnits];
+#pragma unroll
+        for (int chunk = 0; chunk < Config::kUnits; ++chunk) {
+            chunks[chunk] = fetch(chunk);
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < Config::kUnits; ++chunk) {
+            store(chunk, chunks[chunk]);
+        }
+    }
+};
+
+// Loader of the weights of a thread: 16 bytes of outputs in some rows of a unit, by cp.async.
+template <typename operand_t, int kTileOutputs>
+struct WeightLoader {
+    using scalar_t = element_t<operand_t>;
+    using Config = TensorCoreConfig<operand_t, kTileOutputs>;
+    static constexpr int kThreads = Config::kOutputs / Config::kVector;  // of a row
+
+    const ConvTable<scalar_t>& table;
+    int row, column;
+    Shared<scalar_t> target;
+    Global<const scalar_t> source{nullptr};
+    int left = 0, row_size = 0, tap_size = 0;  // remaining channels; elements of a channel, and of a tap
+
+    __device__ __forceinline__
+    WeightLoader(const ConvTable<scalar_t>& table, const Shared<scalar_t>& weights, int thread)
+        : table(table),
+          row(thread / kThreads),
+          column(thread % kThreads * Config::kVector),
+          target(weights + (row * Config::kWeightRow + column)) {}
+
+    __device__ __forceinline__ void begin(const ConvTile& tile) {
+        left = 0;
+        if (tile.index < table.num_tiles) {
+            const ConvEntry<scalar_t>& entry = table.entries[tile.entry];
+            row_size = padded_outputs(entry.outputs);
+            tap_size = row_size * entry.source.channels;
+            source = entry.weights + (row * row_size + tile.output + column);
+            left = tile.output + column < row_size ? entry.source.channels - row : 0;
+        }
+    }
+    // Start the copies of the next unit, in column `tap_column` of taps.
+    __device__ __forceinline__ void copy(int tap_column) {
+#pragma unroll
+        for (int i = 0; i < Config::kWeightRows; i += Config::kCopiedRows) {
+            const int tap = i / Config::kUnitChannels * 3, channel = i % Config::kUnitChannels;
+            cp_async_16(
+                target + (tap_column * Config::kWeightStage + i * Config::kWeightRow),
+                source + (static_cast<int64_t>(tap) * tap_size + channel * row_size), channel < left);
+        }
+        cp_async_commit();
+        source += tap_size;
+        if (tap_column == 2) {
+            source += Config::kUnitChannels * row_size - static_cast<int64_t>(3) * tap_size;
+            left -= Config::kUnitChannels;
+        }
+    }
+};
+
+// Multiply a step. During its products the next step is loaded, that of tile `next` if this step is the last one of its
+// tile. This lane reads the first row of inputs at `inputs` and the first tap at `weights`.
+template <
+    typename operand_t, int kAccess, int kTileOutputs, typename Config = TensorCoreConfig<operand_t, kTileOutputs>>
+__device__ __forceinline__ void multiply_step(
+    InputLoader<operand_t, kAccess, kTileOutputs>& input_loader, WeightLoader<operand_t, kTileOutputs>& weight_loader,
+    bool is_last, const ConvTile& next, bool busy, Shared<element_t<operand_t>>& inputs,
+    const Shared<element_t<operand_t>>& weights, Sums<Config::kBlocks>& sums) {
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int column = 0; column < 3; ++column) {
+            cp_async_wait<Config::kWeightStages - 2>();
+            __syncthreads();
+            // The stage read by the previous unit is free.
+            if (column == 1 && half == 1 && is_last) {
+                weight_loader.begin(next);
+            }
+            weight_loader.copy((column + 2) % Config::kWeightStages);
+            const SumTerms chunk = input_loader.fetch(half * 3 + column);
+            if (busy) {
+                multiply_unit<Config>(
+                    inputs + column * Config::kInputRow, weights + column * Config::kWeightStage, sums, operand_t{});
+            }
+            input_loader.store(half * 3 + column, chunk);
+        }
+        inputs += Config::kUnitChannels;
+    }
+}
+
 template <typename operand_t, int kAccess, int kTileOutputs>
 __global__ void __launch_bounds__(
     TensorCoreConfig<operand_t, kTileOutputs>::kThreads, TensorCoreConfig<operand_t, kTileOutputs>::kResident)
@@ -328,64 +471,8 @@ __global__ void __launch_bounds__(
     const auto weights = inputs + 2 * Config::kInputBuffer;  // stages x [tap of the column][channel][output]
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
     const int warp_row = warp / 2 * Config::kWarpRows, warp_output = warp % 2 * Config::kWarpOutputs;
-
-    // Inputs: this thread loads 16 bytes of the channels of a step.
-    constexpr int kInputThreads = Config::kChannels / Config::kVector;
-    const int input_channel = thread % kInputThreads * Config::kVector, input_pixel = thread / kInputThreads;
-    InputReader<Config::kHeight, Config::kWidth, Config::kInputs, scalar_t> reader;
-    const auto begin_inputs = [&](const ConvTile& tile) {
-        reader.end();
-        if (tile.index < table.num_tiles) {
-            reader.begin(
-                table.entries[tile.entry].source, map_of<Config::kHeight, Config::kWidth>(table, tile), input_channel,
-                pixel_offsets);
-        }
-    };
-    const auto fetch_inputs = [&](int chunk) {
-        return reader.template fetch<kAccess>(pixel_offsets, chunk * Config::kChunkPixels + input_pixel);
-    };
-    constexpr int kWord = static_cast<int>(sizeof(unsigned) / sizeof(scalar_t));  // elements
-    auto input_target = pointer_cast<unsigned>(inputs + (input_pixel * Config::kInputRow + input_channel));
-    const auto store_inputs = [&](int chunk, const SumTerms& terms) {
-        Vec<unsigned, 4> words = sum_of<scalar_t>(terms);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            words[i] = prepared(words[i], operand_t{});
-        }
-        store_vector(input_target + chunk * (Config::kChunkPixels * Config::kInputRow / kWord), words);
-    };
-
-    // Weights: this thread copies 16 bytes of outputs in some rows of a unit.
-    constexpr int kRowThreads = Config::kOutputs / Config::kVector;
-    const int weight_row = thread / kRowThreads, weight_column = thread % kRowThreads * Config::kVector;
-    const auto weight_target = weights + (weight_row * Config::kWeightRow + weight_column);
-    Global<const scalar_t> weight(nullptr);
-    int weight_left = 0, row_size = 0, tap_size = 0;  // remaining channels; elements of a channel, and of a tap
-    const auto begin_weights = [&](const ConvTile& tile) {
-        weight_left = 0;
-        if (tile.index < table.num_tiles) {
-            const ConvEntry<scalar_t>& entry = table.entries[tile.entry];
-            row_size = padded_outputs(entry.outputs);
-            tap_size = row_size * entry.source.channels;
-            weight = entry.weights + (weight_row * row_size + tile.output + weight_column);
-            weight_left = tile.output + weight_column < row_size ? entry.source.channels - weight_row : 0;
-        }
-    };
-    const auto copy_weights = [&](int column) {
-#pragma unroll
-        for (int row = 0; row < Config::kWeightRows; row += Config::kCopiedRows) {
-            const int tap = row / Config::kUnitChannels * 3, channel = row % Config::kUnitChannels;
-            cp_async_16(
-                weight_target + (column * Config::kWeightStage + row * Config::kWeightRow),
-                weight + (static_cast<int64_t>(tap) * tap_size + channel * row_size), channel < weight_left);
-        }
-        cp_async_commit();
-        weight += tap_size;
-        if (column == 2) {
-            weight += Config::kUnitChannels * row_size - static_cast<int64_t>(3) * tap_size;
-            weight_left -= Config::kUnitChannels;
-        }
-    };
+    InputLoader<operand_t, kAccess, kTileOutputs> input_loader(table, inputs, pixel_offsets, thread);
+    WeightLoader<operand_t, kTileOutputs> weight_loader(table, weights, thread);
 
     if (table.active) {
         skip_inactive_images<Config>(table, skipped);
@@ -394,22 +481,12 @@ __global__ void __launch_bounds__(
     if (tile.index >= table.num_tiles) {
         return;
     }
-    begin_weights(tile);
-    copy_weights(0);
-    copy_weights(1);
-    begin_inputs(tile);
+    weight_loader.begin(tile);
+    weight_loader.copy(0);
+    weight_loader.copy(1);
+    input_loader.begin(tile);
     __syncthreads();
-    {
-        SumTerms chunks[Config::kUnits];
-#pragma unroll
-        for (int chunk = 0; chunk < Config::kUnits; ++chunk) {
-            chunks[chunk] = fetch_inputs(chunk);
-        }
-#pragma unroll
-        for (int chunk = 0; chunk < Config::kUnits; ++chunk) {
-            store_inputs(chunk, chunks[chunk]);
-        }
-    }
+    input_loader.load_step();
     // Offsets from which this lane reads by ldmatrix, or loads its weights.
     int lane_pixel = lane % 16, lane_channel = lane / 16 * 8, lane_row = lane % 16, lane_output = lane / 16 * 8;
     if constexpr (sizeof(scalar_t) == 4) {
@@ -418,10 +495,12 @@ __global__ void __launch_bounds__(
         lane_row = lane % 4;
         lane_output = lane / 4 * 2;
     }
-    auto tap_inputs = inputs + ((warp_row * Config::kHaloWidth + lane_pixel) * Config::kInputRow + lane_channel);
-    const auto tap_weights = weights + (lane_row * Config::kWeightRow + warp_output + lane_output);
+    Shared<scalar_t> lane_inputs =
+        inputs + ((warp_row * Config::kHaloWidth + lane_pixel) * Config::kInputRow + lane_channel);
+    const auto lane_weights = weights + (lane_row * Config::kWeightRow + warp_output + lane_output);
+    constexpr int kWord = InputLoader<operand_t, kAccess, kTileOutputs>::kWord;
     int buffer_offset = Config::kInputBuffer;  // offset to the other buffer
-    input_target += buffer_offset / kWord;
+    input_loader.target += buffer_offset / kWord;
     Sums<Config::kBlocks> sums;
     while (tile.index < table.num_tiles) {
         // A warp without outputs, or with all its rows below the map, only loads tiles.
@@ -444,34 +523,14 @@ __global__ void __launch_bounds__(
                 next = conv_tile<Config::kOutputs>(
                     table, next_tile(table, skipped, tile.index + static_cast<int>(gridDim.x)));
                 __syncthreads();  // before pixel_offsets is written again
-                begin_inputs(next);
+                input_loader.begin(next);
             } else {
-                reader.advance(Config::kChannels);
+                input_loader.reader.advance(Config::kChannels);
             }
-#pragma unroll 1
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int column = 0; column < 3; ++column) {
-                    cp_async_wait<Config::kWeightStages - 2>();
-                    __syncthreads();
-                    // The stage read by the previous unit is free.
-                    if (column == 1 && half == 1 && left <= 0) {
-                        begin_weights(next);
-                    }
-                    copy_weights((column + 2) % Config::kWeightStages);
-                    const SumTerms chunk = fetch_inputs(half * 3 + column);
-                    if (busy) {
-                        multiply_unit<Config>(
-                            tap_inputs + column * Config::kInputRow, tap_weights + column * Config::kWeightStage, sums,
-                            operand_t{});
-                    }
-                    store_inputs(half * 3 + column, chunk);
-                }
-                tap_inputs += Config::kUnitChannels;
-            }
-            tap_inputs += buffer_offset - Config::kChannels;
+            multiply_step(input_loader, weight_loader, left <= 0, next, busy, lane_inputs, lane_weights, sums);
+            lane_inputs += buffer_offset - Config::kChannels;
             buffer_offset = -buffer_offset;
-            input_target += buffer_offset / kWord;
+            input_loader.target += buffer_offset / kWord;
         } while (left > 0);
         if (busy) {
             const ConvEntry<scalar_t>& entry = table.entries[tile.entry];

@@ -13,10 +13,7 @@
 #include "cuda/deform_conv2d.cuh"
 
 #include <algorithm>
-#include <numeric>
 
-#include "common/sigmoid.h"
-#include "cuda/device_exp.cuh"
 #include "cuda/sm90_deform_conv2d.h"
 
 namespace spatialflow {
@@ -36,16 +33,16 @@ struct ForwardMemory {
     static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// Position of a thread's items of the columns in each step, with kWidth > 1, in the order of chunks, then taps.
+// Position of a thread's item in the columns of a step, for kWidth > 1. Items are in the order of chunks, then taps.
 struct ColumnCursor {
     int channel, chunk, entry;  // channel in the chunk; first channel of the chunk; entry of the table
 
     // `flat` is an index into a run with `taps` taps, in the order of chunks.
     __device__ __forceinline__
     ColumnCursor(int first_channel, int chunk_channels, int taps, int flat, int count, int position) {
-        const int index = flat / (taps * chunk_channels), rest = flat - index * taps * chunk_channels;
-        const int tap = rest / chunk_channels;
-        channel = rest - tap * chunk_channels;
+        const int index = flat / (taps * chunk_channels), within_chunk = flat - index * taps * chunk_channels;
+        const int tap = within_chunk / chunk_channels;
+        channel = within_chunk - tap * chunk_channels;
         chunk = first_channel + index * chunk_channels;
         entry = tap * count + position;
     }
@@ -114,7 +111,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     __syncthreads();
     Product product;
     int begin = static_cast<int>(blockIdx.z) / problem.groups *
-                part_steps;  // first step of this block; then minus the steps already passed
+                part_steps;  // first step of this block, relative to the current taps of a run; negative after it
     for (int run = 0; run < problem.group_channels; run += problem.run) {
         const int first_channel = group * problem.group_channels + run;
         for (int first_tap = 0; first_tap < problem.taps; first_tap += kTableTaps) {
@@ -255,117 +252,9 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
     store_vector(output + index, results);
 }
 
-constexpr int kPackTile = 64;
-
-// Transpose a tile of the weight, 64 values of 64 outputs of a group, and prepare its values for the operand type.
-template <typename operand_t>
-__global__ void __launch_bounds__(256) pack_deform_weight_kernel(
-    Global<const element_t<operand_t>> weight,  // (O, C / groups, taps)
-    Global<element_t<operand_t>> packed,        // (C * taps, packed_outputs)
-    const WeightOrder order) {
-    using scalar_t = element_t<operand_t>;
-    constexpr int kTileRow = kPackTile + 4 / static_cast<int>(sizeof(scalar_t) < 4 ? sizeof(scalar_t) : 4);
-    SPATIALFLOW_SHARED(scalar_t, tile, kPackTile * kTileRow);
-    const int length = order.group_channels * order.taps, group = static_cast<int>(blockIdx.z);
-    const int first_value = static_cast<int>(blockIdx.x) * kPackTile;
-    const int first_output = static_cast<int>(blockIdx.y) * kPackTile;
-    const int column = static_cast<int>(threadIdx.x) % kPackTile, first_row = static_cast<int>(threadIdx.x) / kPackTile;
-#pragma unroll
-    for (int i = first_row; i < kPackTile; i += 256 / kPackTile) {
-        scalar_t value{};
-        if (first_output + i < order.group_outputs && first_value + column < length) {
-            value = weight[(group * order.group_outputs + first_output + i) * length + first_value + column];
-        }
-        tile[i * kTileRow + column] = prepared(value, operand_t{});
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = first_row; i < kPackTile; i += 256 / kPackTile) {
-        if (first_output + column < order.packed_outputs && first_value + i < length) {
-            const int row = order.row(group, first_value + i);
-            packed[row * order.packed_outputs + first_output + column] = tile[column * kTileRow + i];
-        }
-    }
-}
-
-template <typename value_t>
-struct SampleOperands {
-    StridedImages<value_t> offset, mask;  // (N, 2 * samples, H, W) and (N, samples, H, W), or null
-    int samples, height, width;           // samples: offset groups * taps
-    bool sigmoid;                         // apply sigmoid to the mask
-};
-
-// Convert offsets and masks to accum_t, with the pixels of a channel adjacent. One value per thread.
-template <typename value_t>
-__global__ void __launch_bounds__(256) deform_operands_kernel(
-    const __grid_constant__ SampleOperands<value_t> operands,
-    Global<accum_t<value_t>> offset,  // (N, 2 * samples, pixels) or null
-    Global<accum_t<value_t>> mask,    // (N, samples, pixels) or null
-    const int64_t size) {             // of both together
-    using real_t = accum_t<value_t>;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
-    if (index >= size) {
-        return;
-    }
-    const int pixels = operands.height * operands.width;
-    const int offsets = offset ? 2 * operands.samples : 0, channels = offsets + (mask ? operands.samples : 0);
-    const int64_t row = index / pixels;
-    const int pixel = static_cast<int>(index - row * pixels), y = pixel / operands.width,
-              x = pixel - y * operands.width;
-    const int image = static_cast<int>(row / channels), channel = static_cast<int>(row % channels);
-    if (channel < offsets) {
-        const value_t value = operands.offset.at(image, channel, y, x);
-        offset[(static_cast<int64_t>(image) * offsets + channel) * pixels + pixel] = load(value);
-        return;
-    }
-    const int sample = channel - offsets;
-    const value_t value = operands.mask.at(image, sample, y, x);
-    const real_t factor = load(value);
-    mask[(static_cast<int64_t>(image) * operands.samples + sample) * pixels + pixel] =
-        operands.sigmoid ? sigmoid<real_t, DeviceExp>(factor) : factor;
-}
-
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Return offset and mask in accum_dtype, with the sigmoid of the mask if `mask_sigmoid`: at most one launch.
-std::pair<Tensor, std::optional<Tensor>> sample_operands(
-    const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
-    const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream) {
-    const bool same_dtype =
-        accum_dtype(offset.scalar_type()) == accum && (!mask || mask->scalar_type() == offset.scalar_type());
-    const Tensor accum_offset = same_dtype ? offset : as_dtype(offset, accum);
-    const std::optional<Tensor> accum_mask = same_dtype || !mask ? mask : std::make_optional(as_dtype(*mask, accum));
-    if ((accum_offset.scalar_type() == accum && !mask_sigmoid) || accum_offset.numel() == 0) {
-        return {accum_offset, accum_mask};
-    }
-    const int64_t samples = shape.offset_groups * shape.taps();
-    const auto empty_channels_first = [&](const Tensor& like, int64_t channels) {
-        return empty_like_sized(like, {shape.batch, channels, shape.out_height, shape.out_width}, accum);
-    };
-    const bool converts = accum_offset.scalar_type() != accum;
-    const Tensor offsets = converts ? empty_channels_first(accum_offset, 2 * samples) : accum_offset;
-    const std::optional<Tensor> factors =
-        mask ? std::make_optional(empty_channels_first(*accum_mask, samples)) : std::nullopt;
-    const int64_t size = (converts ? offsets.numel() : 0) + (factors ? factors->numel() : 0);
-    dispatch_floating(op, accum_offset.scalar_type(), [&](auto zero) {
-        using value_t = decltype(zero);
-        using real_t = accum_t<value_t>;
-        SampleOperands<value_t> operands{};
-        operands.offset = strided_images<value_t>(accum_offset);
-        if (accum_mask) {
-            operands.mask = strided_images<value_t>(*accum_mask);
-        }
-        operands.samples = static_cast<int>(samples);
-        operands.height = static_cast<int>(shape.out_height);
-        operands.width = static_cast<int>(shape.out_width);
-        operands.sigmoid = mask_sigmoid;
-        launch<deform_operands_kernel<value_t>>(
-            dim3(grid_size(op, ceil_div(size, 256))), dim3(256), 0, stream, operands,
-            converts ? mutable_data<real_t>(offsets) : Global<real_t>(nullptr),
-            factors ? mutable_data<real_t>(*factors) : Global<real_t>(nullptr), size);
-    });
-    return {offsets, factors};
-}
+const char* const kOp = "deform_conv2d";
 
 // Compute the output from its parts, (parts, pixels * O).
 template <typename scalar_t>
@@ -403,9 +292,9 @@ void convolve_tiles(
     constexpr int64_t kWantedBlocks = 264, kMinSteps = 8, kMinLargeTiles = 100;
     const int64_t tiles = ceil_div(problem.pixels, kProductRows);
     const int64_t whole_batches = (shape.taps() - 1) / kTableTaps;
-    const int64_t rest_taps = shape.taps() - whole_batches * kTableTaps;
+    const int64_t last_taps = shape.taps() - whole_batches * kTableTaps;
     const int64_t run_steps =
-        whole_batches * ceil_div(kTableTaps * problem.run, kDepth) + ceil_div(rest_taps * problem.run, kDepth);
+        whole_batches * ceil_div(kTableTaps * problem.run, kDepth) + ceil_div(last_taps * problem.run, kDepth);
     const int64_t steps = problem.run > 0 ? shape.group_channels() / problem.run * run_steps : 1;
     const int64_t wanted = std::max<int64_t>(1, std::min(kWantedBlocks / (tiles * blocks_per_tile), steps / kMinSteps));
     const int64_t part_steps = ceil_div(steps, wanted), num_parts = ceil_div(steps, part_steps);
@@ -435,42 +324,50 @@ void convolve_tiles(
     }
 }
 
+// Compute the output, which is not empty. `weight` is packed in chunks of problem.chunk channels.
+template <typename scalar_t>
+void convolve_dtype(
+    const DeformConvShape& shape, int64_t algorithm, bool vectorized, const DeformProblem<scalar_t>& problem,
+    const Tensor& weight, const std::optional<Tensor>& dense_bias, const Tensor& output, Stream stream) {
+    if constexpr (sizeof(scalar_t) == 2) {
+        std::optional<Tensor> parts;
+        if (deform_conv2d_sm90(kOp, problem, weight, dense_bias, output, parts, stream)) {
+            if (parts) {
+                add_parts<scalar_t>(
+                    kOp, *parts, dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr),
+                    problem.relu, output, stream);
+            }
+            return;
+        }
+    }
+    dispatch_operand<scalar_t>(cuda_algorithm(algorithm, output.scalar_type()), [&](auto operand) {
+        using operand_t = decltype(operand);
+        with_tile<scalar_t, kMaxTileColumns<operand_t>>(
+            vectorized, shape.group_outputs(), [&](auto columns, auto width) {
+                convolve_tiles<operand_t, decltype(columns)::value, decltype(width)::value>(
+                    kOp, shape, problem, weight, dense_bias, output, stream);
+            });
+    });
+}
+
 // Compute the output for checked arguments. `packed(chunk)` returns the weight packed in chunks of `chunk` channels.
 template <typename Packed>
 Tensor convolve(
     const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input, const Tensor& offset,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent,
     Stream stream, const Packed& packed) {
-    const char* op = "deform_conv2d";
     Tensor output = empty_like_sized(
         input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, std::nullopt,
         MemoryFormat::ChannelsLast);
     if (output.numel() != 0) {
-        const DeformOperands operands(op, shape, options, input, offset, mask, offset_tangent);
+        const DeformOperands operands(kOp, shape, options, input, offset, mask, offset_tangent);
         const std::optional<Tensor> dense_bias = bias ? std::make_optional(to_contiguous(*bias)) : std::nullopt;
-        dispatch_floating(op, input.scalar_type(), [&](auto zero) {
+        dispatch_floating(kOp, input.scalar_type(), [&](auto zero) {
             using scalar_t = decltype(zero);
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
-            const Tensor weight = packed(problem.chunk);
-            if constexpr (sizeof(scalar_t) == 2) {
-                std::optional<Tensor> parts;
-                if (deform_conv2d_sm90(op, problem, weight, dense_bias, output, parts, stream)) {
-                    if (parts) {
-                        add_parts<scalar_t>(
-                            op, *parts, dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr),
-                            options.relu, output, stream);
-                    }
-                    return;
-                }
-            }
-            dispatch_operand<scalar_t>(cuda_algorithm(options.algorithm, input.scalar_type()), [&](auto operand) {
-                using operand_t = decltype(operand);
-                with_tile<scalar_t, kMaxTileColumns<operand_t>>(
-                    operands.is_vectorizable<scalar_t>(), shape.group_outputs(), [&](auto columns, auto width) {
-                        convolve_tiles<operand_t, decltype(columns)::value, decltype(width)::value>(
-                            op, shape, problem, weight, dense_bias, output, stream);
-                    });
-            });
+            convolve_dtype<scalar_t>(
+                shape, options.algorithm, operands.is_vectorizable<scalar_t>(), problem, packed(problem.chunk),
+                dense_bias, output, stream);
         });
     }
     return memory_format_of(input) == MemoryFormat::Contiguous ? to_contiguous(output) : output;
@@ -484,7 +381,7 @@ Tensor deform_conv2d_cuda(
     const DeformConvShape shape = check_deform_conv2d(input, offset, weight, bias, mask, offset_tangent, options);
     const DeviceScope device(input);
     return convolve(shape, options, input, offset, bias, mask, offset_tangent, device.stream(), [&](int64_t chunk) {
-        return pack_deform_weight("deform_conv2d", weight, shape, chunk, algorithm, 0, device.stream());
+        return pack_deform_weight(kOp, weight, shape, chunk, algorithm, 0, device.stream());
     });
 }
 
@@ -513,15 +410,14 @@ Tensor deform_conv2d_packed_cuda(
         {stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, algorithm, mask_sigmoid, relu};
     const DeformConvShape shape = check_deform_conv2d_packed(
         input, offset, bias, mask, options, {out_channels, groups, offset_groups, kernel_h, kernel_w});
-    check_deform_sizes("deform_conv2d", shape);
+    check_deform_sizes(kOp, shape);
     const ScalarType dtype = input.scalar_type();
     const int64_t row = deform_weight_order(shape, dtype, deform_run(shape)).packed_outputs;
     check_packed_deform_weight(packed, input, dtype, shape.channels * shape.taps() * row, kPackedColumns);
     const DeviceScope device(input);
     // The weight was packed for an aligned input.
     const Tensor dense = aligned(to_contiguous(input, MemoryFormat::ChannelsLast)), weight = aligned(packed);
-    const auto operands =
-        sample_operands("deform_conv2d", shape, accum_dtype(dtype), offset, mask, mask_sigmoid, device.stream());
+    const auto operands = sample_operands(kOp, shape, accum_dtype(dtype), offset, mask, mask_sigmoid, device.stream());
     const Tensor output = convolve(
         shape, options, dense, operands.first, bias, operands.second, std::nullopt, device.stream(),
         [&](int64_t) { return weight; });
@@ -529,82 +425,6 @@ Tensor deform_conv2d_packed_cuda(
 }
 
 }  // namespace
-
-int64_t deform_run(const DeformConvShape& shape) {
-    return std::gcd(shape.group_channels(), shape.offset_group_channels());
-}
-
-WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run) {
-    const int64_t item = dtype == ScalarType::Double ? 2 : dtype == ScalarType::Float ? 4 : 8;
-    return {
-        static_cast<int>(shape.taps()), static_cast<int>(run), static_cast<int>(shape.group_channels()),
-        static_cast<int>(shape.group_outputs()), static_cast<int>(ceil_div(shape.group_outputs(), item) * item)};
-}
-
-dim3 deform_grid(const char* op, int64_t tiles, int64_t y, int64_t z) {
-    check(y <= 65535 && z <= 65535, op, ": groups and taps make too many blocks for CUDA, ", y, " x ", z);
-    return dim3(grid_size(op, tiles), static_cast<unsigned>(y), static_cast<unsigned>(z));
-}
-
-Tensor pack_deform_weight(
-    const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
-    Stream stream) {
-    const WeightOrder order = deform_weight_order(shape, weight.scalar_type(), run);
-    Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps() * order.packed_outputs + tag});
-    if (tag > 0) {
-        torch::stable::zero_(packed);  // equal weights give equal packed tensors, including the tag
-    }
-    if (weight.numel() == 0) {
-        return packed;
-    }
-    const Tensor dense = to_contiguous(weight);
-    const dim3 grid = deform_grid(
-        op, ceil_div(shape.group_channels() * shape.taps(), kPackTile), ceil_div(order.packed_outputs, kPackTile),
-        shape.groups);
-    dispatch_floating(op, weight.scalar_type(), [&](auto zero) {
-        using scalar_t = decltype(zero);
-        dispatch_operand<scalar_t>(cuda_algorithm(algorithm, weight.scalar_type()), [&](auto operand) {
-            launch<pack_deform_weight_kernel<decltype(operand)>>(
-                grid, dim3(256), 0, stream, data<scalar_t>(dense), mutable_data<scalar_t>(packed), order);
-        });
-    });
-    return packed;
-}
-
-void check_deform_weight_size(const char* op, const DeformConvShape& shape) {
-    const double taps = static_cast<double>(shape.taps());  // in double, as products of integers may overflow
-    check(
-        taps * (shape.channels + 1) * (shape.group_outputs() + 8) <= kMaxDeformIndex &&
-            taps * (shape.out_channels + 1) * (shape.group_channels() + 1) <= kMaxDeformIndex,
-        op, ": weight must have fewer than 2^31 values on CUDA");
-}
-
-void check_deform_sizes(const char* op, const DeformConvShape& shape) {
-    const int64_t cells = shape.batch * shape.height * shape.width, pixels = shape.batch * shape.pixels();
-    check(cells <= kMaxDeformIndex, op, ": input must have at most ", kMaxDeformIndex, " cells on CUDA, got ", cells);
-    check(
-        pixels <= kMaxDeformIndex, op, ": the output must have at most ", kMaxDeformIndex, " cells on CUDA, got ",
-        pixels);
-    check_deform_weight_size(op, shape);
-}
-
-DeformOperands::DeformOperands(
-    const char* op, const DeformConvShape& shape, const DeformConvOptions& options, const Tensor& input,
-    const Tensor& offset, const std::optional<Tensor>& mask, const std::optional<Tensor>& offset_tangent)
-    : shape_(shape),
-      options_(options),
-      input_(to_contiguous(input, MemoryFormat::ChannelsLast)),
-      offset_(as_dtype(offset, accum_dtype(input.scalar_type()))) {
-    const ScalarType accum = accum_dtype(input.scalar_type());
-    if (mask) {
-        mask_ = as_dtype(*mask, accum);
-    }
-    if (offset_tangent) {
-        offset_tangent_ = as_dtype(*offset_tangent, accum);
-    }
-    check_deform_sizes(op, shape);
-}
-
 }  // namespace spatialflow
 
 SPATIALFLOW_DEVICE_IMPL(library) {

@@ -91,8 +91,9 @@ __device__ __forceinline__ OutputCell output_cell(const DeformProblem<scalar_t>&
 template <typename scalar_t>
 __device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
     constexpr int kStripRows = 8;
-    const int image_pixels = problem.out_height * problem.out_width, rest = index % image_pixels;
-    const int top = rest / problem.out_width / kStripRows * kStripRows, position = rest - top * problem.out_width;
+    const int image_pixels = problem.out_height * problem.out_width, image_pixel = index % image_pixels;
+    const int top = image_pixel / problem.out_width / kStripRows * kStripRows,
+              position = image_pixel - top * problem.out_width;
     const int rows = problem.out_height - top < kStripRows ? problem.out_height - top : kStripRows;
     const int x = position / rows;
     return index - position + (position - x * rows) * problem.out_width + x;
@@ -188,7 +189,7 @@ public:
         // A thread has one position for all slots. It first stores the operands in place of the weights, so that loads
         // of three taps are in flight at once.
         constexpr int kStep = kThreads / kCount, kInFlight = 3;
-        static_assert(kThreads % kCount == 0, "as many taps at once of every position");
+        static_assert(kThreads % kCount == 0, "all positions have the same number of threads");
         const int position = static_cast<int>(threadIdx.x) % kCount;
         const int first_slot = static_cast<int>(threadIdx.x) / kCount;
         const OutputCell cell = output_cell(problem, pixel(position));
@@ -400,6 +401,11 @@ WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, 
 Tensor pack_deform_weight(
     const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
     Stream stream);
+
+// Return offset and mask in the dtype of sums, with the sigmoid of the mask if `mask_sigmoid`: at most one launch.
+std::pair<Tensor, std::optional<Tensor>> sample_operands(
+    const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
+    const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream);
 
 // Maximum of 32-bit indices of cells, pixels and weights. Indices of feature values have 64 bits.
 constexpr int64_t kMaxDeformIndex = 0x7ffffeff;

@@ -13,6 +13,7 @@
 // describes the mapping of work to blocks.
 #include "cuda/deform_conv2d.cuh"
 #include "cuda/deform_conv2d_input_gradient.cuh"
+#include "cuda/deform_conv2d_weight_gradient.cuh"
 
 namespace spatialflow {
 namespace {
@@ -34,7 +35,7 @@ struct DataMemory {
     static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kVectorElements<real_t>;
     static constexpr int kLanes = kPassColumns / kPart;                      // per pixel
     static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // per thread
-    static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "a lane ends up with one corner of one pixel");
+    static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "each lane gets the sum for one corner of one pixel");
     // The tiles of a product and its result share this memory, one after the other.
     static constexpr int kColumnsRow = kPassColumns + kVectorElements<real_t>;
     static constexpr int kTilesBegin = TapTable<real_t, kProductRows>::kSize;
@@ -45,7 +46,7 @@ struct DataMemory {
 };
 
 // Item of kPart channels of the four cells that a pixel reads; loads are in flight between `begin` and `values`.
-template <typename scalar_t, int kPart, bool kWide>
+template <typename scalar_t, int kPart, bool kVectorized>
 class CornerItem {
     static constexpr int kWords = static_cast<int>(kPart * sizeof(scalar_t) / sizeof(unsigned));
 
@@ -55,7 +56,7 @@ public:
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
             const auto source = in_cell<const scalar_t>(problem.input + channel, cells[corner], problem.cell_bytes);
-            if constexpr (kWide) {
+            if constexpr (kVectorized) {
                 words_[corner] = {};
                 if (cells[corner] >= 0 && count > 0) {
                     words_[corner] = load_vector<kWords>(pointer_cast<const unsigned>(source));
@@ -73,7 +74,7 @@ public:
     }
 
     __device__ __forceinline__ Vec<scalar_t, kPart> values(int corner) const {
-        if constexpr (kWide) {
+        if constexpr (kVectorized) {
             Vec<scalar_t, kPart> values;
             std::memcpy(static_cast<void*>(&values), &words_[corner], sizeof(values));
             return values;
@@ -84,15 +85,15 @@ public:
 
 private:
     Vec<unsigned, kWords> words_[4];  // as words, so that two 16-bit values take one register
-    Vec<scalar_t, kPart> values_[4];  // without kWide, instead of words_
+    Vec<scalar_t, kPart> values_[4];  // without kVectorized, instead of words_
 };
 
 // Process kPart channels of a pixel: add their products with the four cells to `dots`, and their gradients to those
 // cells in grad_input.
-template <int kAccess, typename scalar_t, typename real_t, int kPart, bool kWide>
+template <int kAccess, typename scalar_t, typename real_t, int kPart, bool kVectorized>
 __device__ __forceinline__ void scatter_item(
     const DeformProblem<scalar_t>& problem, Shared<real_t> columns, const Vec<int, 4>& cells,
-    const real_t (&weights)[4], const CornerItem<scalar_t, kPart, kWide>& item, int channel, int count,
+    const real_t (&weights)[4], const CornerItem<scalar_t, kPart, kVectorized>& item, int channel, int count,
     Global<real_t> grad_input, real_t* dots) {
     Vec<real_t, kPart> gradient;
 #pragma unroll
@@ -139,15 +140,126 @@ __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount])
         real_t sums[kHalf];
 #pragma unroll
         for (int i = 0; i < kHalf; ++i) {
-            const real_t given = upper ? values[i] : values[i + kHalf], kept = upper ? values[i + kHalf] : values[i];
-            sums[i] = kept + __shfl_xor_sync(kAllLanes, given, kHalf);
+            const real_t sent = upper ? values[i] : values[i + kHalf], retained = upper ? values[i + kHalf] : values[i];
+            sums[i] = retained + __shfl_xor_sync(kAllLanes, sent, kHalf);
         }
         real_t sum = sum_over_lanes<kHalf>(sums);
 #pragma unroll
-        for (int other = kCount; other < kLanes; other *= 2) {
-            sum += __shfl_xor_sync(kAllLanes, sum, other);
+        for (int distance = kCount; distance < kLanes; distance *= 2) {
+            sum += __shfl_xor_sync(kAllLanes, sum, distance);
         }
         return sum;
+    }
+}
+
+// Block of the data gradient: the lanes of a pixel, each with kPart channels, and the use of grad_columns.
+template <typename operand_t, int kColumns, int kWidth>
+struct DataGradientBlock {
+    using scalar_t = element_t<operand_t>;
+    using real_t = accum_t<scalar_t>;
+    using Product = DataProduct<operand_t, kColumns>;
+    using Memory = DataMemory<operand_t, kColumns, kWidth>;
+    static constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
+    static constexpr int kAccess = kWidth == 1 ? 1 : kPart;
+    // Limited by registers: loads of two pixels, or loads during a product, are in flight only with few sums.
+    static constexpr bool kEarly = sizeof(scalar_t) == 2 && Memory::kPasses == 1;
+    static constexpr int kPair = sizeof(scalar_t) == 2 ? 2 : 1;
+    using Items = CornerItem<scalar_t, kPart, kWidth != 1>[kPair];
+
+    const DeformProblem<scalar_t>& problem;
+    const TapTable<real_t, kProductRows>& table;
+    Shared<real_t> columns;
+    int lane;
+
+    // Index in the tile of pixel i of this thread.
+    static __device__ __forceinline__ int thread_pixel(int i) {
+        return static_cast<int>(threadIdx.x) / kLanes + i * (kProductThreads / kLanes);
+    }
+
+    // Start the loads for kPair pixels from pixel `first` of this thread on, `count` channels from `channel` on.
+    __device__ __forceinline__ void fetch(Items& items, int first, int channel, int count) const {
+#pragma unroll
+        for (int i = 0; i < kPair; ++i) {
+            items[i].begin(problem, table.cells(thread_pixel(first + i)), channel, count);
+        }
+    }
+
+    // Use part kPass of grad_columns, the channels of the run from `begin` on: scatter gradients to grad_input, and add
+    // products with the cells to `dot`. `next` has the items of the first pixels if kEarly.
+    template <int kPass>
+    __device__ __forceinline__ void scatter(
+        const Product& product, Items& next, int first_channel, int begin, bool has_dots, Global<real_t> grad_input,
+        real_t& dot) const {
+        const int thread_column = lane * kPart;
+        const int thread_channel = begin + Product::template column_of_part<kPass, Memory::kPasses>(thread_column);
+        const int count = problem.run - thread_channel;
+        product.template for_each_of_part<kPass, Memory::kPasses>(
+            [&](int row, int column, const Vec<real_t, Product::kVisitColumns>& sums) {
+                store_vector(columns + (row * Memory::kColumnsRow + column), sums);
+            });
+        if constexpr (!kEarly) {
+            fetch(next, 0, first_channel + thread_channel, has_dots ? count : 0);
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int first = 0; first < kPixels; first += kPair) {
+            Items items;
+#pragma unroll
+            for (int i = 0; i < kPair; ++i) {
+                items[i] = next[i];
+            }
+            if (first + kPair < kPixels) {
+                fetch(next, first + kPair, first_channel + thread_channel, has_dots ? count : 0);
+            }
+            real_t dots[kPair * 4] = {};
+#pragma unroll
+            for (int i = 0; i < kPair; ++i) {
+                const int pixel = thread_pixel(first + i);
+                const Vec<int, 4> cells = table.cells(pixel);
+                real_t weights[4];
+                table.weights(pixel, weights);
+                scatter_item<kAccess>(
+                    problem, columns + (pixel * Memory::kColumnsRow + thread_column), cells, weights, items[i],
+                    first_channel + thread_channel, count, grad_input, dots + i * 4);
+            }
+            const real_t sum = sum_over_lanes<kLanes>(dots);
+            if (lane / (kPair * 4) == first / kPair) {
+                dot += sum;
+            }
+        }
+        __syncthreads();
+    }
+};
+
+// Store the gradients w.r.t. offset and mask of a tap of an output pixel. dots[corner] is the product of grad_columns
+// and the cell of that corner.
+template <typename scalar_t, typename real_t>
+__device__ __forceinline__ void store_sampling_gradients(
+    const DeformProblem<scalar_t>& problem, int pixel, int offset_group, int tap, Shared<real_t> dots,
+    Global<real_t> grad_offset, Global<real_t> grad_mask) {
+    real_t result_y = 0, result_x = 0, result_mask = 0;
+    const OutputCell cell = output_cell(problem, pixel);
+    TapOperands<real_t> operands;
+    operands.read(problem, cell, offset_group, tap);
+    DeformSample<real_t> sample;
+    if (deform_sample(problem, cell, offset_group, tap, operands, sample)) {
+        real_t values[4], slope_y[4], slope_x[4];
+        sample_values(problem, sample, values);
+        sample_slopes(problem, sample, slope_y, slope_x);
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+            const real_t dot = dots[corner];
+            result_y += sample.mask * slope_y[corner] * dot;
+            result_x += sample.mask * slope_x[corner] * dot;
+            result_mask += values[corner] * dot;
+        }
+    }
+    const int image_pixels = problem.out_height * problem.out_width, image = pixel / image_pixels;
+    const int64_t index = (static_cast<int64_t>(image) * gridDim.z + offset_group) * problem.taps + tap;
+    grad_offset[2 * index * image_pixels + pixel % image_pixels] = result_y;
+    grad_offset[(2 * index + 1) * image_pixels + pixel % image_pixels] = result_x;
+    if (grad_mask) {
+        grad_mask[index * image_pixels + pixel % image_pixels] = result_mask;
     }
 }
 
@@ -158,32 +270,31 @@ __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount])
 template <typename operand_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_data_kernel(
     const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
-    Global<const element_t<operand_t>> grad_output,     // (pixels, O)
-    Global<const element_t<operand_t>> packed,          // (C * taps, packed_outputs)
-    Global<accum_t<element_t<operand_t>>> grad_input,   // (N, H, W, C), zero on entry; null: not requested
-    Global<accum_t<element_t<operand_t>>> grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither
+    Global<const element_t<operand_t>> grad_output,    // (pixels, O)
+    Global<const element_t<operand_t>> packed,         // (C * taps, packed_outputs)
+    Global<accum_t<element_t<operand_t>>> grad_input,  // (N, H, W, C), zero on entry; null: not requested
+    Global<accum_t<element_t<operand_t>>>
+        grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither offset nor mask
     Global<accum_t<element_t<operand_t>>> grad_mask) {  // (N, offset_groups * taps, H_out, W_out) or null
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
-    using Product = DataProduct<operand_t, kColumns>;
-    using Memory = DataMemory<operand_t, kColumns, kWidth>;
+    using Block = DataGradientBlock<operand_t, kColumns, kWidth>;
+    using Product = typename Block::Product;
+    using Memory = typename Block::Memory;
     constexpr int kItem = Product::kItem, kDepth = Product::kDepth;
-    constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
-    constexpr int kAccess = kWidth == 1 ? 1 : kPart;
-    // Limited by registers: loads of two pixels, or loads during a product, are in flight only with few sums.
-    constexpr bool kEarly = sizeof(scalar_t) == 2 && Memory::kPasses == 1;
-    constexpr int kPair = sizeof(scalar_t) == 2 ? 2 : 1;
     SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
     const TapTable<real_t, kProductRows> table(shared);
     const Shared<real_t> columns = shared + Memory::kTilesBegin;
     const Shared<scalar_t> left = pointer_cast<scalar_t>(columns);
     const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % Block::kLanes;
     const int first_pixel = static_cast<int>(blockIdx.x) * kProductRows;
     const int tap = static_cast<int>(blockIdx.y), offset_group = static_cast<int>(blockIdx.z);
     constexpr int kRowItems = kDepth / kItem;
-    const int thread_column = lane * kPart, thread_row = thread / kRowItems, thread_item = thread % kRowItems * kItem;
-    const auto thread_pixel = [&](int i) { return thread / kLanes + i * (kProductThreads / kLanes); };
+    const int thread_column = lane * Block::kPart;
+    const int thread_row = thread / kRowItems, thread_item = thread % kRowItems * kItem;
+    const bool has_dots = static_cast<bool>(grad_offset);
+    const Block block{problem, table, columns, lane};
 
     table.fill(problem, offset_group, tap, 1, first_pixel, kProductRows);
     __syncthreads();
@@ -192,17 +303,10 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
          first_channel < (offset_group + 1) * problem.offset_group_channels; first_channel += problem.run) {
         const int group = first_channel / problem.group_channels;
         for (int begin = 0; begin < problem.run; begin += kColumns) {
-            CornerItem<scalar_t, kPart, kWidth != 1> next[kPair];
-            const auto fetch = [&](int first, int channel, int count) {
-#pragma unroll
-                for (int i = 0; i < kPair; ++i) {
-                    next[i].begin(
-                        problem, table.cells(thread_pixel(first + i)), first_channel + channel,
-                        grad_offset ? count : 0);
-                }
-            };
-            if constexpr (kEarly) {
-                fetch(0, begin + thread_column, problem.run - begin - thread_column);
+            typename Block::Items next;
+            if constexpr (Block::kEarly) {
+                const int count = problem.run - begin - thread_column;
+                block.fetch(next, 0, first_channel + begin + thread_column, has_dots ? count : 0);
             }
             const int weight_row = first_channel * problem.taps + tap * problem.run + begin + thread_row;
             const int weights = weight_row * problem.packed_outputs + thread_item;
@@ -231,197 +335,21 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
                     prepare_items<operand_t, kProductRows, kDepth / kItem>(
                         left + buffer * Product::kLeftSize, Product::kLeftRow);
                 });
-            const auto scatter = [&](auto pass) {
-                constexpr int kPass = decltype(pass)::value, kPasses = Memory::kPasses;
-                const int thread_channel = begin + Product::template column_of_part<kPass, kPasses>(thread_column);
-                const int count = problem.run - thread_channel;
-                product.template for_each_of_part<kPass, kPasses>(
-                    [&](int row, int column, const Vec<real_t, Product::kVisitColumns>& sums) {
-                        store_vector(columns + (row * Memory::kColumnsRow + column), sums);
-                    });
-                if constexpr (!kEarly) {
-                    fetch(0, thread_channel, count);
-                }
-                __syncthreads();
-#pragma unroll 1
-                for (int first = 0; first < kPixels; first += kPair) {
-                    CornerItem<scalar_t, kPart, kWidth != 1> items[kPair];
-#pragma unroll
-                    for (int i = 0; i < kPair; ++i) {
-                        items[i] = next[i];
-                    }
-                    if (first + kPair < kPixels) {
-                        fetch(first + kPair, thread_channel, count);
-                    }
-                    real_t dots[kPair * 4] = {};
-#pragma unroll
-                    for (int i = 0; i < kPair; ++i) {
-                        const int pixel = thread_pixel(first + i);
-                        const Vec<int, 4> cells = table.cells(pixel);
-                        real_t weights[4];
-                        table.weights(pixel, weights);
-                        scatter_item<kAccess>(
-                            problem, columns + (pixel * Memory::kColumnsRow + thread_column), cells, weights, items[i],
-                            first_channel + thread_channel, count, grad_input, dots + i * 4);
-                    }
-                    const real_t sum = sum_over_lanes<kLanes>(dots);
-                    if (lane / (kPair * 4) == first / kPair) {
-                        dot += sum;
-                    }
-                }
-                __syncthreads();
-            };
-            scatter(std::integral_constant<int, 0>{});
+            block.template scatter<0>(product, next, first_channel, begin, has_dots, grad_input, dot);
             if constexpr (Memory::kPasses == 2) {
-                scatter(std::integral_constant<int, 1>{});
+                block.template scatter<1>(product, next, first_channel, begin, has_dots, grad_input, dot);
             }
         }
     }
-    if (!grad_offset) {
+    if (!has_dots) {
         return;
     }
-    columns[thread_pixel(lane / 4) * 4 + lane % 4] = dot;
+    columns[Block::thread_pixel(lane / 4) * 4 + lane % 4] = dot;
     __syncthreads();
-    const int pixel = first_pixel + thread;
-    if (thread >= kProductRows || pixel >= problem.pixels) {
-        return;
+    if (thread < kProductRows && first_pixel + thread < problem.pixels) {
+        store_sampling_gradients(
+            problem, first_pixel + thread, offset_group, tap, columns + thread * 4, grad_offset, grad_mask);
     }
-    real_t result_y = 0, result_x = 0, result_mask = 0;
-    const OutputCell cell = output_cell(problem, pixel);
-    TapOperands<real_t> operands;
-    operands.read(problem, cell, offset_group, tap);
-    DeformSample<real_t> sample;
-    if (deform_sample(problem, cell, offset_group, tap, operands, sample)) {
-        real_t values[4], slope_y[4], slope_x[4];
-        sample_values(problem, sample, values);
-        sample_slopes(problem, sample, slope_y, slope_x);
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-            const real_t dot = columns[thread * 4 + corner];
-            result_y += sample.mask * slope_y[corner] * dot;
-            result_x += sample.mask * slope_x[corner] * dot;
-            result_mask += values[corner] * dot;
-        }
-    }
-    const int image_pixels = problem.out_height * problem.out_width, image = pixel / image_pixels;
-    const int64_t index = (static_cast<int64_t>(image) * gridDim.z + offset_group) * problem.taps + tap;
-    grad_offset[2 * index * image_pixels + pixel % image_pixels] = result_y;
-    grad_offset[(2 * index + 1) * image_pixels + pixel % image_pixels] = result_x;
-    if (grad_mask) {
-        grad_mask[index * image_pixels + pixel % image_pixels] = result_mask;
-    }
-}
-
-template <typename operand_t, int kColumns>
-using WeightProduct = TileProduct<operand_t, kColumns, true, true>;
-
-template <typename operand_t, int kColumns>
-constexpr size_t kWeightSharedBytes =
-    TapTable<accum_t<element_t<operand_t>>, kTableEntries>::kSize * sizeof(accum_t<element_t<operand_t>>) +
-    2 * WeightProduct<operand_t, kColumns>::kTilesSize * sizeof(element_t<operand_t>);
-
-// Positions of a run that a block computes: at most 64, and with at most as many taps as fit in a table.
-__host__ __device__ __forceinline__ int weight_tile_rows(int run) {
-    return run * (kTableTaps - 1) < kProductRows ? run * (kTableTaps - 1) : kProductRows;
-}
-
-template <typename operand_t, int kColumns, int kWidth>
-__global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_weight_kernel(
-    const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
-    Global<const element_t<operand_t>> grad_output,  // (pixels, O)
-    Global<accum_t<element_t<operand_t>>> parts,     // (parts, C * taps, packed_outputs); blockIdx.z: part, run
-    const int part_pixels) {
-    using scalar_t = element_t<operand_t>;
-    using real_t = accum_t<scalar_t>;
-    using Product = WeightProduct<operand_t, kColumns>;
-    using Table = TapTable<real_t, kTableEntries>;
-    constexpr int kItem = Product::kItem, kDepth = Product::kDepth, kRowItems = kProductRows / kItem;
-    SPATIALFLOW_DYNAMIC_SHARED(real_t, shared);
-    const Table table(shared);
-    const Shared<scalar_t> left = pointer_cast<scalar_t>(shared + Table::kSize);
-    const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
-    const int tile_rows = weight_tile_rows(problem.run), length = problem.taps * problem.run;
-    const int runs = problem.channels / problem.run, part = static_cast<int>(blockIdx.z) / runs;
-    const int first_channel = (static_cast<int>(blockIdx.z) - part * runs) * problem.run;
-    const int first_flat = static_cast<int>(blockIdx.x) * tile_rows;
-    const int limit = first_flat + tile_rows < length ? first_flat + tile_rows : length;
-    const int first_tap = first_flat / problem.run, slots = (limit - 1) / problem.run - first_tap + 1;
-    const int batch = kTableEntries / slots / kDepth * kDepth;
-    const int group = first_channel / problem.group_channels;
-    const int first_output = static_cast<int>(blockIdx.y) * kColumns;
-    const int begin = part * part_pixels;
-    const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
-    const int thread_pixel = static_cast<int>(threadIdx.x) / kRowItems;
-    const int thread_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
-    // Beyond the last position of the block, a thread repeats its first ones; those sums are not used.
-    const int thread_flat = first_flat + thread_item < limit ? first_flat + thread_item : first_flat;
-    const int thread_tap = thread_flat / problem.run,
-              thread_channel = first_channel + thread_flat - thread_tap * problem.run;
-
-    Product product;
-    for (int first_pixel = begin; first_pixel < end; first_pixel += batch) {
-        const int rest = (end - first_pixel + kDepth - 1) / kDepth * kDepth, count = rest < batch ? rest : batch;
-        table.fill(problem, first_channel / problem.offset_group_channels, first_tap, slots, first_pixel, count);
-        __syncthreads();
-        const int thread_entry = (thread_tap - first_tap) * count + thread_pixel;
-        ColumnItem<scalar_t, kWidth> item;
-        run_steps<kDepth>(
-            count,
-            [&](int k, int buffer) {
-                if constexpr (kWidth == 1) {
-                    item.begin_elements(
-                        problem, table, first_channel, first_flat + thread_item, limit, first_tap, count,
-                        k + thread_pixel);
-                } else {
-                    item.begin(problem, table, thread_channel, thread_entry + k, true);
-                }
-                load_items<kDepth, kColumns / kItem>(
-                    right + buffer * Product::kRightSize, Product::kRightRow,
-                    [&](int row, int element, Shared<scalar_t> target) {
-                        load_outputs<kWidth>(
-                            problem, grad_output, first_pixel + k + row, end, group, first_output + element, target);
-                    });
-            },
-            [&](int buffer) {
-                product.accumulate(left + buffer * Product::kLeftSize, right + buffer * Product::kRightSize);
-            },
-            [&](int buffer) {
-                store_vector(
-                    left + (buffer * Product::kLeftSize + thread_pixel * Product::kLeftRow + thread_item),
-                    prepared(item.finish(table), operand_t{}));
-                prepare_items<operand_t, kDepth, kColumns / kItem>(
-                    right + buffer * Product::kRightSize, Product::kRightRow);
-            });
-    }
-    const int64_t first_row = static_cast<int64_t>(blockIdx.z) * length + first_flat;
-    product.for_each([&](int row, int column, const Vec<real_t, Product::kVisitColumns>& sums) {
-        const int output = first_output + column;
-        if (first_flat + row < limit && output < problem.packed_outputs) {
-            store_vector(parts + ((first_row + row) * problem.packed_outputs + output), sums);
-        }
-    });
-}
-
-template <typename scalar_t>
-__global__ void __launch_bounds__(256) deform_conv2d_add_weight_parts_kernel(
-    Global<const accum_t<scalar_t>> parts,                           // (num_parts, C * taps, packed_outputs)
-    Global<scalar_t> grad_weight,                                    // (O, C / groups, taps)
-    const WeightOrder order, const int num_parts, const int size) {  // size: of a part
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + static_cast<int>(threadIdx.x);
-    if (index >= size) {
-        return;
-    }
-    const int position = order.weight_index(static_cast<int>(index));
-    if (position < 0) {
-        return;
-    }
-    accum_t<scalar_t> sum = 0;
-    for (int part = 0; part < num_parts; ++part) {
-        sum += parts[static_cast<int64_t>(part) * size + index];
-    }
-    scalar_t result;
-    store(result, sum);
-    grad_weight[position] = result;
 }
 
 // ---- host --------------------------------------------------------------------------------------------------------
@@ -432,6 +360,22 @@ template <typename scalar_t>
 bool is_vectorizable(const DeformOperands& operands, const DeformConvShape& shape, const Tensor& grad_output) {
     return operands.is_vectorizable<scalar_t>() && shape.group_outputs() % kVectorElements<scalar_t> == 0 &&
            is_aligned(grad_output.const_data_ptr(), 16);
+}
+
+template <typename operand_t>
+void launch_data_gradient(
+    const DeformConvShape& shape, const DeformProblem<element_t<operand_t>>& problem, bool vectorized,
+    const Tensor& grad_output, const Tensor& packed, const Global<accum_t<element_t<operand_t>>>& grad_input,
+    const Global<accum_t<element_t<operand_t>>>& grad_offset, const Global<accum_t<element_t<operand_t>>>& grad_mask,
+    Stream stream) {
+    using scalar_t = element_t<operand_t>;
+    with_tile<scalar_t, kMaxTileColumns<operand_t>>(vectorized, deform_run(shape), [&](auto columns, auto width) {
+        constexpr int kColumns = decltype(columns)::value, kWidth = decltype(width)::value;
+        launch<deform_conv2d_backward_data_kernel<operand_t, kColumns, kWidth>>(
+            deform_grid(kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups),
+            dim3(kProductThreads), DataMemory<operand_t, kColumns, kWidth>::kBytes, stream, problem,
+            data<scalar_t>(grad_output), data<scalar_t>(packed), grad_input, grad_offset, grad_mask);
+    });
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
@@ -463,60 +407,25 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward_data_cuda(
             using scalar_t = decltype(zero);
             using real_t = accum_t<scalar_t>;
             const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
-            const bool wide = is_vectorizable<scalar_t>(operands, shape, source);
+            const bool vectorized = is_vectorizable<scalar_t>(operands, shape, source);
             const Global<real_t> none(nullptr);
             dispatch_operand<scalar_t>(cuda_algorithm(algorithm, dtype), [&](auto operand) {
                 using operand_t = decltype(operand);
                 if (need_sampling || (need_input && !gather)) {
-                    with_tile<scalar_t, kMaxTileColumns<operand_t>>(
-                        wide, deform_run(shape), [&](auto columns, auto width) {
-                            constexpr int kColumns = decltype(columns)::value, kWidth = decltype(width)::value;
-                            launch<deform_conv2d_backward_data_kernel<operand_t, kColumns, kWidth>>(
-                                deform_grid(
-                                    kOp, ceil_div(problem.pixels, kProductRows), shape.taps(), shape.offset_groups),
-                                dim3(kProductThreads), DataMemory<operand_t, kColumns, kWidth>::kBytes, device.stream(),
-                                problem, data<scalar_t>(source), data<scalar_t>(packed),
-                                need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
-                                need_sampling ? mutable_data<real_t>(gradients.offset) : none,
-                                need_sampling && mask ? mutable_data<real_t>(gradients.mask) : none);
-                        });
+                    launch_data_gradient<operand_t>(
+                        shape, problem, vectorized, source, packed,
+                        need_input && !gather ? mutable_data<real_t>(gradients.input) : none,
+                        need_sampling ? mutable_data<real_t>(gradients.offset) : none,
+                        need_sampling && mask ? mutable_data<real_t>(gradients.mask) : none, device.stream());
                 }
                 if (need_input && gather) {
                     gather_input_gradient<operand_t>(
-                        kOp, problem, shape, wide, source, packed, gradients.input, device.stream());
+                        kOp, problem, shape, vectorized, source, packed, gradients.input, device.stream());
                 }
             });
         });
     }
     return finished_deform_gradients(gradients, input, offset, mask);
-}
-
-template <typename operand_t, int kColumns, int kWidth>
-void compute_weight_gradient(
-    const DeformConvShape& shape, const DeformProblem<element_t<operand_t>>& problem, const Tensor& grad_output,
-    const Tensor& grad_weight, Stream stream) {
-    using scalar_t = element_t<operand_t>;
-    using real_t = accum_t<scalar_t>;
-    const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
-    const int64_t runs = shape.channels / problem.run;
-    const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
-    // Pixels are split into parts to occupy a large GPU. The number of parts is the same on every device. Parts but
-    // the last have a multiple of kMinPixels pixels, so that adding the sums does not cost more than the products.
-    constexpr int64_t kWantedBlocks = 264, kMinPixels = 512;
-    const int64_t wanted =
-        std::min(ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kMinPixels));
-    const int64_t part_pixels = ceil_div(ceil_div(problem.pixels, wanted), kMinPixels) * kMinPixels;
-    const int64_t num_parts = ceil_div(problem.pixels, part_pixels);
-    const int64_t size = shape.channels * shape.taps() * problem.packed_outputs;
-    const Tensor parts = empty_like_sized(grad_weight, {num_parts, size}, accum_dtype(grad_weight.scalar_type()));
-    launch<deform_conv2d_backward_weight_kernel<operand_t, kColumns, kWidth>>(
-        deform_grid(kOp, run_tiles, column_tiles, num_parts * runs), dim3(kProductThreads),
-        kWeightSharedBytes<operand_t, kColumns>, stream, problem, data<scalar_t>(grad_output),
-        mutable_data<real_t>(parts), static_cast<int>(part_pixels));
-    launch<deform_conv2d_add_weight_parts_kernel<scalar_t>>(
-        dim3(grid_size(kOp, ceil_div(size, 256))), dim3(256), 0, stream, data<real_t>(parts),
-        mutable_data<scalar_t>(grad_weight), deform_weight_order(shape, grad_weight.scalar_type(), problem.run),
-        static_cast<int>(num_parts), static_cast<int>(size));
 }
 
 Tensor deform_conv2d_backward_weight_cuda(
@@ -550,7 +459,7 @@ Tensor deform_conv2d_backward_weight_cuda(
                 is_vectorizable<scalar_t>(operands, shape, source), shape.group_outputs(),
                 [&](auto columns, auto width) {
                     compute_weight_gradient<operand_t, decltype(columns)::value, decltype(width)::value>(
-                        shape, problem, source, grad_weight, device.stream());
+                        kOp, shape, problem, source, grad_weight, device.stream());
                 });
         });
     });

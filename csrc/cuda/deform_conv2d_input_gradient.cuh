@@ -151,6 +151,23 @@ struct Cell {
     int image, y, x;
 };
 
+// Add weight times the outputs of an item, from `output` on, to `sums`. Outputs from `end` on do not exist. kWidth
+// outputs are one access.
+template <int kWidth, int kItem, typename scalar_t, typename real_t>
+__device__ __forceinline__ void add_weighted(
+    Global<const scalar_t> source, real_t weight, int output, int end, real_t (&sums)[kItem]) {
+#pragma unroll
+    for (int part = 0; part < kItem; part += kWidth) {
+        if (output + part < end) {
+            const auto values = load_vector<kWidth>(source + part);
+#pragma unroll
+            for (int v = 0; v < kWidth; ++v) {
+                sums[part + v] += weight * static_cast<real_t>(load(values[v]));
+            }
+        }
+    }
+}
+
 // Item of 16 bytes of `spread`: adjacent outputs of the group from `output` on, at one tap.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ Vec<scalar_t, kVectorElements<scalar_t>> spread_item(
@@ -173,16 +190,7 @@ __device__ __forceinline__ Vec<scalar_t, kVectorElements<scalar_t>> spread_item(
             const real_t weight = weights[(slice * readers.image_pixels + pixel) * 4 + corner];
             Global<const scalar_t> source =
                 grad_output + ((first_pixel + pixel) * problem.out_channels + group * problem.group_outputs + output);
-#pragma unroll
-            for (int part = 0; part < kItem; part += kWidth) {
-                if (output + part < problem.group_outputs) {
-                    const auto values = load_vector<kWidth>(source + part);
-#pragma unroll
-                    for (int v = 0; v < kWidth; ++v) {
-                        sums[part + v] += weight * static_cast<real_t>(load(values[v]));
-                    }
-                }
-            }
+            add_weighted<kWidth>(source, weight, output, problem.group_outputs, sums);
         }
     }
     Vec<scalar_t, kItem> result;

@@ -80,7 +80,7 @@ struct TensorCoreGradientConfig {
     static constexpr int kGradients = kInputs * kInputRow;               // offset of the gradients
     static constexpr int kBuffer = kGradients + kPixels * kGradientRow;  // elements
     static constexpr size_t kSharedBytes = 2 * sizeof(element_t<operand_t>) * kBuffer;
-    static_assert(kChunks <= kSteps, "a tile comes in while one is multiplied");
+    static_assert(kChunks <= kSteps, "a tile is loaded during the steps of the previous one");
 };
 
 // Sums of a warp, by tap, 16 outputs and 8 channels. Inputs stay in registers, by row and column of taps, while steps
@@ -178,6 +178,19 @@ struct FloatStepProducts {
         }
     }
 };
+
+// Store the sums of two adjacent channels: by one access if `paired`, else one by one if the second channel exists.
+__device__ __forceinline__ void store_pair(
+    const Global<float>& target, const Vec<float, 2>& pair, bool paired, bool has_second) {
+    if (paired) {
+        store_vector(target, pair);
+        return;
+    }
+    target[0] = pair[0];
+    if (has_second) {
+        target[1] = pair[1];
+    }
+}
 
 // Kernel for 16-bit types on the tensor cores, and float32 by TF32. In 16 bits a block of 8 warps computes 64 outputs x
 // 64 channels, a warp 32 x 16 for all taps, by mma.sync with float32 sums. A step is 2 rows of 8 pixels. Rows of
@@ -322,14 +335,7 @@ __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads,
             const Global<float> target =
                 sums_out + (((static_cast<int64_t>(blockIdx.z) * kTaps + tap) * outputs + o) * channels + c);
             if (o < outputs && c < channels) {
-                if (paired) {
-                    store_vector(target, pair);
-                } else {
-                    target[0] = pair[0];
-                    if (c + 1 < channels) {
-                        target[1] = pair[1];
-                    }
-                }
+                store_pair(target, pair, paired, c + 1 < channels);
             }
         }
     }

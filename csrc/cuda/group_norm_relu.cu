@@ -49,10 +49,10 @@ __global__ void __launch_bounds__(kThreads) group_norm_sums_kernel(
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
             const int group = (place.channel + i) / shape.group_channels;
-            GroupSums own{0, 0};
-            add_run(own, load(origin[group * shape.group_channels]), pivot[i], count, sum[i], square[i]);
-            sums[i] = own.sum;
-            squares[i] = own.square;
+            GroupSums channel_sums{0, 0};
+            add_run(channel_sums, load(origin[group * shape.group_channels]), pivot[i], count, sum[i], square[i]);
+            sums[i] = channel_sums.sum;
+            squares[i] = channel_sums.square;
         }
     }
     sum_block(sums, squares, of_warps, total);
@@ -89,20 +89,20 @@ __device__ __forceinline__ void collect_statistics(
         for (int entry = lane; entry < shape.sum_blocks * pieces; entry += kWarpSize) {
             const int block = entry / pieces;
             const int64_t at = (row * shape.sum_blocks + block) * shape.pieces + (entry - block * pieces);
-            const Vec<double, 2> found = load_vector<2>(table + at * 2);
-            sums.sum += found[0];
-            sums.square += found[1];
+            const Vec<double, 2> partial = load_vector<2>(table + at * 2);
+            sums.sum += partial[0];
+            sums.square += partial[1];
         }
         sums.sum = sum_lanes(sums.sum, 1);
         sums.square = sum_lanes(sums.square, 1);
         if (lane == 0) {
             const scalar_t pivot = input.data[place.image * input.stride_n + begin];
-            const GroupStatistics found = group_statistics(sums, load(pivot), shape.group_size(), shape.eps);
-            shared[(group - place.first_group) * 2] = found.mean;
-            shared[(group - place.first_group) * 2 + 1] = found.rstd;
+            const GroupStatistics normalization = group_statistics(sums, load(pivot), shape.group_size(), shape.eps);
+            shared[(group - place.first_group) * 2] = normalization.mean;
+            shared[(group - place.first_group) * 2 + 1] = normalization.rstd;
             if (is_first && first_slice == place.slice) {
-                statistics[row * 2] = found.mean;
-                statistics[row * 2 + 1] = found.rstd;
+                statistics[row * 2] = normalization.mean;
+                statistics[row * 2 + 1] = normalization.rstd;
             }
         }
     }

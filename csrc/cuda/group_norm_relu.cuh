@@ -23,7 +23,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kVectorLanes = 8;                       // threads along channels, a vector each
 constexpr int kPixelLanes = kThreads / kVectorLanes;  // threads along pixels or columns
-constexpr int kTurns = 4;                             // vectors that a thread loads before it uses the first
+constexpr int kPixelsAhead = 4;                       // vectors that a thread loads before it uses the first
 constexpr int64_t kBlocks = 256;                      // wanted in a launch, for a large GPU
 
 template <int kWidth>
@@ -101,20 +101,20 @@ struct PixelRange {
           end(place.block + 1 < parts.blocks ? (place.block + 1) * parts.extent : shape.pixels()) {}
 };
 
-// Call use(pixel, load(pixel), is_first) for the pixels of a range. kTurns pixels are loaded before the first of them
-// is used.
+// Call use(pixel, load(pixel), is_first) for the pixels of a range. kPixelsAhead pixels are loaded before the first of
+// them is used.
 template <typename Load, typename Use>
 __device__ __forceinline__ void for_pixels(const PixelRange& range, const Load& load, const Use& use) {
-    for (int first = range.begin; first < range.end; first += kTurns * kPixelLanes) {
-        decltype(load(first)) loaded[kTurns];
+    for (int first = range.begin; first < range.end; first += kPixelsAhead * kPixelLanes) {
+        decltype(load(first)) loaded[kPixelsAhead];
 #pragma unroll
-        for (int t = 0; t < kTurns; ++t) {
+        for (int t = 0; t < kPixelsAhead; ++t) {
             if (first + t * kPixelLanes < range.end) {
                 loaded[t] = load(first + t * kPixelLanes);
             }
         }
 #pragma unroll
-        for (int t = 0; t < kTurns; ++t) {
+        for (int t = 0; t < kPixelsAhead; ++t) {
             if (first + t * kPixelLanes < range.end) {
                 use(first + t * kPixelLanes, loaded[t], t == 0 && first == range.begin);
             }
@@ -139,11 +139,11 @@ __device__ __forceinline__ void sum_block(
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-        const double one = sum_lanes(first[i], kVectorLanes), other = sum_lanes(second[i], kVectorLanes);
+        const double first_sum = sum_lanes(first[i], kVectorLanes), second_sum = sum_lanes(second[i], kVectorLanes);
         if (thread % kWarpSize < kVectorLanes) {
             const int at = (warp * kChannels + thread % kVectorLanes * kWidth + i) * 2;
-            of_warps[at] = one;
-            of_warps[at + 1] = other;
+            of_warps[at] = first_sum;
+            of_warps[at + 1] = second_sum;
         }
     }
     __syncthreads();
@@ -159,10 +159,10 @@ __device__ __forceinline__ void sum_block(
 
 template <typename real_t, int kWidth>
 struct AffineVector {
-    GroupAffine<real_t> of[kWidth];
+    GroupAffine<real_t> channels[kWidth];
 
     __device__ __forceinline__ real_t before_relu(int i, real_t x) const {
-        return (x - of[i].shift) * of[i].scale + of[i].offset;
+        return (x - channels[i].shift) * channels[i].scale + channels[i].offset;
     }
 };
 
@@ -177,7 +177,7 @@ __device__ __forceinline__ AffineVector<real_t, kWidth> affine_of(
     for (int i = 0; i < kWidth; ++i) {
         const int c = place.channel + i;
         const Row at = (c / shape.group_channels + row) * 2;
-        affine.of[i] =
+        affine.channels[i] =
             group_affine<real_t>({statistics[at], statistics[at + 1]}, by_channel.weight_of(c), by_channel.bias_of(c));
     }
     return affine;
@@ -186,21 +186,21 @@ __device__ __forceinline__ AffineVector<real_t, kWidth> affine_of(
 // Iterator over the output positions of a doubled axis: doubled_cell without a division per position.
 template <typename real_t>
 struct DoubledWalk {
-    int low, rest, size;
-    real_t share;
+    int low, remainder, size;
+    real_t part_weight;
 
     __device__ __forceinline__ DoubledWalk(int64_t index, int of_size)
-        : size(of_size), share(real_t(1) / static_cast<real_t>(2 * static_cast<int64_t>(of_size) - 1)) {
-        const int64_t place = index * (size - 1), parts = 2 * static_cast<int64_t>(size) - 1;
-        low = static_cast<int>(place / parts);
-        rest = static_cast<int>(place - low * parts);
+        : size(of_size), part_weight(real_t(1) / static_cast<real_t>(2 * static_cast<int64_t>(of_size) - 1)) {
+        const int64_t position = index * (size - 1), parts = 2 * static_cast<int64_t>(size) - 1;
+        low = static_cast<int>(position / parts);
+        remainder = static_cast<int>(position - low * parts);
     }
     __device__ __forceinline__ int high() const { return low + 1 < size ? low + 1 : low; }
-    __device__ __forceinline__ real_t high_weight() const { return static_cast<real_t>(rest) * share; }
+    __device__ __forceinline__ real_t high_weight() const { return static_cast<real_t>(remainder) * part_weight; }
     __device__ __forceinline__ void step() {
-        rest += size - 1;
-        if (rest >= 2 * size - 1) {
-            rest -= 2 * size - 1;
+        remainder += size - 1;
+        if (remainder >= 2 * size - 1) {
+            remainder -= 2 * size - 1;
             ++low;
         }
     }
@@ -248,7 +248,8 @@ NormShape shape_of(const Tensor& input, int64_t num_groups, double eps) {
     shape.height = static_cast<int>(input.size(2));
     shape.width = static_cast<int>(input.size(3));
     shape.slices = static_cast<int>(ceil_div(channels, kChannels));
-    for (int group = 0; group < std::min(groups, kChannels); ++group) {  // then positions in slices repeat
+    for (int group = 0; group < std::min(groups, kChannels);
+         ++group) {  // later groups have the same positions in slices
         const int begin = group * shape.group_channels;
         shape.pieces = std::max(shape.pieces, (begin + shape.group_channels - 1) / kChannels - begin / kChannels + 1);
     }

@@ -27,9 +27,9 @@ struct GradientSums {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
             const real_t x = input.value(i);
-            g[i] = affine.before_relu(i, x) <= real_t(0) ? real_t(0) : g[i];  // g is kept for NaN
+            g[i] = affine.before_relu(i, x) <= real_t(0) ? real_t(0) : g[i];  // NaN does not change g
             gradient[i] += g[i];
-            product[i] += g[i] * (x - affine.of[i].shift);
+            product[i] += g[i] * (x - affine.channels[i].shift);
         }
     }
 };
@@ -197,10 +197,10 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_channel_sums_kernel(
     for (int image = 0; image < shape.batch; ++image) {
         double gradient = 0, product = 0;
         for (int block = lane; block < blocks; block += kWarpSize) {
-            const Vec<double, 2> found =
+            const Vec<double, 2> partial =
                 load_vector<2>(table + ((static_cast<int64_t>(image) * blocks + block) * shape.channels + c) * 2);
-            gradient += found[0];
-            product += found[1];
+            gradient += partial[0];
+            product += partial[1];
         }
         gradient = sum_lanes(gradient, 1);
         product = sum_lanes(product, 1);
@@ -238,10 +238,10 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_input_gradient_kerne
         double mean_gradient = 0, mean_product = 0;
         for (int i = lane; i < shape.group_channels; i += kWarpSize) {
             const int c = group * shape.group_channels + i;
-            const Vec<double, 2> found =
+            const Vec<double, 2> partial =
                 load_vector<2>(sums + (static_cast<int64_t>(place.image) * shape.channels + c) * 2);
-            mean_gradient += by_channel.weight_of(c) * found[0];
-            mean_product += by_channel.weight_of(c) * found[1];
+            mean_gradient += by_channel.weight_of(c) * partial[0];
+            mean_product += by_channel.weight_of(c) * partial[1];
         }
         mean_gradient = sum_lanes(mean_gradient, 1) / shape.group_size();
         mean_product = sum_lanes(mean_product, 1) / shape.group_size();
@@ -293,6 +293,56 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_input_gradient_kerne
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
+// Tensors of a call in the layouts of the kernels, and the results.
+struct NormGradientTensors {
+    Tensor gradient, input, statistics;         // gradient: incoming, in the dtype of the input
+    std::optional<Tensor> weight, bias;         // in accum_dtype
+    std::optional<Tensor> masked;               // with upsampling: gradient w.r.t. the input of ReLU
+    Tensor grad_input, grad_weight, grad_bias;  // grad_input is channels-last
+};
+
+template <typename scalar_t, int kWidth>
+void launch_gradients(const NormGradientTensors& tensors, int64_t num_groups, Stream stream) {
+    using real_t = accum_t<scalar_t>;
+    const bool upsample = tensors.masked.has_value();
+    const NormShape shape = shape_of<kWidth>(tensors.input, num_groups, 0);
+    const ByChannel<real_t> by_channel = by_channel_of<real_t>(tensors.weight, tensors.bias);
+    const NormParts parts =
+        upsample ? column_parts(shape, shape.height, shape.width) : pixel_parts(shape, kGroupNormRun);
+    const Tensor table =
+        empty_like_sized(tensors.input, {shape.batch, parts.blocks, shape.channels, 2}, ScalarType::Double);
+    const Tensor sums = empty_like_sized(tensors.input, {shape.batch, shape.channels, 2}, ScalarType::Double);
+    const NormMap<const scalar_t> input = map_of<scalar_t>(tensors.input);
+    const auto statistics = data<double>(tensors.statistics);
+    const auto launch_sums = [&](auto upsampled, Global<real_t> masked) {
+        launch<group_norm_relu_gradient_sums_kernel<scalar_t, decltype(upsampled)::value, kWidth>>(
+            grid_of(shape, parts), dim3(kThreads), 0, stream, map_of<scalar_t>(tensors.gradient), input, statistics,
+            by_channel, masked, mutable_data<double>(table), shape, parts);
+    };
+    if (upsample) {
+        launch_sums(std::true_type{}, mutable_data<real_t>(*tensors.masked));
+    } else {
+        launch_sums(std::false_type{}, Global<real_t>(nullptr));
+    }
+    launch<group_norm_relu_channel_sums_kernel<real_t>>(
+        dim3(grid_size("group_norm_relu", ceil_div(shape.channels, kWarps))), dim3(kThreads), 0, stream,
+        data<double>(table), statistics, mutable_data<double>(sums), mutable_data<real_t>(tensors.grad_weight),
+        mutable_data<real_t>(tensors.grad_bias), shape, parts.blocks);
+    const NormParts pixels = pixel_parts(shape, kGroupNormRun);
+    const auto launch_input_gradient = [&](auto is_masked, const auto& gradient) {
+        constexpr bool kMasked = decltype(is_masked)::value;
+        using gradient_t = std::conditional_t<kMasked, real_t, scalar_t>;
+        launch<group_norm_relu_input_gradient_kernel<scalar_t, gradient_t, kMasked, kWidth>>(
+            grid_of(shape, pixels), dim3(kThreads), 0, stream, gradient, input, statistics, by_channel,
+            data<double>(sums), mutable_data<scalar_t>(tensors.grad_input), shape, pixels);
+    };
+    if (upsample) {
+        launch_input_gradient(std::true_type{}, map_of<real_t>(*tensors.masked));
+    } else {
+        launch_input_gradient(std::false_type{}, map_of<scalar_t>(tensors.gradient));
+    }
+}
+
 std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cuda(
     const Tensor& grad_output, const Tensor& input, const Tensor& statistics, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, int64_t num_groups, bool upsample) {
@@ -306,56 +356,23 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward_cuda(
         torch::stable::zero_(grad_weight);
         torch::stable::zero_(grad_bias);
     } else {
-        const Tensor source = channels_adjacent(input), gradient = channels_adjacent(as_dtype(grad_output, dtype));
-        const Tensor own_statistics = to_contiguous(statistics);
-        const std::optional<Tensor> scale = in_dtype(weight, accumulated), shift = in_dtype(bias, accumulated);
+        // Without upsampling the gradient w.r.t. the input of ReLU is not stored, but computed from the incoming one.
+        const std::vector<int64_t> size(input.sizes().begin(), input.sizes().end());
+        const NormGradientTensors tensors{
+            channels_adjacent(as_dtype(grad_output, dtype)),
+            channels_adjacent(input),
+            to_contiguous(statistics),
+            in_dtype(weight, accumulated),
+            in_dtype(bias, accumulated),
+            upsample ? std::optional<Tensor>(empty_like_sized(input, size, accumulated, MemoryFormat::ChannelsLast))
+                     : std::nullopt,
+            grad_input,
+            grad_weight,
+            grad_bias};
         dispatch_floating("group_norm_relu_backward", dtype, [&](auto zero) {
             using scalar_t = decltype(zero);
-            using real_t = accum_t<scalar_t>;
-            // Gradient w.r.t. the input of ReLU. Without upsampling it is not stored, but computed from the incoming
-            // gradient.
-            const std::vector<int64_t> size(input.sizes().begin(), input.sizes().end());
-            const std::optional<Tensor> masked =
-                upsample ? std::optional<Tensor>(empty_like_sized(input, size, accumulated, MemoryFormat::ChannelsLast))
-                         : std::nullopt;
-            dispatch_width<scalar_t>({&source, &gradient, &grad_input}, [&](auto width) {
-                constexpr int kWidth = decltype(width)::value;
-                const NormShape shape = shape_of<kWidth>(source, num_groups, 0);
-                const ByChannel<real_t> by_channel = by_channel_of<real_t>(scale, shift);
-                const NormParts parts =
-                    upsample ? column_parts(shape, shape.height, shape.width) : pixel_parts(shape, kGroupNormRun);
-                const Tensor table =
-                    empty_like_sized(input, {shape.batch, parts.blocks, shape.channels, 2}, ScalarType::Double);
-                const Tensor sums = empty_like_sized(input, {shape.batch, shape.channels, 2}, ScalarType::Double);
-                const auto run_sums = [&](auto upsampled, Global<real_t> kept) {
-                    launch<group_norm_relu_gradient_sums_kernel<scalar_t, decltype(upsampled)::value, kWidth>>(
-                        grid_of(shape, parts), dim3(kThreads), 0, device.stream(), map_of<scalar_t>(gradient),
-                        map_of<scalar_t>(source), data<double>(own_statistics), by_channel, kept,
-                        mutable_data<double>(table), shape, parts);
-                };
-                if (masked) {
-                    run_sums(std::true_type{}, mutable_data<real_t>(*masked));
-                } else {
-                    run_sums(std::false_type{}, Global<real_t>(nullptr));
-                }
-                launch<group_norm_relu_channel_sums_kernel<real_t>>(
-                    dim3(grid_size("group_norm_relu", ceil_div(shape.channels, kWarps))), dim3(kThreads), 0,
-                    device.stream(), data<double>(table), data<double>(own_statistics), mutable_data<double>(sums),
-                    mutable_data<real_t>(grad_weight), mutable_data<real_t>(grad_bias), shape, parts.blocks);
-                const NormParts pixels = pixel_parts(shape, kGroupNormRun);
-                const auto run_gradient = [&](auto is_masked, const auto& map) {
-                    constexpr bool kMasked = decltype(is_masked)::value;
-                    using gradient_t = std::conditional_t<kMasked, real_t, scalar_t>;
-                    launch<group_norm_relu_input_gradient_kernel<scalar_t, gradient_t, kMasked, kWidth>>(
-                        grid_of(shape, pixels), dim3(kThreads), 0, device.stream(), map, map_of<scalar_t>(source),
-                        data<double>(own_statistics), by_channel, data<double>(sums),
-                        mutable_data<scalar_t>(grad_input), shape, pixels);
-                };
-                if (masked) {
-                    run_gradient(std::true_type{}, map_of<real_t>(*masked));
-                } else {
-                    run_gradient(std::false_type{}, map_of<scalar_t>(gradient));
-                }
+            dispatch_width<scalar_t>({&tensors.input, &tensors.gradient, &grad_input}, [&](auto width) {
+                launch_gradients<scalar_t, decltype(width)::value>(tensors, num_groups, device.stream());
             });
         });
     }

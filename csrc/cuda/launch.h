@@ -94,7 +94,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Return a grid dimension; raise an error if a launch cannot have so many blocks.
 inline unsigned grid_size(const char* op, int64_t blocks) {
-    check(blocks <= 0x7fffffff, op, ": the problem needs ", blocks, " thread blocks, a launch holds 2147483647");
+    check(blocks <= 0x7fffffff, op, ": the problem needs ", blocks, " thread blocks, a launch can have 2147483647");
     return static_cast<unsigned>(blocks);
 }
 

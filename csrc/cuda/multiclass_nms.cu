@@ -34,34 +34,34 @@ __global__ void __launch_bounds__(kCollectThreads) multiclass_nms_collect_kernel
     Global<const real_t> scores,    // (B, N * C)
     Global<ScoreKey<real_t>> keys,  // (B, N * C)
     Global<unsigned> rows,          // (B, N * C)
-    Global<unsigned> found,         // (B), zero on entry
+    Global<unsigned> listed,        // (B), zero on entry
     const int64_t total, const real_t threshold) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int64_t image = blockIdx.y;
     const int64_t first =
         static_cast<int64_t>(blockIdx.x) * kCollectItems * kCollectThreads + static_cast<int>(threadIdx.x);
-    real_t own[kCollectItems];
+    real_t item_scores[kCollectItems];
 #pragma unroll
     for (int item = 0; item < kCollectItems; ++item) {
         const int64_t row = first + item * kCollectThreads;
-        own[item] = row < total ? scores[image * total + row] : threshold;
+        item_scores[item] = row < total ? scores[image * total + row] : threshold;
     }
     unsigned above_threshold[kCollectItems], count = 0;  // of the warp
 #pragma unroll
     for (int item = 0; item < kCollectItems; ++item) {
-        above_threshold[item] = __ballot_sync(kAllLanes, own[item] > threshold);  // false for NaN
+        above_threshold[item] = __ballot_sync(kAllLanes, item_scores[item] > threshold);  // false for NaN
         count += static_cast<unsigned>(__popc(above_threshold[item]));
     }
     unsigned base = 0;
     if (lane == 0 && count != 0) {
-        base = atomicAdd(found + image, count);
+        base = atomicAdd(listed + image, count);
     }
     base = __shfl_sync(kAllLanes, base, 0);
 #pragma unroll
     for (int item = 0; item < kCollectItems; ++item) {
         if ((above_threshold[item] >> lane & 1u) != 0) {
             const int64_t at = image * total + base + __popc(above_threshold[item] & ((1u << lane) - 1u));
-            keys[at] = descending_key(own[item]);
+            keys[at] = descending_key(item_scores[item]);
             rows[at] = static_cast<unsigned>(first + item * kCollectThreads);
         }
         base += static_cast<unsigned>(__popc(above_threshold[item]));
@@ -76,9 +76,9 @@ template <typename real_t>
 __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
     Global<const Box<real_t>> boxes,      // (B, N)
     Global<const real_t> scores,          // (B, N * C)
-    Global<const ScoreKey<real_t>> keys,  // (B, N * C), the first found[b] of them
+    Global<const ScoreKey<real_t>> keys,  // (B, N * C), the first listed[b] of them
     Global<const unsigned> rows,          // (B, N * C)
-    Global<const unsigned> found,         // (B)
+    Global<const unsigned> listed,        // (B)
     Global<Box<real_t>> out_boxes,        // (B, D)
     Global<real_t> out_scores,            // (B, D)
     Global<int64_t> out_labels,           // (B, D)
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
     Global<int64_t> kept_labels = out_labels + image * limit;
     Global<int64_t> kept_indices = out_indices + image * limit;
 
-    const unsigned count = found[image];
+    const unsigned count = listed[image];
     int kept = 0;
     Entry<key_t> begin{0, 0};
     while (kept < limit) {
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kGreedyThreads) multiclass_nms_detect_kernel(
             }
             for (int i = 0; i < kept && candidate.alive; ++i) {
                 if (kept_labels[i] == candidate.label) {
-                    const Box<real_t> other = kept_boxes[i];
+                    const Box<real_t> kept_box = kept_boxes[i];
                     candidate.alive =
-                        !suppresses(other, box_area(other), candidate.box, candidate.area, problem.iou_threshold);
+                        !suppresses(kept_box, box_area(kept_box), candidate.box, candidate.area, problem.iou_threshold);
                 }
             }
             int position;
@@ -164,48 +164,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms_cuda(
     const char* op = "multiclass_nms";
     const DeviceScope device(boxes);
     const int64_t batch = boxes.size(0), count = boxes.size(1), classes = scores.size(2), total = count * classes;
-    check(
-        classes == 0 || count < (int64_t(1) << 32) / classes, op,
-        ": scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
-    const ScalarType type = nms_compute_type(boxes, scores);
-    const Tensor upcast_boxes = contiguous_as(boxes, type), upcast_scores = contiguous_as(scores, type);
-    const Tensor out_boxes = empty_like_sized(upcast_boxes, {batch, max_detections, 4});
-    const Tensor out_scores = empty_like_sized(upcast_boxes, {batch, max_detections});
-    const Tensor labels = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor indices = empty_like_sized(upcast_boxes, {batch, max_detections}, ScalarType::Long);
-    const Tensor kept = empty_like_sized(upcast_boxes, {batch}, ScalarType::Long);
-    const auto run = [&](auto zero) {
+    const DetectionTensors tensors = detection_tensors(boxes, scores, max_detections);
+    dispatch_accum(tensors.boxes.scalar_type(), [&](auto zero) {
         using real_t = decltype(zero);
         using key_t = ScoreKey<real_t>;
         WorkspaceLayout layout;
-        const auto found = layout.add<unsigned>(batch);
+        const auto listed = layout.add<unsigned>(batch);
         const int64_t zeros = layout.words;
         const auto rows = layout.add<unsigned>(batch * total);
         const auto keys = layout.add<key_t>(batch * total);
-        const Workspace workspace(layout, upcast_boxes);
+        const Workspace workspace(layout, tensors.boxes);
         clear_words(workspace, zeros, device.stream());
         const DetectionProblem<real_t> problem{
             count, classes, max_detections, static_cast<real_t>(score_threshold), static_cast<real_t>(iou_threshold)};
         launch<multiclass_nms_collect_kernel<real_t>>(
             dim3(grid_size(op, ceil_div(total, kCollectThreads * kCollectItems)), static_cast<unsigned>(batch)),
-            dim3(kCollectThreads), 0, device.stream(), data<real_t>(upcast_scores), workspace[keys], workspace[rows],
-            workspace[found], total, problem.score_threshold);
+            dim3(kCollectThreads), 0, device.stream(), data<real_t>(tensors.scores), workspace[keys], workspace[rows],
+            workspace[listed], total, problem.score_threshold);
         launch<multiclass_nms_detect_kernel<real_t>>(
             dim3(static_cast<unsigned>(batch)), dim3(kGreedyThreads), kDetectSharedBytes<real_t>, device.stream(),
-            pointer_cast<const Box<real_t>>(data<real_t>(upcast_boxes)), data<real_t>(upcast_scores), workspace[keys],
-            workspace[rows], workspace[found], pointer_cast<Box<real_t>>(mutable_data<real_t>(out_boxes)),
-            mutable_data<real_t>(out_scores), mutable_data<int64_t>(labels), mutable_data<int64_t>(indices),
-            mutable_data<int64_t>(kept), problem);
-    };
-    if (type == ScalarType::Double) {
-        run(double{});
-    } else {
-        run(float{});
-    }
-    return {
-        contiguous_as(out_boxes, boxes.scalar_type()), contiguous_as(out_scores, scores.scalar_type()), labels, kept,
-        indices};
+            pointer_cast<const Box<real_t>>(data<real_t>(tensors.boxes)), data<real_t>(tensors.scores), workspace[keys],
+            workspace[rows], workspace[listed], pointer_cast<Box<real_t>>(mutable_data<real_t>(tensors.out_boxes)),
+            mutable_data<real_t>(tensors.out_scores), mutable_data<int64_t>(tensors.labels),
+            mutable_data<int64_t>(tensors.indices), mutable_data<int64_t>(tensors.count), problem);
+    });
+    return finished_detections(tensors, boxes, scores);
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     if (progress && first == 0 && thread < 2) {
         progress[thread] = 0;
     }
-    int padded = kLeastPadded;
+    int padded = kMinPadded;
     while (padded < size) {
         padded *= 2;
     }
@@ -178,39 +178,39 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
     }
     __syncthreads();
     for (int i = thread; i < size; i += kMergeThreads) {
-        const entry_t own = tile[i];
+        const entry_t entry = tile[i];
         int low = i < from_left ? from_left : 0, high = i < from_left ? size : from_left;
         while (low < high) {
             const int middle = (low + high) / 2;
-            const entry_t other = tile[middle];
-            if (other < own) {
+            const entry_t middle_entry = tile[middle];
+            if (middle_entry < entry) {
                 low = middle + 1;
             } else {
                 high = middle;
             }
         }
-        merged[first + i + low - from_left] = own;  // positions in the right part are relative to from_left
+        merged[first + i + low - from_left] = entry;  // positions in the right part are relative to from_left
     }
 }
 
-// Number of entries of kRankedChunks sorted chunks that precede `own`. The searches in all chunks advance together.
+// Number of entries of kRankedChunks sorted chunks that precede `entry`. The searches in all chunks advance together.
 template <typename entry_t>
-__device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int count, const entry_t& own) {
+__device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int count, const entry_t& entry) {
     int before[kRankedChunks] = {};
     for (int step = kChunk; step > 0; step /= 2) {
-        entry_t others[kRankedChunks];
-        bool found[kRankedChunks];
+        entry_t chunk_entries[kRankedChunks];
+        bool in_range[kRankedChunks];
 #pragma unroll
         for (int c = 0; c < kRankedChunks; ++c) {
             const int next = before[c] + step, at = c * kChunk + next - 1;
-            found[c] = next <= kChunk && at < count;
-            if (found[c]) {
-                others[c] = chunks[at];
+            in_range[c] = next <= kChunk && at < count;
+            if (in_range[c]) {
+                chunk_entries[c] = chunks[at];
             }
         }
 #pragma unroll
         for (int c = 0; c < kRankedChunks; ++c) {
-            before[c] += found[c] && others[c] < own ? step : 0;
+            before[c] += in_range[c] && chunk_entries[c] < entry ? step : 0;
         }
     }
     int rank = 0;
@@ -233,13 +233,13 @@ __global__ void __launch_bounds__(kRowThreads) nms_place_kernel(
     if (index >= count) {
         return;
     }
-    const ClassEntryOf<real_t> own = chunks[index];
-    const int rank = rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, own);
-    entries[rank] = own;
-    candidates.boxes[rank] = boxes[own.entry.row];
-    candidates.removed[rank] = own.entry.key == kNoKey<real_t>;
+    const ClassEntryOf<real_t> class_entry = chunks[index];
+    const int rank = rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, class_entry);
+    entries[rank] = class_entry;
+    candidates.boxes[rank] = boxes[class_entry.entry.row];
+    candidates.removed[rank] = class_entry.entry.key == kNoKey<real_t>;
     if (rank % kTile == 0) {
-        const int begin = rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, {own.label, {0, 0}});
+        const int begin = rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, {class_entry.label, {0, 0}});
         candidates.begins[rank / kTile] = begin;
         atomicMax(candidates.progress + 1, static_cast<unsigned>(rank / kTile - begin / kTile + 1));
     }
@@ -253,8 +253,8 @@ __global__ void __launch_bounds__(kRowThreads) nms_place_rows_kernel(
     const int count) {
     const int index = static_cast<int>(blockIdx.x) * kRowThreads + static_cast<int>(threadIdx.x);
     if (index < count) {
-        const ClassEntryOf<real_t> own = chunks[index];
-        rows[rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, own)] = own.entry.row;
+        const ClassEntryOf<real_t> class_entry = chunks[index];
+        rows[rank_in_chunks<ClassEntryOf<real_t>>(chunks, count, class_entry)] = class_entry.entry.row;
     }
 }
 
@@ -289,8 +289,8 @@ __global__ void __launch_bounds__(kTile)
     SPATIALFLOW_SHARED(unsigned, slots, kGreedySlots);
     SPATIALFLOW_SHARED(unsigned, kept_before, 1);
     const int64_t tile = blockIdx.x, first = tile * kTile, index = first + static_cast<int64_t>(threadIdx.x);
-    const int64_t round_of_front = tile - candidates.begins[tile] / kTile;
-    if (round > 0 && round != round_of_front) {
+    const int64_t first_class_round = tile - candidates.begins[tile] / kTile;
+    if (round > 0 && round != first_class_round) {
         return;
     }
     const int64_t last = first + kTile < candidates.count ? first + kTile - 1 : candidates.count - 1;
@@ -302,25 +302,25 @@ __global__ void __launch_bounds__(kTile)
         candidate.box = candidates.boxes[index];
         candidate.area = box_area(candidate.box);
         candidate.label = entry.label;
-        const int64_t own_round = entry.label == candidates.entries[first].label ? round_of_front : 0;
-        candidate.alive = own_round == round && candidates.removed[index] == 0;
+        const int64_t class_round = entry.label == candidates.entries[first].label ? first_class_round : 0;
+        candidate.alive = class_round == round && candidates.removed[index] == 0;
     }
     int position;
     const int added = greedy_pass<real_t, int64_t>(
         candidate, kTile, boxes, labels, kept_of_warp, slots, candidates.threshold, position);
     // Only the last class of the tile can continue in later tiles. Its candidates are last in the tile, so the kept
     // candidates of other classes have lower positions.
-    const int others = __syncthreads_count(position >= 0 && candidate.label != last_label);
+    const int kept_of_other_classes = __syncthreads_count(position >= 0 && candidate.label != last_label);
     if (threadIdx.x == 0) {
-        candidates.listed_count[tile] = added - others;
+        candidates.listed_count[tile] = added - kept_of_other_classes;
         kept_before[0] = atomicAdd(candidates.progress + 0, static_cast<unsigned>(added));
     }
     __syncthreads();
     if (position >= 0) {
         const unsigned before = kept_before[0];
         candidates.kept[static_cast<int64_t>(before) + position] = {0, entry.entry};
-        if (position >= others) {
-            candidates.listed[first + position - others] = static_cast<unsigned>(index);
+        if (position >= kept_of_other_classes) {
+            candidates.listed[first + position - kept_of_other_classes] = static_cast<unsigned>(index);
         }
     }
 }
@@ -353,8 +353,8 @@ __global__ void __launch_bounds__(kSuppressThreads)
         __syncthreads();
         const int size = kept - base < kSuppressThreads ? kept - base : kSuppressThreads;
         for (int i = 0; i < size && alive; ++i) {
-            const Box<real_t> other = boxes[i];
-            alive = !suppresses(other, box_area(other), box, area, candidates.threshold);
+            const Box<real_t> kept_box = boxes[i];
+            alive = !suppresses(kept_box, box_area(kept_box), box, area, candidates.threshold);
         }
         __syncthreads();
     }

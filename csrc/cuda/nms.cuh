@@ -39,9 +39,19 @@ __device__ __forceinline__ entry_t shuffle_xor(const entry_t& entry, int lanes) 
     for (int i = 0; i < kWords; ++i) {
         words[i] = __shfl_xor_sync(kAllLanes, words[i], lanes);
     }
-    entry_t other;
-    memcpy(&other, words, sizeof(entry_t));
-    return other;
+    entry_t received;
+    memcpy(&received, words, sizeof(entry_t));
+    return received;
+}
+
+// Step of a bitonic sort for the entry at `index`: exchange it with that of another lane if the two are out of order.
+template <typename entry_t>
+__device__ __forceinline__ void exchange(entry_t& entry, int index, int width, int step) {
+    const entry_t partner = shuffle_xor(entry, step);
+    const bool takes_less = ((index & width) == 0) == ((index & step) == 0);
+    if (takes_less ? partner < entry : entry < partner) {
+        entry = partner;
+    }
 }
 
 // Run the steps below 64 of the bitonic sort, for the widths from `first_width` to `last_width`, in registers. A warp
@@ -58,15 +68,8 @@ __device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, 
                 high = swapped;
             }
             for (int step = width < kWarpSize ? width / 2 : kWarpSize / 2; step > 0; step /= 2) {
-                const auto exchange = [&](entry_t& own, int index) {
-                    const entry_t other = shuffle_xor(own, step);
-                    const bool takes_less = ((index & width) == 0) == ((index & step) == 0);
-                    if (takes_less ? other < own : own < other) {
-                        own = other;
-                    }
-                };
-                exchange(low, base + lane);
-                exchange(high, base + kWarpSize + lane);
+                exchange(low, base + lane, width, step);
+                exchange(high, base + kWarpSize + lane, width, step);
             }
         }
         entries[base + lane] = low;
@@ -75,14 +78,14 @@ __device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, 
     __syncthreads();
 }
 
-constexpr int kLeastPadded = 2 * kWarpSize;
+constexpr int kMinPadded = 2 * kWarpSize;
 
-// Sort `padded` entries, a power of two from kLeastPadded to kChunk, by a bitonic sort of kGreedyThreads threads.
+// Sort `padded` entries, a power of two from kMinPadded to kChunk, by a bitonic sort of kGreedyThreads threads.
 template <typename entry_t>
 __device__ __forceinline__ void sort_chunk(Shared<entry_t> entries, int padded) {
-    sort_warps<entry_t>(entries, padded, 2, kLeastPadded);
-    for (int width = 2 * kLeastPadded; width <= padded; width *= 2) {
-        for (int step = width / 2; step >= kLeastPadded; step /= 2) {
+    sort_warps<entry_t>(entries, padded, 2, kMinPadded);
+    for (int width = 2 * kMinPadded; width <= padded; width *= 2) {
+        for (int step = width / 2; step >= kMinPadded; step /= 2) {
             for (int pair = static_cast<int>(threadIdx.x); pair < padded / 2; pair += kGreedyThreads) {
                 const int low = 2 * pair - (pair & (step - 1)), high = low + step;
                 const entry_t a = entries[low], b = entries[high];
@@ -107,11 +110,11 @@ struct Candidate {
     bool alive;  // a candidate that is not yet suppressed
 };
 
-// Return true if the candidate in shared memory at `other` suppresses `candidate`.
+// Return true if the candidate in shared memory at `suppressor` suppresses `candidate`.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ bool is_suppressed_by(
-    int other, const Candidate<real_t, label_t>& candidate, Shared<Box<real_t>> boxes, real_t threshold) {
-    const Box<real_t> box = boxes[other];
+    int suppressor, const Candidate<real_t, label_t>& candidate, Shared<Box<real_t>> boxes, real_t threshold) {
+    const Box<real_t> box = boxes[suppressor];
     return suppresses(box, box_area(box), candidate.box, candidate.area, threshold);
 }
 
@@ -139,42 +142,43 @@ __device__ __forceinline__ int greedy_pass(
     position = -1;
     int kept = 0;
     bool is_kept = false;
-    const unsigned rivals = __match_any_sync(kAllLanes, candidate.label);
+    const unsigned same_label = __match_any_sync(kAllLanes, candidate.label);
     __syncthreads();
-    for (int turn = 0; turn < kGreedyWarps && kept < limit; ++turn) {
-        const auto table = slots + turn % 3 * kLabelSlots;
-        if (warp == turn) {
+    for (int deciding_warp = 0; deciding_warp < kGreedyWarps && kept < limit; ++deciding_warp) {
+        const auto table = slots + deciding_warp % 3 * kLabelSlots;
+        if (warp == deciding_warp) {
             for (unsigned alive; (alive = __ballot_sync(kAllLanes, candidate.alive)) != 0;) {
-                const int best = __ffs(static_cast<int>(alive & rivals)) - 1;
+                const int best = __ffs(static_cast<int>(alive & same_label)) - 1;
                 if (lane == best) {
                     is_kept = true;
                     candidate.alive = false;
                 } else if (candidate.alive) {
-                    candidate.alive = !is_suppressed_by(turn * kWarpSize + best, candidate, boxes, threshold);
+                    candidate.alive = !is_suppressed_by(deciding_warp * kWarpSize + best, candidate, boxes, threshold);
                 }
             }
-            const unsigned own_kept = __ballot_sync(kAllLanes, is_kept);
-            const int rank = kept + __popc(own_kept & ((1u << lane) - 1u));
+            const unsigned kept_lanes = __ballot_sync(kAllLanes, is_kept);
+            const int rank = kept + __popc(kept_lanes & ((1u << lane) - 1u));
             position = is_kept && rank < limit ? rank : -1;
             if (is_kept) {
                 atomicOr(table + slot, 1u << lane);
             }
             if (lane == 0) {
-                kept_of_warp[turn] = own_kept;
+                kept_of_warp[deciding_warp] = kept_lanes;
             }
         }
         __syncthreads();
-        if (warp == turn - 1 && is_kept) {  // no warp reads the last table, or writes it in the next iteration
-            atomicExch(slots + (turn - 1) % 3 * kLabelSlots + slot, 0u);
+        if (warp == deciding_warp - 1 && is_kept) {  // no warp reads the last table, or writes it in the next iteration
+            atomicExch(slots + (deciding_warp - 1) % 3 * kLabelSlots + slot, 0u);
         }
-        if (warp > turn && candidate.alive) {
+        if (warp > deciding_warp && candidate.alive) {
             for (unsigned left = table[slot]; candidate.alive && left != 0; left &= left - 1) {
-                const int other = turn * kWarpSize + __ffs(static_cast<int>(left)) - 1;
-                const label_t label = labels[other];
-                candidate.alive = label != candidate.label || !is_suppressed_by(other, candidate, boxes, threshold);
+                const int kept_thread = deciding_warp * kWarpSize + __ffs(static_cast<int>(left)) - 1;
+                const label_t label = labels[kept_thread];
+                candidate.alive =
+                    label != candidate.label || !is_suppressed_by(kept_thread, candidate, boxes, threshold);
             }
         }
-        const unsigned bits = kept_of_warp[turn];
+        const unsigned bits = kept_of_warp[deciding_warp];
         kept += __popc(bits);
     }
     __syncthreads();  // the arrays can be reused by the next call

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Panoptic merge on CUDA, without synchronization with the host: instances, a stuff label map and boxes to an id map
-// and a table of segments. The rules are in common/panoptic_merge.h, the kernels in panoptic_merge_kernels.cuh. Each
-// decision on an instance or box depends on all earlier ones, so two kernels run as one block; the others use the whole
-// device.
+// and a table of segments. The rules are in common/panoptic_merge.h. The kernels are in panoptic_merge_instances.cuh,
+// panoptic_merge_stuff.cuh and panoptic_merge_output.cuh, and run in this order. Each decision on an instance or box
+// depends on all earlier ones, so two kernels run as one block; the others use the whole device.
 //
 // Layouts: an image is a flat array of pixels; bit i of word w is pixel 32 w + i. The kernels of one block keep their
 // bits in shared memory if it is large enough. Counts are integers, so the order of atomics and blocks does not matter.
 // Scratch memory is initialized with zeros, so bounding boxes are stored as maxima: of W - x1, H - y1, x2 and y2.
-#include "cuda/panoptic_merge_kernels.cuh"
+#include "cuda/panoptic_merge_instances.cuh"
+#include "cuda/panoptic_merge_output.cuh"
+#include "cuda/panoptic_merge_stuff.cuh"
 
 namespace spatialflow {
 namespace {
@@ -48,7 +50,7 @@ public:
         scratch.order = workspace_[order_];
         scratch.boxes = workspace_[boxes_];
         scratch.segment_source = workspace_[segment_source_];
-        scratch.open = workspace_[open_];
+        scratch.void_pixels = workspace_[void_pixels_];
         scratch.bits = workspace_[bits_];
         return scratch;
     }
@@ -72,7 +74,7 @@ private:
     // Written before they are read.
     const WorkspacePart<int> order_ = layout_.add<int>(instances_), boxes_ = layout_.add<int>(4 * instances_);
     const WorkspacePart<int> segment_source_ = layout_.add<int>(rows_);
-    const WorkspacePart<unsigned> open_ = layout_.add<unsigned>(words_);
+    const WorkspacePart<unsigned> void_pixels_ = layout_.add<unsigned>(words_);
     const WorkspacePart<unsigned> bits_ = layout_.add<unsigned>(instances_ * words_);
     const Workspace workspace_;
 };
@@ -144,7 +146,7 @@ struct MergeLauncher {
         launch<merge_count_kernel<label_t>>(grid, threads, 0, stream, values, scratch);
         launch<merge_label_kernel>(dim3(1), dim3(kWarpSize), 0, stream, scratch, options);
         if (has_boxes) {
-            launch<merge_open_kernel<label_t>>(grid, threads, 0, stream, values, scratch);
+            launch<merge_void_kernel<label_t>>(grid, threads, 0, stream, values, scratch);
             if (in_shared) {
                 launch<merge_fill_kernel<true>>(
                     dim3(1), dim3(kGreedyThreads), shared_bytes(), stream, scratch, options);
@@ -182,10 +184,10 @@ private:
 std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, std::optional<Tensor> boxes, const Tensor& stuff,
     int64_t stuff_labels, std::vector<int64_t> ignored_stuff, double score_threshold, double overlap_threshold,
-    int64_t stuff_area_limit, double box_threshold) {
+    int64_t stuff_area_threshold, double box_overlap_threshold) {
     const char* op = "panoptic_merge";
     check_panoptic_merge(
-        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_threshold);
+        masks, scores, labels, boxes, stuff, stuff_labels, score_threshold, overlap_threshold, box_overlap_threshold);
     const DeviceScope device(masks);
     const Stream stream = device.stream();
     const int64_t count = masks.size(0), height = masks.size(1), width = masks.size(2), pixels = height * width;
@@ -205,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panoptic_merge_cuda(
     const MergeScratch scratch = workspace.scratch();
     if (pixels != 0) {
         const bool has_boxes = boxes && count != 0;
-        const MergeOptions options{score_threshold, overlap_threshold, box_threshold, stuff_area_limit};
+        const MergeOptions options{score_threshold, overlap_threshold, box_overlap_threshold, stuff_area_threshold};
         const MergeLauncher launcher(scratch, options, has_boxes, stream);
         launcher.order(score_values, has_boxes ? contiguous_as(*boxes, ScalarType::Double) : score_values);
         launcher.ignore(ignored_stuff);

@@ -35,8 +35,8 @@ __device__ __forceinline__ void add_pixels(
         const unsigned key = static_cast<unsigned>(cell);
         unsigned slot = (key * 2654435769u) >> 22;  // Knuth's multiplicative hash: the top ten bits
         for (int probe = 0; probe < kProbes; ++probe) {
-            const unsigned found = atomicCAS(keys + slot, kEmpty, key);
-            if (found == kEmpty || found == key) {
+            const unsigned previous_key = atomicCAS(keys + slot, kEmpty, key);
+            if (previous_key == kEmpty || previous_key == key) {
                 atomicAdd(sums + slot, count);
                 return;
             }
@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kThreads) panoptic_quality_counts_kernel(
     __syncthreads();
     int64_t pending_cell = -1;
     int pending = 0;
-    for (int turn = 0; turn < kLoads; ++turn) {
-        const int64_t first =
-            static_cast<int64_t>(blockIdx.x) * kStrip + (turn * kThreads + static_cast<int>(threadIdx.x)) * kWidth;
+    for (int load_index = 0; load_index < kLoads; ++load_index) {
+        const int64_t first = static_cast<int64_t>(blockIdx.x) * kStrip +
+                              (load_index * kThreads + static_cast<int>(threadIdx.x)) * kWidth;
         if (first >= problem.pixels) {
             break;
         }

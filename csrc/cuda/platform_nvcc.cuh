@@ -14,21 +14,12 @@
 #include <string>
 #include <type_traits>
 
+#include "common/accum_type.h"
+
 namespace spatialflow {
 
 using float16 = __half;
 using bfloat16 = __nv_bfloat16;
-
-template <typename scalar_t>
-struct AccumType {
-    using type = float;
-};
-template <>
-struct AccumType<double> {
-    using type = double;
-};
-template <typename scalar_t>
-using accum_t = typename AccumType<scalar_t>::type;
 
 __device__ __forceinline__ float load(float value) { return value; }
 __device__ __forceinline__ double load(double value) { return value; }

@@ -25,7 +25,7 @@ struct SourceImage {
 };
 
 struct SourceImages {
-    SourceImage of[kImagesPerLaunch];
+    SourceImage images[kImagesPerLaunch];
 };
 
 struct ImageBatch {
@@ -37,15 +37,15 @@ struct ImageBatch {
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) preprocess_images_kernel(
-    const __grid_constant__ SourceImages images, Global<scalar_t> output,  // (images, height, width, 3)
-    const ImageBatch batch, const ImageNormalisation normalization) {
+    const __grid_constant__ SourceImages sources, Global<scalar_t> output,  // (images, height, width, 3)
+    const ImageBatch batch, const ImageNormalization normalization) {
     constexpr int kPixels = kVectorElements<scalar_t>;
     const int64_t groups = (batch.width + kPixels - 1) / kPixels;  // of pixels in a row
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
     if (index >= batch.height * groups) {
         return;
     }
-    const SourceImage& image = images.of[blockIdx.y];
+    const SourceImage& image = sources.images[blockIdx.y];
     const ImageResize& resize = image.resize;
     const int64_t y = index / groups, first_x = index % groups * kPixels;
     Vec<scalar_t, kPixels> values[3];
@@ -102,7 +102,7 @@ Tensor preprocess_images_cuda(
     const DeviceScope device(images[0]);
     Tensor output = empty_image_batch(images, heights, widths, divisor, dtype);
     const int64_t count = output.size(0), height = output.size(2), width = output.size(3);
-    const ImageNormalisation normalization = image_normalisation(mean, std);
+    const ImageNormalization normalization = image_normalization(mean, std);
     dispatch_image_dtype<float16, bfloat16>(dtype, [&](auto zero) {
         using scalar_t = decltype(zero);
         constexpr int kPixels = kVectorElements<scalar_t>;
@@ -111,16 +111,16 @@ Tensor preprocess_images_cuda(
         for (int64_t first = 0; first < count; first += kImagesPerLaunch) {
             SourceImages sources{};
             std::vector<Tensor> contiguous;
-            int64_t held = 0;
-            for (; held < kImagesPerLaunch && first + held < count; ++held) {
-                const size_t n = static_cast<size_t>(first + held);
+            int64_t launch_images = 0;
+            for (; launch_images < kImagesPerLaunch && first + launch_images < count; ++launch_images) {
+                const size_t n = static_cast<size_t>(first + launch_images);
                 contiguous.push_back(to_contiguous(images[n]));
-                sources.of[held] = {
+                sources.images[launch_images] = {
                     data<uint8_t>(contiguous.back()),
                     image_resize(images[n].size(0), images[n].size(1), heights[n], widths[n])};
             }
             launch<preprocess_images_kernel<scalar_t>>(
-                dim3(blocks, static_cast<unsigned>(held)), dim3(kThreads), 0, device.stream(), sources,
+                dim3(blocks, static_cast<unsigned>(launch_images)), dim3(kThreads), 0, device.stream(), sources,
                 mutable_data<scalar_t>(output) + first * height * width * 3, batch, normalization);
         }
     });

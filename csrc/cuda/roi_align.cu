@@ -358,17 +358,6 @@ Tensor roi_align_forward(
     return output;
 }
 
-namespace {
-
-Tensor roi_align_cuda(
-    const Tensor& input, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
-    int64_t sampling_ratio, bool aligned) {
-    check_roi_align(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio);
-    return roi_align_forward(
-        "roi_align", {input}, boxes, {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0});
-}
-
-}  // namespace
 }  // namespace spatialflow
 
-SPATIALFLOW_DEVICE_IMPL(library) { library.impl("roi_align", TORCH_BOX(&spatialflow::roi_align_cuda)); }
+SPATIALFLOW_DEVICE_IMPL(library) { library.impl("roi_align", TORCH_BOX(&spatialflow::single_level_roi_align)); }

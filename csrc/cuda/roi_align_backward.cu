@@ -187,7 +187,7 @@ struct CellInterval {
 
 // Cells that the bins can read on an axis of `size` cells, widened by two cells and the rounding of coordinates.
 template <typename real_t>
-__device__ __forceinline__ CellInterval touched_cells(const RoiAxis<real_t>& axis, int bins, int size) {
+__device__ __forceinline__ CellInterval readable_cells(const RoiAxis<real_t>& axis, int bins, int size) {
     const real_t extent = real_t(bins) * axis.bin, end = axis.start + extent;
     const real_t low = axis.start < end ? axis.start : end, high = axis.start < end ? end : axis.start;
     const real_t margin = real_t(2) + real_t(1e-6) * (std::fabs(axis.start) + std::fabs(extent));
@@ -242,8 +242,8 @@ __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
     const RoiAxis<real_t> axis = axis_of(box, of_rows, level, problem);
     if (index == 0) {
         const RoiAxis<real_t> x = axis_of(box, false, level, problem);
-        const CellInterval rows = touched_cells(axis, problem.pooled_height, level.height);
-        const CellInterval columns = touched_cells(x, problem.pooled_width, level.width);
+        const CellInterval rows = readable_cells(axis, problem.pooled_height, level.height);
+        const CellInterval columns = readable_cells(x, problem.pooled_width, level.width);
         const bool valid = place.valid && axis.valid && x.valid;
         cells[roi_index] =
             RoiCells{valid ? place.level : -1, place.image, rows.first, rows.end, columns.first, columns.end, {}};
@@ -539,31 +539,11 @@ std::vector<Tensor> roi_align_backward(
             }
         });
     }
-    for (Tensor& gradient : gradients) {
-        gradient = as_dtype(gradient, dtype);
-        if (!channels_last) {
-            gradient = to_contiguous(gradient);
-        }
-    }
-    return gradients;
+    return finished_level_gradients(std::move(gradients), dtype, channels_last);
 }
 
-namespace {
-
-Tensor roi_align_backward_cuda(
-    const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
-    int64_t sampling_ratio, bool aligned, int64_t batch, int64_t channels, int64_t height, int64_t width,
-    bool channels_last, bool deterministic) {
-    check_roi_align_backward(grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
-    return roi_align_backward(
-        "roi_align_backward", grad_output, boxes,
-        {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0}, batch, channels, {height},
-        {width}, channels_last, deterministic)[0];
-}
-
-}  // namespace
 }  // namespace spatialflow
 
 SPATIALFLOW_DEVICE_IMPL(library) {
-    library.impl("_roi_align_backward", TORCH_BOX(&spatialflow::roi_align_backward_cuda));
+    library.impl("_roi_align_backward", TORCH_BOX(&spatialflow::single_level_roi_align_backward));
 }

@@ -117,15 +117,17 @@ __device__ __forceinline__ WalkLength write_walk(
         last = tap.cell;
     }
     // Columns that are in registers at the start of this bin, if the cells of all bins ascend.
-    int held = __shfl_up_sync(kAllLanes, last, 1), held_before = __shfl_up_sync(kAllLanes, before_last, 1);
-    held = lane > 0 ? held : -1;
-    held_before = lane > 0 ? held_before : -2;
-    const bool follows = count == 0 || first >= held || (first == held_before && second == held);
-    const bool reuses = __all_sync(kAllLanes, ascends && follows) && (first == held || first == held_before);
-    const int taps_held = count == 0 || !reuses ? 0 : first == held_before ? 2 : 1;
+    int last_column = __shfl_up_sync(kAllLanes, last, 1),
+        column_before_last = __shfl_up_sync(kAllLanes, before_last, 1);
+    last_column = lane > 0 ? last_column : -1;
+    column_before_last = lane > 0 ? column_before_last : -2;
+    const bool follows = count == 0 || first >= last_column || (first == column_before_last && second == last_column);
+    const bool reuses =
+        __all_sync(kAllLanes, ascends && follows) && (first == last_column || first == column_before_last);
+    const int reused_taps = count == 0 || !reuses ? 0 : first == column_before_last ? 2 : 1;
     const int first_taps = reuses && count > 1 ? 2 : 1;  // of the bin's first step
     const int lane_steps = lane < bins ? (count > first_taps ? count - first_taps + 1 : 1) : 0;
-    const int lane_columns = count - taps_held;
+    const int lane_columns = count - reused_taps;
     int ends = lane_steps << 16 | lane_columns;  // of this lane, then summed over all lanes up to this one
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
@@ -144,9 +146,9 @@ __device__ __forceinline__ WalkLength write_walk(
                 const Tap<real_t> before = taps[0];
                 step.previous = before.weight;
             }
-            if (at >= taps_held) {
+            if (at >= reused_taps) {
                 step.flags |= kLoadsColumn;
-                columns[first_column + at - taps_held] = tap.cell * column_stride;
+                columns[first_column + at - reused_taps] = tap.cell * column_stride;
             }
         }
         steps[first_step + j] = step;

@@ -9,7 +9,10 @@
 //   select    a block per level and image lists the keys up to the bin of the last kept anchor, in one pass over the
 //             keys, and orders the best of this list (best_chunks.cuh)
 //
-// For all levels: gather, a thread per 16 bytes of logits of a kept anchor for the scores, one more for the box.
+// For all levels:
+//
+//   gather    a thread per 16 bytes of logits of a kept anchor computes scores; one more thread decodes the box
+//
 // Memory: 12 bytes per anchor (20 for float64) for keys and list.
 #include "ops/select_candidates.h"
 
@@ -108,15 +111,15 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
     while (index + 1 < selected.count && blockIdx.x >= selected.levels[index + 1].block_begin) {
         ++index;
     }
-    const SelectedLevel& own_level = selected.levels[index];
-    const CandidateLevel<scalar_t>& level = problem.levels[own_level.level];
-    const unsigned first = (blockIdx.x - own_level.block_begin) * kThreads;
-    const unsigned last = own_level.anchors - 1 - first;  // relative to `first`, as the sum could exceed 32 bits
+    const SelectedLevel& selected_level = selected.levels[index];
+    const CandidateLevel<scalar_t>& level = problem.levels[selected_level.level];
+    const unsigned first = (blockIdx.x - selected_level.block_begin) * kThreads;
+    const unsigned last = selected_level.anchors - 1 - first;  // relative to `first`, as the sum could exceed 32 bits
     const int group = problem.group, member = thread % group, vectors = problem.classes / kWidth;
 #pragma unroll 1
-    for (int turn = thread / group; turn < kThreads; turn += kThreads / group) {
-        const unsigned wanted = static_cast<unsigned>(turn);
-        const AnchorPlace place = place_of(first + (wanted < last ? wanted : last), problem.anchors, level.width);
+    for (int block_anchor = thread / group; block_anchor < kThreads; block_anchor += kThreads / group) {
+        const unsigned offset = static_cast<unsigned>(block_anchor);
+        const AnchorPlace place = place_of(first + (offset < last ? offset : last), problem.anchors, level.width);
         const Global<const scalar_t> logits =
             level.logits.at(image, place.y, place.x) + static_cast<int64_t>(place.anchor) * problem.classes;
         real_t best = -std::numeric_limits<real_t>::infinity();
@@ -140,13 +143,13 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
             best = std::fmax(best, __shfl_xor_sync(kAllLanes, best, step));
         }
         if (member == 0) {
-            block_keys[turn] = descending_key(best);
+            block_keys[block_anchor] = descending_key(best);
         }
     }
     __syncthreads();
     if (static_cast<unsigned>(thread) <= last) {
         const key_t key = block_keys[thread];
-        keys[image * selected.keys + own_level.key_begin + first + thread] = key;
+        keys[image * selected.keys + selected_level.key_begin + first + thread] = key;
         atomicAdd(histogram + static_cast<int>(key >> kFirstShift<key_t>), 1u);
     }
     __syncthreads();
@@ -177,10 +180,10 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     const SelectedLevel& level = selected.levels[blockIdx.x];
     const int64_t image = blockIdx.y, key_begin = image * selected.keys + level.key_begin;
     const Global<const unsigned> bins = histograms + (image * selected.count + blockIdx.x) * kBins;
-    const Global<const key_t> own_keys = keys + key_begin;
-    const Global<key_t> own_list_keys = list_keys + key_begin;
-    const Global<unsigned> own_list_rows = list_rows + key_begin;
-    const Global<unsigned> own_kept = kept + (image * selected.rows + level.begin);
+    const Global<const key_t> level_keys = keys + key_begin;
+    const Global<key_t> level_list_keys = list_keys + key_begin;
+    const Global<unsigned> level_list_rows = list_rows + key_begin;
+    const Global<unsigned> level_kept = kept + (image * selected.rows + level.begin);
     const unsigned wanted = static_cast<unsigned>(level.count);
 
     if (thread == 0) {
@@ -196,12 +199,12 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     const unsigned last_bin = listed[0];
 #pragma unroll 1
     for (int64_t first = kWidth * thread; first < level.anchors; first += kKeysAhead * kWidth * kGreedyThreads) {
-        Vec<key_t, kWidth> some[kKeysAhead];
+        Vec<key_t, kWidth> vectors[kKeysAhead];
 #pragma unroll
         for (int i = 0; i < kKeysAhead; ++i) {
             const int64_t at = first + i * kWidth * kGreedyThreads;
             if (at < level.anchors) {
-                some[i] = load_vector<kWidth>(own_keys + at);  // values beyond the keys of the level are not used
+                vectors[i] = load_vector<kWidth>(level_keys + at);  // values beyond the keys of the level are not used
             }
         }
 #pragma unroll
@@ -209,10 +212,10 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
 #pragma unroll
             for (int k = 0; k < kWidth; ++k) {
                 const int64_t row = first + i * kWidth * kGreedyThreads + k;
-                if (row < level.anchors && static_cast<unsigned>(some[i][k] >> kFirstShift<key_t>) <= last_bin) {
+                if (row < level.anchors && static_cast<unsigned>(vectors[i][k] >> kFirstShift<key_t>) <= last_bin) {
                     const unsigned slot = atomicAdd(listed + 1, 1u);
-                    own_list_keys[slot] = some[i][k];
-                    own_list_rows[slot] = static_cast<unsigned>(row);
+                    level_list_keys[slot] = vectors[i][k];
+                    level_list_rows[slot] = static_cast<unsigned>(row);
                 }
             }
         }
@@ -220,11 +223,12 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     __syncthreads();
     const unsigned count = listed[1];
     Entry<key_t> begin{0, 0};
-    for (unsigned done = 0; done < wanted;) {  // the list has at least as many
-        const int taken = next_chunk<key_t>(own_list_keys, own_list_rows, count, begin, chunk, histogram, sums, cut);
+    for (unsigned done = 0; done < wanted;) {  // the list has at least that many entries
+        const int taken =
+            next_chunk<key_t>(level_list_keys, level_list_rows, count, begin, chunk, histogram, sums, cut);
         for (int i = thread; i < taken && done + static_cast<unsigned>(i) < wanted; i += kGreedyThreads) {
             const Entry<key_t> entry = chunk[i];
-            own_kept[done + static_cast<unsigned>(i)] = entry.row;
+            level_kept[done + static_cast<unsigned>(i)] = entry.row;
         }
         done += static_cast<unsigned>(taken);
     }
@@ -271,13 +275,13 @@ __global__ void __launch_bounds__(kThreads) candidate_gather_kernel(
     } else {
         const Global<const scalar_t> deltas =
             level.deltas.at(image, place.y, place.x) + 4 * static_cast<int64_t>(place.anchor);
-        const CandidateImage<real_t> own{
+        const CandidateImage<real_t> image_geometry{
             static_cast<real_t>(valid_sizes[2 * image]), static_cast<real_t>(valid_sizes[2 * image + 1]),
             static_cast<real_t>(scale_factors[2 * image]), static_cast<real_t>(scale_factors[2 * image + 1])};
         boxes[row] = decode_candidate<real_t>(
             base[static_cast<int64_t>(level_index) * problem.anchors + place.anchor],
             static_cast<int64_t>(place.x) * level.stride, static_cast<int64_t>(place.y) * level.stride, load(deltas[0]),
-            load(deltas[1]), load(deltas[2]), load(deltas[3]), own);
+            load(deltas[1]), load(deltas[2]), load(deltas[3]), image_geometry);
     }
 }
 
@@ -366,37 +370,37 @@ std::tuple<Tensor, Tensor> select_candidates_cuda(
         class_logits.size() <= kMaxLevels, op, ": at most ", kMaxLevels, " levels on CUDA, got ", class_logits.size());
     check(batch <= 65535, op, ": at most 65535 images on CUDA, got ", batch);
     check(classes <= 0x7fffffff, op, ": class_logits[0] must have at most 2147483647 classes, got ", classes);
-    const CandidateTensors own =
+    const CandidateTensors tensors =
         candidate_tensors(class_logits, box_deltas, base_anchors, valid_sizes, scale_factors, per_level);
-    if (own.boxes.numel() == 0) {
-        return {own.boxes, own.scores};
+    if (tensors.boxes.numel() == 0) {
+        return {tensors.boxes, tensors.scores};
     }
     dispatch_floating(op, class_logits[0].scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         CandidateProblem<scalar_t> problem{};
-        problem.level_count = static_cast<int>(own.ranges.size());
-        problem.anchors = static_cast<unsigned>(own.anchors);
+        problem.level_count = static_cast<int>(tensors.ranges.size());
+        problem.anchors = static_cast<unsigned>(tensors.anchors);
         problem.classes = static_cast<int>(classes);
-        problem.rows = own.rows;
-        for (size_t l = 0; l < own.ranges.size(); ++l) {
-            const Tensor& logits = own.logits[l];
+        problem.rows = tensors.rows;
+        for (size_t l = 0; l < tensors.ranges.size(); ++l) {
+            const Tensor& logits = tensors.logits[l];
             problem.levels[l] = {
                 level_values<scalar_t>(logits),
-                level_values<scalar_t>(own.deltas[l]),
+                level_values<scalar_t>(tensors.deltas[l]),
                 static_cast<unsigned>(logits.size(3)),
                 static_cast<unsigned>(strides[l]),
-                static_cast<unsigned>(logits.size(2) * logits.size(3) * own.anchors),
-                own.ranges[l].begin,
-                own.ranges[l].count,
-                own.ranges[l].is_selected};
+                static_cast<unsigned>(logits.size(2) * logits.size(3) * tensors.anchors),
+                tensors.ranges[l].begin,
+                tensors.ranges[l].count,
+                tensors.ranges[l].is_selected};
         }
-        if (is_vectorizable<scalar_t>(own.logits, classes)) {
-            run_candidates<scalar_t, kVectorElements<scalar_t>>(problem, own, device.stream());
+        if (is_vectorizable<scalar_t>(tensors.logits, classes)) {
+            run_candidates<scalar_t, kVectorElements<scalar_t>>(problem, tensors, device.stream());
         } else {
-            run_candidates<scalar_t, 1>(problem, own, device.stream());
+            run_candidates<scalar_t, 1>(problem, tensors, device.stream());
         }
     });
-    return {own.boxes, own.scores};
+    return {tensors.boxes, tensors.scores};
 }
 
 }  // namespace

@@ -5,9 +5,9 @@
 //   loss[r, c] = weight * f(z),  z = -logit for the label's class, +logit for the others (common/sigmoid_focal_loss.h)
 //
 // Logits (rows, classes), labels (rows). A vector of logits is in one row: 16 bytes if rows consist of aligned 16-byte
-// vectors, else one logit. All elements are first computed as other classes than the label's; a branch that few warps
-// take corrects the label's class. For the sum, each block writes one double, and one more block adds these in a fixed
-// order, so results are deterministic.
+// vectors, else one logit. All elements are first computed as classes other than the label's. A branch that few warps
+// take then corrects the element of the label's class. For the sum, each block writes one double, and one more block
+// adds these in a fixed order, so results are deterministic.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>
@@ -23,22 +23,23 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTotalThreads = 1024;
 // Vectors that a thread of the sum loads before it uses the first, and resident blocks of a multiprocessor: both
-// limited by registers. A thread loads kSumTurns times.
+// limited by registers. A thread loads kSumRounds times.
 template <typename scalar_t>
 constexpr int kSumVectors = sizeof(scalar_t) == sizeof(float) ? 4 : 2;
 template <typename scalar_t>
 constexpr int kSumBlocks = sizeof(scalar_t) == sizeof(double) ? 2 : 4;
-constexpr int kSumTurns = 4, kElementwiseVectors = 2;
+constexpr int kSumRounds = 4, kElementwiseVectors = 2;
 
 struct FocalOptions {
     int classes, row_vectors;  // row_vectors: vectors of a row
-    int whole;                 // minimum number of vectors of a thread
-    int64_t row_step, rest;    // rows between vectors of a thread; threads of the first `rest` rows have one more
+    int min_vectors;           // minimum number of vectors of a thread
+    int64_t row_step;          // rows between vectors of a thread
+    int64_t extra_rows;        // threads of the first `extra_rows` rows have one more vector
     double gamma, positive_weight, negative_weight;
 };
 
 // Factor of the results: none, one for all elements, or one for each element.
-enum class Factor { kNone, kOne, kEach };
+enum class Factor { kNone, kScalar, kElementwise };
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ struct FocalPlace {
         const int64_t row = index / options.row_vectors;
         element = index * kWidth;
         element_step = options.row_step * options.classes;
-        count = row < options.row_step ? options.whole + (row < options.rest) : 0;
+        count = row < options.row_step ? options.min_vectors + (row < options.extra_rows) : 0;
         column = static_cast<int>(index - row * options.row_vectors) * kWidth;
         labels = labels + row;
     }
@@ -104,18 +105,18 @@ template <typename scalar_t, int kWidth, int kVectors>
 __device__ __forceinline__ void load_focal_vectors(
     Global<const scalar_t> logits, const FocalPlace<scalar_t, kWidth>& place, const FocalOptions& options, int first,
     FocalVector<scalar_t, kWidth> (&vectors)[kVectors]) {
-    Global<const scalar_t> own_logits = logits + (place.element + first * place.element_step);
-    Global<const int64_t> own_labels = place.labels + first * options.row_step;
+    Global<const scalar_t> vector_logits = logits + (place.element + first * place.element_step);
+    Global<const int64_t> vector_labels = place.labels + first * options.row_step;
     int64_t labels[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
         labels[v] = -1;
         if (first + v < place.count) {
-            vectors[v].logits = load_vector<kWidth>(own_logits);
-            labels[v] = own_labels[0];
+            vectors[v].logits = load_vector<kWidth>(vector_logits);
+            labels[v] = vector_labels[0];
         }
-        own_logits = own_logits + place.element_step;
-        own_labels = own_labels + options.row_step;
+        vector_logits = vector_logits + place.element_step;
+        vector_labels = vector_labels + options.row_step;
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -127,13 +128,13 @@ __device__ __forceinline__ void load_focal_vectors(
 // Element at index `label` of a vector of logits or factors.
 template <typename value_t, int kWidth>
 __device__ __forceinline__ accum_t<value_t> at_label(const Vec<value_t, kWidth>& values, unsigned label) {
-    value_t found = values[0];
+    value_t selected = values[0];
 #pragma unroll
     for (unsigned i = 1; i < kWidth; ++i) {
         const value_t value = values[i];  // selects a value, not an address
-        found = label == i ? value : found;
+        selected = label == i ? value : selected;
     }
-    return load(found);
+    return load(selected);
 }
 
 // output = factor * weight * focal_term
@@ -148,19 +149,19 @@ __global__ void __launch_bounds__(kThreads, 2) focal_elementwise_kernel(
     const FocalPlace<scalar_t, kWidth> place(labels, options);
     FocalVector<scalar_t, kWidth> vectors[kElementwiseVectors];
     load_focal_vectors(logits, place, options, 0, vectors);
-    Vec<factor_t, kWidth> own_factors[kElementwiseVectors];
+    Vec<factor_t, kWidth> vector_factors[kElementwiseVectors];
     real_t positive_weight = static_cast<real_t>(order % 2 ? -options.positive_weight : options.positive_weight);
     real_t negative_weight = static_cast<real_t>(options.negative_weight);
-    if constexpr (kFactor == Factor::kOne) {
+    if constexpr (kFactor == Factor::kScalar) {
         const real_t factor = static_cast<real_t>(factors[0]);
         positive_weight *= factor;
         negative_weight *= factor;
     }
-    if constexpr (kFactor == Factor::kEach) {
+    if constexpr (kFactor == Factor::kElementwise) {
 #pragma unroll
         for (int v = 0; v < kElementwiseVectors; ++v) {
             if (v < place.count) {
-                own_factors[v] = load_vector<kWidth>(factors + (place.element + v * place.element_step));
+                vector_factors[v] = load_vector<kWidth>(factors + (place.element + v * place.element_step));
             }
         }
     }
@@ -171,8 +172,8 @@ __global__ void __launch_bounds__(kThreads, 2) focal_elementwise_kernel(
         for (int i = 0; i < kWidth; ++i) {
             const real_t z = load(vector.logits[i]);
             real_t result = negative_weight * focal_term<order, DeviceMath>(z, gamma);
-            if constexpr (kFactor == Factor::kEach) {
-                result *= load(own_factors[v][i]);
+            if constexpr (kFactor == Factor::kElementwise) {
+                result *= load(vector_factors[v][i]);
             }
             store(results[i], result);
         }
@@ -181,16 +182,16 @@ __global__ void __launch_bounds__(kThreads, 2) focal_elementwise_kernel(
             if (vector.is_counted) {
                 const real_t z = -at_label(vector.logits, vector.label);
                 result = positive_weight * focal_term<order, DeviceMath>(z, gamma);
-                if constexpr (kFactor == Factor::kEach) {
-                    result *= at_label(own_factors[v], vector.label);
+                if constexpr (kFactor == Factor::kElementwise) {
+                    result *= at_label(vector_factors[v], vector.label);
                 }
             }
             scalar_t stored;
             store(stored, result);
 #pragma unroll
             for (unsigned i = 0; i < kWidth; ++i) {
-                const scalar_t other = results[i];
-                results[i] = !vector.is_counted || vector.label == i ? stored : other;
+                const scalar_t result_of_other = results[i];
+                results[i] = !vector.is_counted || vector.label == i ? stored : result_of_other;
             }
         }
         return results;
@@ -216,8 +217,8 @@ __device__ __forceinline__ void add_focal(
     }
     if (!all_plain) {
         // Elements that are not counted as other classes become minus infinity, for which the loss is zero.
-        scalar_t nothing;
-        store(nothing, -std::numeric_limits<real_t>::infinity());
+        scalar_t excluded;
+        store(excluded, -std::numeric_limits<real_t>::infinity());
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
             FocalVector<scalar_t, kWidth>& vector = vectors[v];
@@ -226,8 +227,8 @@ __device__ __forceinline__ void add_focal(
             }
 #pragma unroll
             for (unsigned i = 0; i < kWidth; ++i) {
-                const scalar_t other = vector.logits[i];
-                vector.logits[i] = !vector.is_counted || vector.label == i ? nothing : other;
+                const scalar_t logit = vector.logits[i];
+                vector.logits[i] = !vector.is_counted || vector.label == i ? excluded : logit;
             }
         }
     }
@@ -306,11 +307,11 @@ __global__ void __launch_bounds__(kTotalThreads)
 FocalOptions options_of(const Tensor& logits, int64_t width, int64_t vectors, double gamma, double alpha) {
     const int64_t classes = logits.size(logits.dim() - 1), rows = logits.numel() / classes;
     check(classes <= 0x7fffffff, "sigmoid_focal_loss: at most 2147483647 classes on CUDA, got ", classes);
-    const int64_t row_step = ceil_div(rows, vectors), whole = rows / row_step;
-    return {static_cast<int>(classes), static_cast<int>(classes / width),
-            static_cast<int>(whole),   row_step,
-            rows - whole * row_step,   gamma,
-            alpha < 0 ? 1 : alpha,     alpha < 0 ? 1 : 1 - alpha};
+    const int64_t row_step = ceil_div(rows, vectors), min_vectors = rows / row_step;
+    return {static_cast<int>(classes),     static_cast<int>(classes / width),
+            static_cast<int>(min_vectors), row_step,
+            rows - min_vectors * row_step, gamma,
+            alpha < 0 ? 1 : alpha,         alpha < 0 ? 1 : 1 - alpha};
 }
 
 unsigned blocks_of(const FocalOptions& options) {
@@ -334,7 +335,7 @@ template <int order, typename scalar_t, typename factor_t, Factor kFactor>
 void launch_elementwise(
     const Tensor& logits, const Tensor& labels, const Tensor* factors, const Tensor& output, double gamma, double alpha,
     Stream stream) {
-    const Tensor& each = kFactor == Factor::kEach ? *factors : logits;
+    const Tensor& each = kFactor == Factor::kElementwise ? *factors : logits;
     dispatch_width<scalar_t>(logits.size(logits.dim() - 1), {&logits, &each, &output}, [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         const FocalOptions options = options_of(logits, kWidth, kElementwiseVectors, gamma, alpha);
@@ -377,7 +378,7 @@ Tensor sigmoid_focal_loss_sum_cuda(const Tensor& logits, const Tensor& labels, d
         using scalar_t = decltype(zero);
         dispatch_width<scalar_t>(source.size(source.dim() - 1), {&source}, [&](auto width) {
             constexpr int kWidth = decltype(width)::value;
-            const FocalOptions options = options_of(source, kWidth, kSumTurns * kSumVectors<scalar_t>, gamma, alpha);
+            const FocalOptions options = options_of(source, kWidth, kSumRounds * kSumVectors<scalar_t>, gamma, alpha);
             const unsigned blocks = blocks_of(options);
             const Tensor sums = empty_like_sized(logits, {blocks}, ScalarType::Double);
             launch<focal_sum_kernel<scalar_t, kWidth>>(
@@ -401,15 +402,16 @@ Tensor sigmoid_focal_loss_derivative_cuda(
         return output;
     }
     // A scalar factor is read as double, since 16-bit types would round it.
-    const bool one_factor = factor.dim() == 0 && logits.dim() != 0;
-    const Tensor factors = contiguous_as(factor, one_factor ? ScalarType::Double : logits.scalar_type());
+    const bool has_scalar_factor = factor.dim() == 0 && logits.dim() != 0;
+    const Tensor factors = contiguous_as(factor, has_scalar_factor ? ScalarType::Double : logits.scalar_type());
     dispatch_floating("sigmoid_focal_loss", logits.scalar_type(), [&](auto zero) {
         using scalar_t = decltype(zero);
         const auto run = [&](auto order_constant) {
             constexpr int kOrder = decltype(order_constant)::value;
-            const auto launch_it = one_factor ? launch_elementwise<kOrder, scalar_t, double, Factor::kOne>
-                                              : launch_elementwise<kOrder, scalar_t, scalar_t, Factor::kEach>;
-            launch_it(source, classes_of_rows, &factors, output, gamma, alpha, device.stream());
+            const auto launch_derivative = has_scalar_factor
+                                               ? launch_elementwise<kOrder, scalar_t, double, Factor::kScalar>
+                                               : launch_elementwise<kOrder, scalar_t, scalar_t, Factor::kElementwise>;
+            launch_derivative(source, classes_of_rows, &factors, output, gamma, alpha, device.stream());
         };
         order == 1 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
     });

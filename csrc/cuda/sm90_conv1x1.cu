@@ -52,112 +52,139 @@ struct Conv1x1Problem {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// The kernel is empty for architectures other than 9.0a. The host queries its static shared memory to detect this.
-template <typename scalar_t, int kTileOutputs, int kTileRowTiles, int kTileConsumers>
-__global__ void __launch_bounds__(
-    Sm90Conv1x1Config<kTileOutputs, kTileRowTiles, kTileConsumers>::kThreads,
-    Sm90Conv1x1Config<kTileOutputs, kTileRowTiles, kTileConsumers>::kBlocks)
-    conv1x1_sm90_kernel(const __grid_constant__ Conv1x1Problem<scalar_t> problem) {
 #if SPATIALFLOW_HAS_SM90
-    using Config = Sm90Conv1x1Config<kTileOutputs, kTileRowTiles, kTileConsumers>;
-    constexpr int kStages = Config::kStages, kRowTiles = Config::kRowTiles, kOutputBlocks = Config::kOutputs / 32;
-    SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
-    SPATIALFLOW_SHARED(uint64_t, barriers, 2 * kStages);
-    const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
-    // Addresses of the mbarriers for stages that are ready for wgmma, and for free stages.
-    const unsigned full = shared_address(barriers), empty = full + 8 * kStages;
-    if (threadIdx.x == 0) {
+
+// Block of the kernel: its tiles, its shared memory, and the roles of its warps.
+template <typename scalar_t, typename Config>
+struct Sm90Conv1x1Block {
+    static constexpr int kStages = Config::kStages, kRowTiles = Config::kRowTiles;
+    static constexpr int kOutputBlocks = Config::kOutputs / 32;
+    using Sums = WgmmaSums<Config::kOutputs / 2>[kRowTiles];
+
+    struct Tile {
+        int x, y, image, output;  // the first ones of the tile
+    };
+
+    const Conv1x1Problem<scalar_t>& problem;
+    unsigned begin;        // address of the first stage
+    unsigned full, empty;  // addresses of the mbarriers for stages that are ready for wgmma, and for free stages
+    int tile_width, tile_height;
+    int first_tile, tile_step;
+
+    __device__ __forceinline__ Sm90Conv1x1Block(
+        const Conv1x1Problem<scalar_t>& problem, const Shared<unsigned char>& memory, const Shared<uint64_t>& barriers)
+        : problem(problem),
+          begin((shared_address(memory) + 1023) / 1024 * 1024),
+          full(shared_address(barriers)),
+          empty(full + 8 * kStages),
+          tile_width(1 << problem.log_tile_width),
+          tile_height(Config::kPixels >> problem.log_tile_width),
+          first_tile(static_cast<int>(blockIdx.x)),
+          tile_step(static_cast<int>(gridDim.x)) {}
+
+    __device__ __forceinline__ void init_barriers() const {
         for (int i = 0; i < kStages; ++i) {
             mbarrier_init(full + 8 * i, 1);
             mbarrier_init(empty + 8 * i, 4 * Config::kConsumers);
         }
         mbarrier_init_fence();
     }
-    __syncthreads();
 
-    struct Tile {
-        int x, y, image, output;  // the first ones of the tile
-    };
-    const int tile_width = 1 << problem.log_tile_width, tile_height = Config::kPixels >> problem.log_tile_width;
-    const auto tile_at = [&](int index) {
+    __device__ __forceinline__ Tile tile_at(int index) const {
         const int map = index / problem.output_tiles, row = map / problem.tile_columns;
         return Tile{
             map % problem.tile_columns * tile_width, row % problem.tile_rows * tile_height, row / problem.tile_rows,
             index % problem.output_tiles * Config::kOutputs};
-    };
-    const int first = static_cast<int>(blockIdx.x), step_tiles = static_cast<int>(gridDim.x);
+    }
 
-    // The shuffle tells the compiler that all lanes of a warp have the same value.
-    const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    constexpr bool kMovesRegisters = kRowTiles > 1;  // two tiles need more registers than all threads can have
-    if (warp >= 4 * Config::kConsumers) {
-        if constexpr (kMovesRegisters) {
-            decrease_registers<40>();
-        }
-        if (warp == 4 * Config::kConsumers && lane == 0) {
-            PipelineState<kStages> state(1);
-            for (int index = first; index < problem.num_tiles; index += step_tiles) {
-                const Tile tile = tile_at(index);
-                for (int step = 0; step < problem.steps; ++step) {
-                    const unsigned pixels = begin + state.stage * Config::kStage, ready = full + 8 * state.stage;
-                    mbarrier_wait(empty + 8 * state.stage, state.parity);
-                    mbarrier_expect(ready, Config::kStage);
-                    tma_load_4d(pixels, &problem.x, step * kStepChannels, tile.x, tile.y, tile.image, ready);
+    // ---- producer: one thread --------------------------------------------------------------------------------------
+
+    __device__ __forceinline__ void load_tiles() const {
+        PipelineState<kStages> state(1);
+        for (int index = first_tile; index < problem.num_tiles; index += tile_step) {
+            const Tile tile = tile_at(index);
+            for (int step = 0; step < problem.steps; ++step) {
+                const unsigned pixels = begin + state.stage * Config::kStage, ready = full + 8 * state.stage;
+                mbarrier_wait(empty + 8 * state.stage, state.parity);
+                mbarrier_expect(ready, Config::kStage);
+                tma_load_4d(pixels, &problem.x, step * kStepChannels, tile.x, tile.y, tile.image, ready);
 #pragma unroll
-                    for (int pair = 0; pair < 4; ++pair) {
-                        tma_load_4d(
-                            pixels + Config::kPixelStage + pair * (Config::kOutputs / 4 * kRowBytes), &problem.weights,
-                            step * kStepChannels, 0, pair, tile.output / 8, ready);
-                    }
-                    state.advance();
+                for (int pair = 0; pair < 4; ++pair) {
+                    tma_load_4d(
+                        pixels + Config::kPixelStage + pair * (Config::kOutputs / 4 * kRowBytes), &problem.weights,
+                        step * kStepChannels, 0, pair, tile.output / 8, ready);
                 }
+                state.advance();
             }
         }
-        return;
     }
 
-    if constexpr (kMovesRegisters) {
-        increase_registers<232>();
-    }
-    const int first_row = warp / 4 * (64 * kRowTiles);  // of the tile's pixels
-    WgmmaSums<Config::kOutputs / 2> sums[kRowTiles] = {};
-    PipelineState<kStages> state(0);
-    for (int index = first; index < problem.num_tiles; index += step_tiles) {
-        const Tile tile = tile_at(index);
-        const int first_output = tile.output + lane % 4 * 8;  // of this lane
-        // A lane has two of 64 rows.
-        int64_t out_offsets[kRowTiles][2];  // offset of its results, or -1
+    // ---- consumers: one or two warpgroups --------------------------------------------------------------------------
+
+    // Operands of a lane that are added to its sums, and the offsets of its results. Of every 64 rows of pixels a lane
+    // has two; of every 32 outputs, eight.
+    struct LaneOperands {
+        int64_t out_offsets[kRowTiles][2];  // of the first outputs; -1 outside the map
         RawChannels<scalar_t, 8> biases[kOutputBlocks], residuals[kRowTiles][2][kOutputBlocks];
         bool present[kOutputBlocks];
+    };
+
+    __device__ __forceinline__ void multiply_tiles(int warp, int lane) const {
+        const int first_row = warp / 4 * (64 * kRowTiles);  // of the tile's pixels
+        WgmmaSums<Config::kOutputs / 2> sums[kRowTiles] = {};
+        PipelineState<kStages> state(0);
+        for (int index = first_tile; index < problem.num_tiles; index += tile_step) {
+            const Tile tile = tile_at(index);
+            LaneOperands operands;
+            load_biases(tile, lane, operands);
+            load_residuals(tile, first_row + warp % 4 * 16 + lane / 4, lane, operands);
+            multiply_tile(first_row, lane, state, sums);
+            store_outputs(operands, sums);
+        }
+    }
+
+    __device__ __forceinline__ int first_output(const Tile& tile, int lane) const { return tile.output + lane % 4 * 8; }
+
+    __device__ __forceinline__ void load_biases(const Tile& tile, int lane, LaneOperands& operands) const {
 #pragma unroll
         for (int block = 0; block < kOutputBlocks; ++block) {
-            present[block] = first_output + block * 32 < problem.outputs;
-            biases[block] = {};
-            if (problem.bias && present[block]) {
-                biases[block] = load_channels<8>(problem.bias + (first_output + block * 32));
+            const int output = first_output(tile, lane) + block * 32;
+            operands.present[block] = output < problem.outputs;
+            operands.biases[block] = {};
+            if (problem.bias && operands.present[block]) {
+                operands.biases[block] = load_channels<8>(problem.bias + output);
             }
         }
+    }
+
+    // `lane_row` is the first row of the lane.
+    __device__ __forceinline__ void load_residuals(
+        const Tile& tile, int lane_row, int lane, LaneOperands& operands) const {
 #pragma unroll
         for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = first_row + row_tile * 64 + warp % 4 * 16 + half * 8 + lane / 4;
+                const int row = lane_row + row_tile * 64 + half * 8;
                 const int x = tile.x + (row & (tile_width - 1)), y = tile.y + (row >> problem.log_tile_width);
                 const int64_t pixel = (static_cast<int64_t>(tile.image) * problem.height + y) * problem.width + x;
                 const bool inside = x < problem.width && y < problem.height;
-                out_offsets[row_tile][half] = inside ? pixel * problem.outputs + first_output : -1;
+                int64_t& offset = operands.out_offsets[row_tile][half];
+                offset = inside ? pixel * problem.outputs + first_output(tile, lane) : -1;
 #pragma unroll
                 for (int block = 0; block < kOutputBlocks; ++block) {
-                    residuals[row_tile][half][block] = {};
-                    if (problem.residual && inside && present[block]) {
-                        residuals[row_tile][half][block] =
-                            load_channels<8>(problem.residual + (out_offsets[row_tile][half] + block * 32));
+                    RawChannels<scalar_t, 8>& residual = operands.residuals[row_tile][half][block];
+                    residual = {};
+                    if (problem.residual && inside && operands.present[block]) {
+                        residual = load_channels<8>(problem.residual + (offset + block * 32));
                     }
                 }
             }
         }
+    }
 
+    // Run the products of a tile, and release its stages.
+    __device__ __forceinline__ void multiply_tile(
+        int first_row, int lane, PipelineState<kStages>& state, Sums& sums) const {
         int read_stage = -1;  // the stage that the previous group of products has read
 #pragma unroll 1
         for (int step = 0; step < problem.steps; ++step) {
@@ -165,18 +192,7 @@ __global__ void __launch_bounds__(
             const unsigned pixels = begin + state.stage * Config::kStage;
             const uint64_t a = matrix_descriptor(pixels + first_row * kRowBytes, 16, 8 * kRowBytes);
             const uint64_t b = matrix_descriptor(pixels + Config::kPixelStage, 16, 8 * kRowBytes);
-            run_product_group(sums, [&] {
-            // Sixteen channels are 32 bytes of a row.
-#pragma unroll
-                for (int k = 0; k < kStepChannels / 16; ++k) {
-#pragma unroll
-                    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-                        Wgmma<Config::kOutputs, false>::multiply(
-                            sums[row_tile], a + (row_tile * 64 * kRowBytes + k * 32) / 16, b + k * 32 / 16,
-                            (step | k) != 0, scalar_t{});
-                    }
-                }
-            });
+            multiply_step(a, b, step, sums);
             if (lane == 0 && read_stage >= 0) {
                 mbarrier_arrive(empty + 8 * read_stage);
             }
@@ -187,33 +203,95 @@ __global__ void __launch_bounds__(
         if (lane == 0) {
             mbarrier_arrive(empty + 8 * read_stage);
         }
+    }
 
-        // Pair i of a lane's eight outputs is in the columns of box i of the weights.
+    __device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, int step, Sums& sums) const {
+        run_product_group(sums, [&] {
+        // Sixteen channels are 32 bytes of a row.
+#pragma unroll
+            for (int k = 0; k < kStepChannels / 16; ++k) {
+#pragma unroll
+                for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+                    Wgmma<Config::kOutputs, false>::multiply(
+                        sums[row_tile], a + (row_tile * 64 * kRowBytes + k * 32) / 16, b + k * 32 / 16, (step | k) != 0,
+                        scalar_t{});
+                }
+            }
+        });
+    }
+
+    __device__ __forceinline__ void store_outputs(const LaneOperands& operands, const Sums& sums) const {
 #pragma unroll
         for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
+                const int64_t offset = operands.out_offsets[row_tile][half];
 #pragma unroll
                 for (int block = 0; block < kOutputBlocks; ++block) {
-                    const RawChannels<scalar_t, 8>&bias = biases[block], &residual = residuals[row_tile][half][block];
-                    Vec<unsigned, 4> words;
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int element = (i * kOutputBlocks + block) * 4 + half * 2;
-                        words[i] = pack_pair(
-                            sums[row_tile][element] + bias.value(2 * i) + residual.value(2 * i),
-                            sums[row_tile][element + 1] + bias.value(2 * i + 1) + residual.value(2 * i + 1),
-                            scalar_t{});
-                        words[i] = problem.relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
-                    }
-                    if (out_offsets[row_tile][half] >= 0 && present[block]) {
-                        store_vector(
-                            pointer_cast<unsigned>(problem.out + (out_offsets[row_tile][half] + block * 32)), words);
+                    const Vec<unsigned, 4> words = results(
+                        sums[row_tile], half, block, operands.biases[block], operands.residuals[row_tile][half][block]);
+                    if (offset >= 0 && operands.present[block]) {
+                        store_vector(pointer_cast<unsigned>(problem.out + (offset + block * 32)), words);
                     }
                 }
             }
         }
     }
+
+    // Add bias and residual to eight adjacent sums, apply ReLU, and round them. Pair i of the eight outputs is in the
+    // columns of box i of the weights.
+    __device__ __forceinline__ Vec<unsigned, 4> results(
+        const WgmmaSums<Config::kOutputs / 2>& sums, int half, int block, const RawChannels<scalar_t, 8>& bias,
+        const RawChannels<scalar_t, 8>& residual) const {
+        Vec<unsigned, 4> words;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int element = (i * kOutputBlocks + block) * 4 + half * 2;
+            words[i] = pack_pair(
+                sums[element] + bias.value(2 * i) + residual.value(2 * i),
+                sums[element + 1] + bias.value(2 * i + 1) + residual.value(2 * i + 1), scalar_t{});
+            words[i] = problem.relu ? rectify_pairs(words[i], scalar_t{}) : words[i];
+        }
+        return words;
+    }
+};
+
+#endif
+
+// The kernel is empty for architectures other than 9.0a. The host queries its static shared memory to detect this.
+template <typename scalar_t, int kTileOutputs, int kTileRowTiles, int kTileConsumers>
+__global__ void __launch_bounds__(
+    Sm90Conv1x1Config<kTileOutputs, kTileRowTiles, kTileConsumers>::kThreads,
+    Sm90Conv1x1Config<kTileOutputs, kTileRowTiles, kTileConsumers>::kBlocks)
+    conv1x1_sm90_kernel(const __grid_constant__ Conv1x1Problem<scalar_t> problem) {
+#if SPATIALFLOW_HAS_SM90
+    using Config = Sm90Conv1x1Config<kTileOutputs, kTileRowTiles, kTileConsumers>;
+    using Block = Sm90Conv1x1Block<scalar_t, Config>;
+    SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
+    SPATIALFLOW_SHARED(uint64_t, barriers, 2 * Block::kStages);
+    const Block block(problem, memory, barriers);
+    if (threadIdx.x == 0) {
+        block.init_barriers();
+    }
+    __syncthreads();
+
+    // The shuffle tells the compiler that all lanes of a warp have the same value.
+    const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    constexpr bool kMovesRegisters = Config::kRowTiles > 1;  // two tiles need more registers than all threads can have
+    if (warp >= 4 * Config::kConsumers) {
+        if constexpr (kMovesRegisters) {
+            decrease_registers<40>();
+        }
+        if (warp == 4 * Config::kConsumers && lane == 0) {
+            block.load_tiles();
+        }
+        return;
+    }
+    if constexpr (kMovesRegisters) {
+        increase_registers<232>();
+    }
+    block.multiply_tiles(warp, lane);
 #endif
 }
 

@@ -82,19 +82,20 @@ struct Sm90Rounds {
     using Small = Sm90Kernel<scalar_t, kOutputs, 2>;
 
     // Number of tiles in whole rounds. Sub-tiles whose outputs would be split between the two launches are not
-    // included. `rest` returns the convolutions of the other tiles.
-    static int64_t whole_rounds(const Sm90Table<scalar_t>& table, Stream stream, Sm90Table<scalar_t>& rest) {
+    // included. `remainder` returns the convolutions of the other tiles.
+    static int64_t whole_rounds(const Sm90Table<scalar_t>& table, Stream stream, Sm90Table<scalar_t>& remainder) {
         const int64_t whole = Large::tiles(table) / multiprocessors(stream) * multiprocessors(stream);
         int64_t tiles = 0;
-        rest.num_convolutions = 0;
+        remainder.num_convolutions = 0;
         for (int i = 0; i < table.num_convolutions; ++i) {
             const Sm90Convolution& convolution = table.convolutions[i];
             const int64_t output_tiles = ceil_div(convolution.outputs, kOutputs);
-            const int64_t room = rest.num_convolutions == 0 ? (whole - tiles) / output_tiles * output_tiles : 0;
-            const int64_t cut_tiles = std::min(Large::tiles(convolution), room);
+            const int64_t available_tiles =
+                remainder.num_convolutions == 0 ? (whole - tiles) / output_tiles * output_tiles : 0;
+            const int64_t cut_tiles = std::min(Large::tiles(convolution), available_tiles);
             tiles += cut_tiles;
             if (cut_tiles < Large::tiles(convolution)) {
-                Sm90Convolution& remaining = rest.convolutions[rest.num_convolutions++] = convolution;
+                Sm90Convolution& remaining = remainder.convolutions[remainder.num_convolutions++] = convolution;
                 remaining.sub_tile_begin += static_cast<int>(cut_tiles / output_tiles * 4);
             }
         }
@@ -102,25 +103,26 @@ struct Sm90Rounds {
     }
     static double cost(const Sm90Table<scalar_t>& table, Stream stream) {
         constexpr double kLaunch = 5000;  // including the first loads and the last stores of its blocks
-        Sm90Table<scalar_t> rest = table;
-        const int64_t tiles = whole_rounds(table, stream, rest);
-        return tiles == 0 || rest.num_convolutions == 0
+        Sm90Table<scalar_t> remainder = table;
+        const int64_t tiles = whole_rounds(table, stream, remainder);
+        return tiles == 0 || remainder.num_convolutions == 0
                    ? std::numeric_limits<double>::infinity()
-                   : Large::cost(table, tiles, stream) + kLaunch + Small::cost(rest, Small::tiles(rest), stream);
+                   : Large::cost(table, tiles, stream) + kLaunch +
+                         Small::cost(remainder, Small::tiles(remainder), stream);
     }
     static void run(Sm90Table<scalar_t>& table, Stream stream) {
-        Sm90Table<scalar_t> rest = table;
-        whole_rounds(table, stream, rest);
+        Sm90Table<scalar_t> remainder = table;
+        whole_rounds(table, stream, remainder);
         // The remaining tiles begin in the convolution in which the whole rounds end.
-        table.num_convolutions -= rest.num_convolutions;
-        const Sm90Convolution& divided = rest.convolutions[0];
+        table.num_convolutions -= remainder.num_convolutions;
+        const Sm90Convolution& divided = remainder.convolutions[0];
         Sm90Convolution& last = table.convolutions[table.num_convolutions];
         if (divided.sub_tile_begin > last.sub_tile_begin) {
             last.sub_tile_end = divided.sub_tile_begin;
             ++table.num_convolutions;
         }
         Large::run(table, stream);
-        Small::run(rest, stream);
+        Small::run(remainder, stream);
     }
 };
 

@@ -273,18 +273,7 @@ struct Sm90Conv3x3Block {
                 if (convolution.has_flow) {
                     mbarrier_wait(term_full + 8 * stage, parity >> stage & 1);
                     parity ^= 1u << stage;
-#pragma unroll 1
-                    for (int sub_tile = adder; sub_tile < kSubTiles; sub_tile += kAddWarps) {
-                        mbarrier_wait(flow_full + 8 * adder, flow_parity);
-                        flow_parity ^= 1;
-                        add_sub_tile(inputs + stage * Config::kInputStage + sub_tile * kHaloStride, flow);
-                        __syncwarp();
-                        if (lane == 0) {
-                            mbarrier_arrive(flow_empty + 8 * adder);
-                        }
-                    }
-                    fence_async_proxy();
-                    __syncwarp();
+                    add_step(inputs + stage * Config::kInputStage, flow, adder, lane, flow_parity);
                     if (lane == 0) {
                         mbarrier_arrive(input_full + 8 * stage);
                     }
@@ -294,6 +283,24 @@ struct Sm90Conv3x3Block {
                 }
             }
         });
+    }
+
+    // Add the flows of a step to this warp's sub-tiles of the inputs, and make the sums visible to wgmma.
+    __device__ __forceinline__ void add_step(
+        const Shared<unsigned char>& inputs, const Shared<unsigned char>& flow, int adder, int lane,
+        unsigned& flow_parity) const {
+#pragma unroll 1
+        for (int sub_tile = adder; sub_tile < kSubTiles; sub_tile += kAddWarps) {
+            mbarrier_wait(flow_full + 8 * adder, flow_parity);
+            flow_parity ^= 1;
+            add_sub_tile(inputs + sub_tile * kHaloStride, flow);
+            __syncwarp();
+            if (lane == 0) {
+                mbarrier_arrive(flow_empty + 8 * adder);
+            }
+        }
+        fence_async_proxy();
+        __syncwarp();
     }
 
     __device__ __forceinline__ void add_sub_tile(
@@ -333,32 +340,17 @@ struct Sm90Conv3x3Block {
                 bias[i / 8][i % 8] = convolution.bias && output < convolution.outputs ? convolution.bias[output] : 0.0f;
             }
             int read_stage = -1;  // weights that the previous group of products has read
-            const auto release_inputs = [&]() {
-                mbarrier_arrive(input_empty + 8 * (input.stage == 0 ? kInputStages - 1 : input.stage - 1));
-            };
 #pragma unroll 1
             for (int step = 0; step < convolution.steps; ++step) {
                 mbarrier_wait(input_full + 8 * input.stage, input.parity);
                 const unsigned inputs = begin + input.stage * Config::kInputStage + first_sub_tile * kHaloStride;
-#pragma unroll 1
-                for (int tap = 0; tap < kTaps; ++tap) {
-                    mbarrier_wait(weight_full + 8 * weight.stage, weight.parity);
-                    multiply_tap(inputs, weight_memory + weight.stage * Config::kWeightStage, step, tap, sums);
-                    if (lane == 0 && read_stage >= 0) {
-                        mbarrier_arrive(weight_empty + 8 * read_stage);
-                        if (tap == 0) {
-                            release_inputs();
-                        }
-                    }
-                    read_stage = weight.stage;
-                    weight.advance();
-                }
+                multiply_taps(inputs, step, lane, input, weight, read_stage, sums);
                 input.advance();
             }
             finish_products(sums);
             if (lane == 0) {
                 mbarrier_arrive(weight_empty + 8 * read_stage);
-                release_inputs();
+                release_inputs(input);
             }
 #pragma unroll
             for (int i = 0; i < kWarpgroupSubTiles; ++i) {
@@ -366,6 +358,31 @@ struct Sm90Conv3x3Block {
                 store_sub_tile(convolution, sub_tile, first_output, warp, lane, bias, sums[i]);
             }
         });
+    }
+
+    // Release the stage of inputs before that of `input`.
+    __device__ __forceinline__ void release_inputs(const PipelineState<kInputStages>& input) const {
+        mbarrier_arrive(input_empty + 8 * (input.stage == 0 ? kInputStages - 1 : input.stage - 1));
+    }
+
+    // Run the products of a step, and release the stages that the previous group of products has read. `read_stage` is
+    // its stage of weights; -1 for none.
+    __device__ __forceinline__ void multiply_taps(
+        unsigned inputs, int step, int lane, const PipelineState<kInputStages>& input,
+        PipelineState<kWeightStages>& weight, int& read_stage, Sums& sums) const {
+#pragma unroll 1
+        for (int tap = 0; tap < kTaps; ++tap) {
+            mbarrier_wait(weight_full + 8 * weight.stage, weight.parity);
+            multiply_tap(inputs, weight_memory + weight.stage * Config::kWeightStage, step, tap, sums);
+            if (lane == 0 && read_stage >= 0) {
+                mbarrier_arrive(weight_empty + 8 * read_stage);
+                if (tap == 0) {
+                    release_inputs(input);
+                }
+            }
+            read_stage = weight.stage;
+            weight.advance();
+        }
     }
 
     __device__ __forceinline__ void multiply_tap(

@@ -6,8 +6,8 @@
 // the packed weight. Eight warps gather columns, (pixels, 64 channels) with 128-byte swizzle. One of their threads
 // loads weights, (64 channels, outputs), by TMA. One or two warpgroups multiply, 64 pixels each. Cells of the next step
 // are loaded into registers while those of this step are interpolated in float32 and rounded once. For few pixels,
-// blocks split the steps of a tile, write partial sums in float32, and deform_conv2d.cu adds them. 256 outputs are two
-// instructions: one instruction needs 154 registers, but 512 threads start with 128.
+// blocks split the steps of a tile, write partial sums in float32, and deform_conv2d.cu adds them. 256 outputs are
+// computed by two instructions, because one needs 154 registers, and 512 threads start with 128.
 #include "cuda/sm90_deform_conv2d.h"
 
 #include <algorithm>
@@ -21,8 +21,8 @@ namespace {
 constexpr int kStepChannels = 64;
 constexpr int kRowBytes = kStepChannels * 2;             // of a pixel, and of 64 outputs of a channel
 constexpr int kWeightBytes = kStepChannels * kRowBytes;  // of 64 outputs
-constexpr int kProducers = 256;
-constexpr int kSharedLimit = 227 * 1024;  // of a block, static memory included
+constexpr int kProducers = 256;                          // threads
+constexpr int kSharedLimit = 227 * 1024;                 // of a block, static memory included
 
 // Sizes of the kernel. A consumer is a warpgroup that multiplies 64 pixels.
 template <int kOutputs, int kConsumers>
@@ -40,58 +40,71 @@ struct Sm90DeformConfig {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// The kernel is empty for architectures other than 9.0a. The host queries its static shared memory to detect this.
-template <typename scalar_t, int kOutputs, int kConsumers>
-__global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThreads, 1) deform_conv2d_sm90_kernel(
-    const __grid_constant__ DeformProblem<scalar_t> problem,
-    const __grid_constant__ TensorMap weights,  // boxes of 64 channels by 64 outputs
-    Global<const scalar_t> bias,                // (O) or null
-    Global<scalar_t> output,                    // (pixels, O); not written if `parts` is given
-    Global<float> parts,                        // (parts, pixels, O) or null
-    const int steps, const int part_steps) {
 #if SPATIALFLOW_HAS_SM90
-    using Config = Sm90DeformConfig<kOutputs, kConsumers>;
-    constexpr int kStages = Config::kStages, kPixels = Config::kPixels, kHalves = kOutputs / 128;
-    constexpr bool kLimitedRegisters = kOutputs == 256 && kConsumers == 2;  // sums take 128 registers of a consumer
-    SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
-    SPATIALFLOW_SHARED(uint64_t, barriers, 2 * kStages);
-    SPATIALFLOW_SHARED(float, biases, kOutputs);
-    SPATIALFLOW_SHARED(int, pixels, kPixels);
-    const unsigned begin = (shared_address(memory) + 1023) / 1024 * 1024;
-    const Shared<unsigned char> stages = memory + (begin - shared_address(memory));
-    const typename Config::Table table(pointer_cast<float>(stages + kStages * Config::kStage));
-    // Addresses of the mbarriers for stages that are ready for wgmma, and for free stages.
-    const unsigned full = shared_address(barriers), empty = full + 8 * kStages;
-    const int first_output = static_cast<int>(blockIdx.y) * kOutputs;
-    const int first = static_cast<int>(blockIdx.z) * part_steps;
-    const int end = first + part_steps < steps ? first + part_steps : steps;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
-    if (thread == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            mbarrier_init(full + 8 * i, kProducers / kWarpSize + 1);
-            mbarrier_init(empty + 8 * i, 4 * kConsumers);
-        }
-        mbarrier_init_fence();
-    }
-    if (thread < kPixels) {
-        const int index = static_cast<int>(blockIdx.x) * kPixels + thread;
-        pixels[thread] = index < problem.pixels ? tiled_pixel(problem, index) : problem.pixels;
-    }
-    if (thread < kOutputs) {
-        float value = 0;
-        if (bias && first_output + thread < problem.out_channels) {
-            value = load(bias[first_output + thread]);
-        }
-        biases[thread] = value;
-    }
-    __syncthreads();
 
-    // Shuffles tell the compiler that all lanes of a warp have the same values.
-    const int warpgroup = __shfl_sync(kAllLanes, thread / 128, 0), warp = __shfl_sync(kAllLanes, thread / kWarpSize, 0);
-    if (warpgroup < kProducers / 128) {
-        decrease_registers<kLimitedRegisters ? 96 : 120>();
-        constexpr int kItemChannels = kVectorElements<scalar_t>, kRowItems = kStepChannels / kItemChannels;
-        constexpr int kItemRows = kProducers / kRowItems, kItems = kPixels / kItemRows;  // of a thread and step
+// Block of the kernel: its tile, its shared memory, and the roles of its warps.
+template <typename scalar_t, int kOutputs, int kConsumers>
+struct Sm90DeformBlock {
+    using Config = Sm90DeformConfig<kOutputs, kConsumers>;
+    static constexpr int kStages = Config::kStages, kPixels = Config::kPixels, kHalves = kOutputs / 128;
+    // A thread gathers kItems items of 16 bytes per step, in rows at a distance of kItemRows.
+    static constexpr int kItemChannels = kVectorElements<scalar_t>, kRowItems = kStepChannels / kItemChannels;
+    static constexpr int kItemRows = kProducers / kRowItems, kItems = kPixels / kItemRows;
+    using Sums = WgmmaSums<64>[kHalves];
+
+    const DeformProblem<scalar_t>& problem;
+    const TensorMap& weights;
+    Shared<int> pixels;    // (kPixels), output pixels of the tile
+    Shared<float> biases;  // (kOutputs)
+    unsigned begin;        // address of the first stage
+    unsigned full, empty;  // addresses of the mbarriers for stages that are ready for wgmma, and for free stages
+    Shared<unsigned char> stages;
+    typename Config::Table table;
+    int first_output, thread, lane;
+
+    __device__ __forceinline__ Sm90DeformBlock(
+        const DeformProblem<scalar_t>& problem, const TensorMap& weights, const Shared<unsigned char>& memory,
+        const Shared<uint64_t>& barriers, const Shared<int>& pixels, const Shared<float>& biases)
+        : problem(problem),
+          weights(weights),
+          pixels(pixels),
+          biases(biases),
+          begin((shared_address(memory) + 1023) / 1024 * 1024),
+          full(shared_address(barriers)),
+          empty(full + 8 * kStages),
+          stages(memory + (begin - shared_address(memory))),
+          table(pointer_cast<float>(stages + kStages * Config::kStage)),
+          first_output(static_cast<int>(blockIdx.y) * kOutputs),
+          thread(static_cast<int>(threadIdx.x)),
+          lane(thread % kWarpSize) {}
+
+    // Initialize mbarriers, pixels and biases, and synchronize the block.
+    __device__ __forceinline__ void init(Global<const scalar_t> bias) const {
+        if (thread == 0) {
+            for (int i = 0; i < kStages; ++i) {
+                mbarrier_init(full + 8 * i, kProducers / kWarpSize + 1);
+                mbarrier_init(empty + 8 * i, 4 * kConsumers);
+            }
+            mbarrier_init_fence();
+        }
+        if (thread < kPixels) {
+            const int index = static_cast<int>(blockIdx.x) * kPixels + thread;
+            pixels[thread] = index < problem.pixels ? tiled_pixel(problem, index) : problem.pixels;
+        }
+        if (thread < kOutputs) {
+            float value = 0;
+            if (bias && first_output + thread < problem.out_channels) {
+                value = load(bias[first_output + thread]);
+            }
+            biases[thread] = value;
+        }
+        __syncthreads();
+    }
+
+    // ---- producers: eight warps ------------------------------------------------------------------------------------
+
+    // Gather the columns of the steps [first, end), and load their weights.
+    __device__ __forceinline__ void produce(int first, int end) const {
         const int thread_row = thread / kRowItems, thread_channel = thread % kRowItems * kItemChannels;
         // A row of columns has 128 bytes, and the rows of a thread differ by multiples of eight. So they all have the
         // same swizzle.
@@ -124,13 +137,7 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
                 }
                 mbarrier_wait(empty + 8 * state.stage, state.parity);
                 if (thread == 0) {
-                    mbarrier_expect(full + 8 * state.stage, Config::kWeightStage);
-#pragma unroll
-                    for (int i = 0; i < kOutputs / 64; ++i) {
-                        tma_load_3d(
-                            begin + state.stage * Config::kStage + Config::kColumnStage + i * kWeightBytes, &weights,
-                            first_output + i * 64, 0, step, full + 8 * state.stage);
-                    }
+                    load_weights(step, state.stage);
                 }
                 const bool more = step + 1 < last;
 #pragma unroll
@@ -152,20 +159,43 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
                 state.advance();
             }
         }
-        return;
     }
 
-    increase_registers<kLimitedRegisters ? 160 : kConsumers == 2 ? 136 : 232>();  // the rest of the registers
-    const int consumer = warpgroup - kProducers / 128;
-    WgmmaSums<64> sums[kHalves] = {};
-    PipelineState<kStages> state(0);
-    int read_stage = -1;  // the stage that the previous group of products has read
+    // Start the copies of a step's weights; called by one thread.
+    __device__ __forceinline__ void load_weights(int step, int stage) const {
+        mbarrier_expect(full + 8 * stage, Config::kWeightStage);
+#pragma unroll
+        for (int i = 0; i < kOutputs / 64; ++i) {
+            tma_load_3d(
+                begin + stage * Config::kStage + Config::kColumnStage + i * kWeightBytes, &weights,
+                first_output + i * 64, 0, step, full + 8 * stage);
+        }
+    }
+
+    // ---- consumers: one or two warpgroups --------------------------------------------------------------------------
+
+    // Multiply the steps [first, end) for the 64 pixels of a warpgroup.
+    __device__ __forceinline__ void multiply(int first, int end, int consumer, Sums& sums) const {
+        PipelineState<kStages> state(0);
+        int read_stage = -1;  // the stage that the previous group of products has read
 #pragma unroll 1
-    for (int step = first; step < end; ++step) {
-        mbarrier_wait(full + 8 * state.stage, state.parity);
-        const unsigned columns = begin + state.stage * Config::kStage;
-        const uint64_t a = matrix_descriptor(columns + consumer * 64 * kRowBytes, 16, 8 * kRowBytes);
-        const uint64_t b = matrix_descriptor(columns + Config::kColumnStage, kWeightBytes, 8 * kRowBytes);
+        for (int step = first; step < end; ++step) {
+            mbarrier_wait(full + 8 * state.stage, state.parity);
+            const unsigned columns = begin + state.stage * Config::kStage;
+            const uint64_t a = matrix_descriptor(columns + consumer * 64 * kRowBytes, 16, 8 * kRowBytes);
+            const uint64_t b = matrix_descriptor(columns + Config::kColumnStage, kWeightBytes, 8 * kRowBytes);
+            multiply_step(a, b, step != first, sums);
+            if (lane == 0 && read_stage >= 0) {
+                mbarrier_arrive(empty + 8 * read_stage);
+            }
+            read_stage = state.stage;
+            state.advance();
+        }
+        finish_products(sums);
+    }
+
+    // Start the products of a step: add them to the sums, or assign them.
+    __device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, bool add, Sums& sums) const {
         run_product_group(sums, [&] {
         // Sixteen channels are 32 bytes of a pixel, and 16 rows of weights.
 #pragma unroll
@@ -173,40 +203,50 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
 #pragma unroll
                 for (int i = 0; i < kHalves; ++i) {
                     Wgmma<128>::multiply(
-                        sums[i], a + k * 32 / 16, b + (k * 16 * kRowBytes + i * 2 * kWeightBytes) / 16,
-                        step != first || k != 0, scalar_t{});
+                        sums[i], a + k * 32 / 16, b + (k * 16 * kRowBytes + i * 2 * kWeightBytes) / 16, add || k != 0,
+                        scalar_t{});
                 }
             }
         });
-        if (lane == 0 && read_stage >= 0) {
-            mbarrier_arrive(empty + 8 * read_stage);
-        }
-        read_stage = state.stage;
-        state.advance();
     }
-    finish_products(sums);
 
-    // A lane has two of eight outputs, selected by lane % 4.
-    const int pair = lane % 4, first_row = consumer * 64 + warp % 4 * 16 + lane / 4;
+    // Store the results of a warpgroup. A lane has two of 64 rows of pixels, and outputs pair * 2 and pair * 2 + 1 of
+    // each eight.
+    __device__ __forceinline__ void store(
+        const Sums& sums, int first_row, int pair, const Global<scalar_t>& output, const Global<float>& parts) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int pixel = pixels[first_row + half * 8];
-        const bool present = pixel < problem.pixels;
-        if (parts) {
-            const Global<float> target =
-                parts + (static_cast<int64_t>(blockIdx.z) * problem.pixels + pixel) * problem.out_channels +
-                first_output + pair * 2;
-#pragma unroll
-            for (int j = 0; j < kOutputs / 8; ++j) {
-                if (present && first_output + j * 8 < problem.out_channels) {
-                    const int at = j % 16 * 4 + half * 2;
-                    store_vector(target + j * 8, Vec<float, 2>{{sums[j / 16][at], sums[j / 16][at + 1]}});
-                }
+        for (int half = 0; half < 2; ++half) {
+            const int pixel = pixels[first_row + half * 8];
+            if (parts) {
+                store_part(sums, half, pixel, pair, parts);
+            } else {
+                store_outputs(sums, half, pixel, pair, output);
             }
-            continue;
         }
-        // Adjacent lanes exchange words: each then has four adjacent outputs of one of two groups of eight.
+    }
+
+    // Store partial sums of a pixel, without bias.
+    __device__ __forceinline__ void store_part(
+        const Sums& sums, int half, int pixel, int pair, const Global<float>& parts) const {
+        const int count = pixel < problem.pixels ? problem.out_channels - first_output : 0;  // outputs from here on
+        const Global<float> target =
+            parts + (static_cast<int64_t>(blockIdx.z) * problem.pixels + pixel) * problem.out_channels + first_output +
+            pair * 2;
+#pragma unroll
+        for (int j = 0; j < kOutputs / 8; ++j) {
+            if (j * 8 < count) {
+                const int at = j % 16 * 4 + half * 2;
+                store_vector(target + j * 8, Vec<float, 2>{{sums[j / 16][at], sums[j / 16][at + 1]}});
+            }
+        }
+    }
+
+    // Add the bias to the sums of a pixel, apply ReLU, and store the outputs. Adjacent lanes exchange words: each then
+    // has four adjacent outputs of one of two groups of eight.
+    __device__ __forceinline__ void store_outputs(
+        const Sums& sums, int half, int pixel, int pair, const Global<scalar_t>& output) const {
         const bool odd = pair % 2 != 0;
+        const int count = pixel < problem.pixels ? problem.out_channels - first_output - odd * 8 : 0;
         const int lane_output = odd * 8 + pair / 2 * 4;
         const Global<scalar_t> target =
             output + static_cast<int64_t>(pixel) * problem.out_channels + first_output + lane_output;
@@ -222,11 +262,50 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
             }
             const unsigned exchanged = __shfl_xor_sync(kAllLanes, odd ? words[0] : words[1], 1);
             const Vec<unsigned, 2> result = {{odd ? exchanged : words[0], odd ? words[1] : exchanged}};
-            if (present && first_output + j * 8 + odd * 8 < problem.out_channels) {
+            if (j * 8 < count) {
                 store_vector(pointer_cast<unsigned>(target + j * 8), result);
             }
         }
     }
+};
+
+#endif
+
+// The kernel is empty for architectures other than 9.0a. The host queries its static shared memory to detect this.
+template <typename scalar_t, int kOutputs, int kConsumers>
+__global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThreads, 1) deform_conv2d_sm90_kernel(
+    const __grid_constant__ DeformProblem<scalar_t> problem,
+    const __grid_constant__ TensorMap weights,  // boxes of 64 channels by 64 outputs
+    Global<const scalar_t> bias,                // (O) or null
+    Global<scalar_t> output,                    // (pixels, O); not written if `parts` is given
+    Global<float> parts,                        // (parts, pixels, O) or null
+    const int steps, const int part_steps) {
+#if SPATIALFLOW_HAS_SM90
+    using Block = Sm90DeformBlock<scalar_t, kOutputs, kConsumers>;
+    constexpr bool kLimitedRegisters = kOutputs == 256 && kConsumers == 2;  // sums take 128 registers of a consumer
+    SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
+    SPATIALFLOW_SHARED(uint64_t, barriers, 2 * Block::kStages);
+    SPATIALFLOW_SHARED(float, biases, kOutputs);
+    SPATIALFLOW_SHARED(int, pixels, Block::kPixels);
+    const Block block(problem, weights, memory, barriers, pixels, biases);
+    const int first = static_cast<int>(blockIdx.z) * part_steps;
+    const int end = first + part_steps < steps ? first + part_steps : steps;
+    block.init(bias);
+
+    // Shuffles tell the compiler that all lanes of a warp have the same values.
+    const int warpgroup = __shfl_sync(kAllLanes, block.thread / 128, 0);
+    const int warp = __shfl_sync(kAllLanes, block.thread / kWarpSize, 0);
+    if (warpgroup < kProducers / 128) {
+        decrease_registers<kLimitedRegisters ? 96 : 120>();
+        block.produce(first, end);
+        return;
+    }
+    increase_registers<kLimitedRegisters ? 160 : kConsumers == 2 ? 136 : 232>();  // all registers that are left
+    const int consumer = warpgroup - kProducers / 128;
+    typename Block::Sums sums = {};
+    block.multiply(first, end, consumer, sums);
+    const int pair = block.lane % 4, first_row = consumer * 64 + warp % 4 * 16 + block.lane / 4;
+    block.store(sums, first_row, pair, output, parts);
 #endif
 }
 

@@ -58,16 +58,16 @@ __global__ void __launch_bounds__(kThreads) stuff_labels_kernel(
     const int outer_step = classes_inside ? stride : 1, inner_step = classes_inside ? 1 : stride;  // in the tile
 
     const bool is_pixel = begin + thread < end;
-    const LabelTap own = columns.tap(is_pixel ? begin + thread : begin);
-    const int left = static_cast<int>(own.first - first_cell) * stride;
-    const int right = static_cast<int>(own.second - first_cell) * stride;
-    const auto weight = static_cast<real_t>(own.weight);
+    const LabelTap tap = columns.tap(is_pixel ? begin + thread : begin);
+    const int left = static_cast<int>(tap.first - first_cell) * stride;
+    const int right = static_cast<int>(tap.second - first_cell) * stride;
+    const auto weight = static_cast<real_t>(tap.weight);
     real_t best = -static_cast<real_t>(INFINITY);
     int label = 0;
 
     for (int first_class = 0; first_class < problem.classes; first_class += problem.tile_classes) {
-        const int rest = problem.classes - first_class;
-        const int classes = rest < problem.tile_classes ? rest : problem.tile_classes;
+        const int remaining = problem.classes - first_class;
+        const int classes = remaining < problem.tile_classes ? remaining : problem.tile_classes;
         if (first_class > 0) {
             __syncthreads();  // all threads have read the previous classes
         }

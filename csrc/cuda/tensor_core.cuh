@@ -99,7 +99,7 @@ struct PairOf<float16> {
 };
 template <typename To, typename From>
 __device__ __forceinline__ To bits_as(const From& value) {
-    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    static_assert(sizeof(To) == sizeof(From), "types of the same size");
     To result;
     memcpy(&result, &value, sizeof(result));
     return result;

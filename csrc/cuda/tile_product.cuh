@@ -175,11 +175,9 @@ public:
                 Fragment<operand_t, 2> b[2];
                 load_right(right, k, warp_column() + j, b);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        multiply_add(sums_[i][j / 8 + half], a[i], b[half]);
-                    }
+                for (int product = 0; product < 4; ++product) {
+                    const int half = product / 2, i = product % 2;
+                    multiply_add(sums_[i][j / 8 + half], a[i], b[half]);
                 }
             }
         }
@@ -244,7 +242,7 @@ private:
     // Column j in the warp: the first of kVisitColumns adjacent columns.
     __device__ static __forceinline__ int column(int j) { return (j * 4 + lane() % 4) * kVisitColumns; }
     __device__ __forceinline__ Vec<float, kVisitColumns> sums_of(int i, int j) const {
-        constexpr int kProducts = kVisitColumns / 2;  // that alternate along columns
+        constexpr int kProducts = kVisitColumns / 2;  // whose columns alternate
         Vec<float, kVisitColumns> values;
 #pragma unroll
         for (int v = 0; v < kVisitColumns; ++v) {
@@ -337,7 +335,9 @@ __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multi
 template <int kRows, int kRowItems, int kThreads = kProductThreads, typename scalar_t, typename Load>
 __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, Load load) {
     constexpr int kItem = kVectorElements<scalar_t>, kStepRows = kThreads / kRowItems;
-    static_assert(kThreads % kRowItems == 0 && kRows % kStepRows == 0, "every thread loads as many items of a column");
+    static_assert(
+        kThreads % kRowItems == 0 && kRows % kStepRows == 0,
+        "all threads load the same number of items, each in one column");
     const int thread = static_cast<int>(threadIdx.x), row = thread / kRowItems, element = thread % kRowItems * kItem;
     const Shared<scalar_t> target = tile + (row * tile_row + element);
 #pragma unroll

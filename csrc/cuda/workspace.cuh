@@ -21,7 +21,7 @@ struct WorkspaceLayout {
 
     template <typename T>
     WorkspacePart<T> add(int64_t count) {
-        static_assert(sizeof(T) % sizeof(int) == 0, "parts are made of whole words");
+        static_assert(sizeof(T) % sizeof(int) == 0, "parts consist of whole words");
         const WorkspacePart<T> part{words, count};
         words += ceil_div(count * static_cast<int64_t>(sizeof(T) / sizeof(int)), kLineWords) * kLineWords;
         return part;

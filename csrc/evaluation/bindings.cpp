@@ -26,14 +26,14 @@ std::string shape_text(const py::array& array) {
     return text + ") " + py::str(array.dtype()).cast<std::string>();
 }
 
-bool is_pixels(const py::array& array) {
+bool is_rgb_image(const py::array& array) {
     return array.ndim() == 3 && array.shape(2) == 3 && py::isinstance<py::array_t<uint8_t>>(array);
 }
 
 // Return (H, W, 3) uint8 pixels or (H, W) int32 ids as a contiguous array. `name` is the name of the argument in the
 // error message.
 py::array contiguous_id_map(const py::array& array, const char* name) {
-    if (is_pixels(array)) {
+    if (is_rgb_image(array)) {
         return py::array_t<uint8_t, py::array::c_style>::ensure(array);
     }
     if (array.ndim() == 2 && py::isinstance<py::array_t<int32_t>>(array)) {
@@ -44,7 +44,7 @@ py::array contiguous_id_map(const py::array& array, const char* name) {
 }
 
 py::array_t<int32_t> decode_ids(const py::array& image, bool bgr) {
-    if (!is_pixels(image)) {
+    if (!is_rgb_image(image)) {
         throw py::value_error("image must be (H, W, 3) uint8 pixels, got " + shape_text(image));
     }
     const auto pixels = py::array_t<uint8_t, py::array::c_style>::ensure(image);
@@ -145,21 +145,21 @@ py::object count_pairs(const py::array& first, const py::array& second) {
 }  // namespace
 
 PYBIND11_MODULE(_evaluation, module) {
-    module.doc() = "Counting behind panoptic quality, and id maps; needs numpy only.";
+    module.doc() = "Pixel counts for panoptic quality, and conversion of id maps. Requires NumPy only.";
     module.def(
         "decode_ids", &decode_ids, py::arg("image"), py::kw_only(), py::arg("bgr") = false,
-        "(H, W, 3) uint8 pixels to (H, W) int32 ids: red + 256 * green + 65536 * blue; bgr: OpenCV's order.");
+        "Convert (H, W, 3) uint8 pixels to (H, W) int32 ids, red + 256 * green + 65536 * blue. bgr: OpenCV's order.");
     module.def(
         "encode_ids", &encode_ids, py::arg("ids"), py::kw_only(), py::arg("bgr") = false,
-        "(H, W) int32 ids in [0, 2^24) to (H, W, 3) uint8 pixels, the inverse of decode_ids.");
+        "Convert (H, W) int32 ids in [0, 2^24) to (H, W, 3) uint8 pixels, the inverse of decode_ids.");
     module.def(
         "unfilter_png", &unfilter_png, py::arg("lines"), py::arg("height"), py::arg("width"), py::arg("channels"),
-        "The filtered lines of an 8-bit PNG with 3 or 4 channels, height * (1 + width * channels) bytes, to\n"
+        "Decode the filtered lines of an 8-bit PNG with 3 or 4 channels, height * (1 + width * channels) bytes, to\n"
         "(H, W) int32 ids.");
     module.def(
         "count_pairs", &count_pairs, py::arg("first"), py::arg("second"),
-        "Ids of both maps and the pixels they share, as three int64 arrays: one row per pair that occurs.\n\n"
-        "Maps are (H, W) int32 or (H, W, 3) uint8, red first, of equal height and width; the two may differ in\n"
-        "kind. Rows ascend by first, then second id. None where the maps are noise: pairs stay the same for\n"
-        "less than about eight pixels in a row.");
+        "Count the pixels of each pair of ids. Return three int64 arrays: first ids, second ids and counts.\n\n"
+        "There is a row per pair that occurs, sorted by first, then second id. A map is (H, W) int32 ids or\n"
+        "(H, W, 3) uint8 RGB pixels; both have the same height and width. Return None for noise, where runs of\n"
+        "equal pairs are shorter than about eight pixels on average.");
 }

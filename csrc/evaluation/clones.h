@@ -18,8 +18,8 @@
 
 namespace spatialflow {
 inline bool has_avx512() {
-    static const bool answer = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-    return answer;
+    static const bool is_supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    return is_supported;
 }
 }  // namespace spatialflow
 #endif

@@ -60,9 +60,8 @@ private:
     // Slot of a key. Ids may differ in any byte; the product makes the high bits, which select the slot, depend on all
     // bytes.
     size_t position(uint64_t key) const {
-        const uint32_t mixed =
-            static_cast<uint32_t>(key >> 32) * 0x9E3779B1u + static_cast<uint32_t>(key) * 0x85EBCA77u;
-        return mixed >> shift_;
+        const uint32_t hash = static_cast<uint32_t>(key >> 32) * 0x9E3779B1u + static_cast<uint32_t>(key) * 0x85EBCA77u;
+        return hash >> shift_;
     }
 
     void grow() {
@@ -101,7 +100,8 @@ SPATIALFLOW_CLONES void mark_changes(
 
 // Find the indices in [begin, count) at which the pair changes, and return their number. Index begin - 1 must be
 // readable.
-size_t find_changes_any(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
+size_t find_changes_portable(
+    const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* changes) {
     alignas(8) uint8_t changed[kChunk];
     mark_changes(first + begin, second + begin, count - begin, changed);
     std::memset(changed + (count - begin), 0, kChunk - (count - begin));
@@ -110,49 +110,49 @@ size_t find_changes_any(const int32_t* first, const int32_t* second, size_t begi
         uint64_t marks;
         std::memcpy(&marks, changed + base, sizeof marks);
         for (; marks != 0; marks &= marks - 1) {
-            found[size++] = static_cast<int32_t>(begin + base + static_cast<size_t>(__builtin_ctzll(marks)) / 8);
+            changes[size++] = static_cast<int32_t>(begin + base + static_cast<size_t>(__builtin_ctzll(marks)) / 8);
         }
     }
     return size;
 }
 
 #ifdef SPATIALFLOW_AVX512
-// AVX-512 version of find_changes_any, which compresses the indices of 16 pixels at a time. It avoids a branch per
+// AVX-512 version of find_changes_portable, which compresses the indices of 16 pixels at a time. It avoids a branch per
 // change, which would be mispredicted.
 SPATIALFLOW_AVX512 size_t
-find_changes_avx512(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
+find_changes_avx512(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* changes) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i last_first = _mm512_set1_epi32(first[static_cast<ptrdiff_t>(begin) - 1]);
     __m512i last_second = _mm512_set1_epi32(second[static_cast<ptrdiff_t>(begin) - 1]);
     size_t size = 0;
     for (size_t i = begin; i < count; i += 16) {
-        const size_t left = count - i;
-        const auto valid = static_cast<__mmask16>(left >= 16 ? 0xFFFF : (1u << left) - 1);
+        const size_t remaining = count - i;
+        const auto valid = static_cast<__mmask16>(remaining >= 16 ? 0xFFFF : (1u << remaining) - 1);
         // Prefetch the next chunk: the hardware prefetcher stops at every page. Past the end a prefetch has no effect.
         _mm_prefetch(reinterpret_cast<const char*>(first + i + kChunk), _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(second + i + kChunk), _MM_HINT_T0);
-        const __m512i now_first = _mm512_maskz_loadu_epi32(valid, first + i);
-        const __m512i now_second = _mm512_maskz_loadu_epi32(valid, second + i);
+        const __m512i current_first = _mm512_maskz_loadu_epi32(valid, first + i);
+        const __m512i current_second = _mm512_maskz_loadu_epi32(valid, second + i);
         const __mmask16 changed =
-            _mm512_mask_cmpneq_epi32_mask(valid, now_first, _mm512_alignr_epi32(now_first, last_first, 15)) |
-            _mm512_mask_cmpneq_epi32_mask(valid, now_second, _mm512_alignr_epi32(now_second, last_second, 15));
+            _mm512_mask_cmpneq_epi32_mask(valid, current_first, _mm512_alignr_epi32(current_first, last_first, 15)) |
+            _mm512_mask_cmpneq_epi32_mask(valid, current_second, _mm512_alignr_epi32(current_second, last_second, 15));
         const __m512i indices = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(i)));
-        _mm512_storeu_si512(found + size, _mm512_maskz_compress_epi32(changed, indices));
+        _mm512_storeu_si512(changes + size, _mm512_maskz_compress_epi32(changed, indices));
         size += static_cast<size_t>(__builtin_popcount(changed));
-        last_first = now_first;
-        last_second = now_second;
+        last_first = current_first;
+        last_second = current_second;
     }
     return size;
 }
 #endif
 
-size_t find_changes(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* found) {
+size_t find_changes(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* changes) {
 #ifdef SPATIALFLOW_AVX512
     if (has_avx512()) {
-        return find_changes_avx512(first, second, begin, count, found);
+        return find_changes_avx512(first, second, begin, count, changes);
     }
 #endif
-    return find_changes_any(first, second, begin, count, found);
+    return find_changes_portable(first, second, begin, count, changes);
 }
 
 // Return the ids of pixels [begin, begin + count), readable at index -1 unless begin is 0. Bytes are decoded into
@@ -187,12 +187,12 @@ std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const Id
         if (begin == 0) {
             run_key = pack(first_ids[0], second_ids[0]);
         }
-        const size_t found = find_changes(first_ids, second_ids, begin == 0 ? 1 : 0, count, changes);
-        runs += found;
+        const size_t num_changes = find_changes(first_ids, second_ids, begin == 0 ? 1 : 0, count, changes);
+        runs += num_changes;
         if (runs > kNoiseAllowance + (begin + count) / kNoiseRun) {
             return std::nullopt;
         }
-        for (size_t c = 0; c < found; ++c) {
+        for (size_t c = 0; c < num_changes; ++c) {
             const size_t i = static_cast<size_t>(changes[c]);
             table.add(run_key, static_cast<int64_t>(begin + i - run_start));
             run_key = pack(first_ids[i], second_ids[i]);

@@ -11,7 +11,7 @@
 namespace spatialflow {
 namespace {
 
-constexpr size_t kGroup = 8;  // pixels that a shortcut tests at once
+constexpr size_t kGroupPixels = 8;  // pixels that a shortcut tests at once
 
 bool all_zero(const uint8_t* data, size_t size) {
     uint64_t any = 0;
@@ -33,19 +33,19 @@ uint8_t paeth(int left, int above, int corner) {
     return static_cast<uint8_t>(to_above <= to_corner ? above : corner);
 }
 
-// Set the next kGroup pixels to the pixel before them.
+// Set the next kGroupPixels pixels to the pixel before them.
 template <size_t kBytes>
 void repeat_left(uint8_t* row) {
     uint8_t pixel[kBytes];
     std::memcpy(pixel, row - kBytes, kBytes);
-    for (size_t i = 0; i < kGroup * kBytes; i += kBytes) {
+    for (size_t i = 0; i < kGroupPixels * kBytes; i += kBytes) {
         std::memcpy(row + i, pixel, kBytes);
     }
 }
 
 template <size_t kBytes>
 void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
-    constexpr size_t kStep = kGroup * kBytes;
+    constexpr size_t kStep = kGroupPixels * kBytes;
     size_t i = 0;
     for (; i + kStep <= bytes; i += kStep) {
         if (all_zero(residual + i, kStep)) {
@@ -66,8 +66,8 @@ void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
 // left.
 template <size_t kBytes>
 void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
-    constexpr size_t kStep = kGroup * kBytes;
-    const auto plain = [&](size_t begin, size_t end) {
+    constexpr size_t kStep = kGroupPixels * kBytes;
+    const auto unfilter_range = [&](size_t begin, size_t end) {
         for (size_t j = begin; j < end; ++j) {
             row[j] = static_cast<uint8_t>(residual[j] + paeth(row[j - kBytes], above[j], above[j - kBytes]));
         }
@@ -75,16 +75,16 @@ void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row,
     size_t i = 0;
     for (; i + kStep <= bytes; i += kStep) {
         if (!all_zero(residual + i, kStep)) {
-            plain(i, i + kStep);
+            unfilter_range(i, i + kStep);
         } else if (std::memcmp(row + i - kBytes, above + i - kBytes, kBytes) == 0) {
             std::memcpy(row + i, above + i, kStep);
         } else if (std::memcmp(above + i, above + i - kBytes, kStep) == 0) {
             repeat_left<kBytes>(row + i);
         } else {
-            plain(i, i + kStep);
+            unfilter_range(i, i + kStep);
         }
     }
-    plain(i, bytes);
+    unfilter_range(i, bytes);
 }
 
 // Decode one line. `residual` has `bytes` bytes; `above` and `row` have as many after one zero pixel. `filter` must be

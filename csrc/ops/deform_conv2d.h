@@ -64,8 +64,8 @@ inline void check_deform_options(const char* op, const DeformConvOptions& option
 
 inline int64_t deform_out_size(int64_t size, int64_t kernel, const DeformConvOptions& options, int axis) {
     // Floor division, as in Python: C++ rounds toward zero.
-    const int64_t room = size + 2 * options.padding[axis] - options.dilation[axis] * (kernel - 1) - 1;
-    return room < 0 ? 0 : room / options.stride[axis] + 1;
+    const int64_t span = size + 2 * options.padding[axis] - options.dilation[axis] * (kernel - 1) - 1;
+    return span < 0 ? 0 : span / options.stride[axis] + 1;
 }
 
 // Check the sampling arguments: input, offset, mask, tangent and kernel size. The caller checks `groups` and
@@ -123,12 +123,12 @@ inline DeformConvShape check_deform_sampling(
     if (offset_tangent) {
         check_floating(op, "offset_tangent", *offset_tangent);
         check_same_device(op, "offset_tangent", *offset_tangent, "input", input);
-        bool same = offset_tangent->dim() == 4;
-        for (int64_t d = 0; same && d < 4; ++d) {
-            same = offset_tangent->size(d) == offset.size(d);
+        bool is_same_shape = offset_tangent->dim() == 4;
+        for (int64_t d = 0; is_same_shape && d < 4; ++d) {
+            is_same_shape = offset_tangent->size(d) == offset.size(d);
         }
         check(
-            same, op, ": offset_tangent must have the shape of offset, ", shape_string(offset), ", got ",
+            is_same_shape, op, ": offset_tangent must have the shape of offset, ", shape_string(offset), ", got ",
             shape_string(*offset_tangent));
     }
     return shape;
@@ -175,10 +175,10 @@ inline DeformConvShape check_deform_conv2d(
 
 // Check that products of the sizes of a packed weight fit into 64 bits.
 inline void check_packed_deform_sizes(const char* op, const DeformConvShape& shape) {
-    constexpr int64_t kMost = int64_t(1) << 60;
+    constexpr int64_t kMaxValues = int64_t(1) << 60;
     const int64_t channels = std::max<int64_t>(1, shape.channels);
     check(
-        shape.taps() <= kMost / channels && shape.out_channels <= kMost / (channels * shape.taps()) - 64, op,
+        shape.taps() <= kMaxValues / channels && shape.out_channels <= kMaxValues / (channels * shape.taps()) - 64, op,
         ": weight must have fewer than 2^60 values, got ", shape.out_channels, " output channels for ", shape.channels,
         " channels and a kernel of ", shape.kernel_height, " x ", shape.kernel_width);
 }
@@ -224,9 +224,9 @@ inline DeformConvShape check_deform_conv2d_packed(
         shape.offset_groups == kernel.offset_groups, op, ": offset must be of ", kernel.offset_groups,
         " offset groups, for which the weight was packed, got ", shape.offset_groups, " (offset has ", offset.size(1),
         " channels)");
-    const int64_t most = std::max<int64_t>({1, shape.channels, kernel.out_channels});
+    const int64_t max_groups = std::max<int64_t>({1, shape.channels, kernel.out_channels});
     check(
-        kernel.groups >= 1 && kernel.groups <= most && kernel.out_channels >= 0 &&
+        kernel.groups >= 1 && kernel.groups <= max_groups && kernel.out_channels >= 0 &&
             shape.channels % kernel.groups == 0 && kernel.out_channels % kernel.groups == 0,
         op, ": groups must divide ", shape.channels, " input and ", kernel.out_channels, " output channels, got ",
         kernel.groups);

@@ -25,4 +25,14 @@ inline void dispatch_floating_types(const char* op, ScalarType dtype, Body&& bod
     }
 }
 
+// Call body(real_t{}) with the C++ type of an accumulation dtype, float32 or float64.
+template <typename Body>
+inline void dispatch_accum(ScalarType dtype, Body&& body) {
+    if (dtype == ScalarType::Double) {
+        body(double{});
+    } else {
+        body(float{});
+    }
+}
+
 }  // namespace spatialflow

@@ -12,7 +12,7 @@ namespace spatialflow {
 constexpr int64_t kPackedOutputs = 32;
 
 // Whether the CPU may choose the algorithm: for "auto" and for the algorithms of tensor cores.
-inline bool is_open(int64_t algorithm) { return algorithm != kConvWinograd && algorithm != kConvDirect; }
+inline bool allows_any_algorithm(int64_t algorithm) { return algorithm != kConvWinograd && algorithm != kConvDirect; }
 
 // Algorithm on the CPU, for which weights are packed. float64 is always direct, because it is used to check gradients.
 // Otherwise, if the CPU may choose, it is Winograd if both channel counts are at least 32.
@@ -20,7 +20,7 @@ inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_c
     if (is_double) {
         return kConvDirect;
     }
-    if (is_open(algorithm)) {
+    if (allows_any_algorithm(algorithm)) {
         return in_channels >= 32 && out_channels >= 32 ? kConvWinograd : kConvDirect;
     }
     return algorithm;
@@ -45,12 +45,12 @@ inline int64_t packed_size(const Tensor& packed) { return packed.numel() - packe
 // Check that the weights have the tag of this back end; for `columns`, see packed_tag.
 inline void check_packed_layout(const char* op, const Tensor& packed, int64_t columns) {
     const int64_t tag = packed.numel() % kPackedUnit;
-    const int64_t wanted = packed_tag(columns, packed.scalar_type() == ScalarType::Double);
+    const int64_t expected = packed_tag(columns, packed.scalar_type() == ScalarType::Double);
     check(
-        tag == wanted, op,
+        tag == expected, op,
         ": the packed weight has the layout of another instruction set, device, dtype or version "
         "(tag ",
-        tag, ", here ", wanted, "); pack the weight again, by pack_conv3x3 or pack_subnets");
+        tag, ", here ", expected, "); pack the weight again, by pack_conv3x3 or pack_subnets");
 }
 
 // Check that every tensor of `levels` is (N, channels, H, W) with the dtype and on the device of `like`.
@@ -69,18 +69,18 @@ inline void check_levels(
     }
 }
 
-// Check that `others` has a tensor with the batch and size of each of `levels`; the caller checks the channels.
+// Check that `tensors` are as many as `levels`, with the same batch and size. The caller checks the channels.
 inline void check_matching_levels(
-    const char* op, const char* name, const std::vector<Tensor>& others, const char* levels_name,
+    const char* op, const char* name, const std::vector<Tensor>& tensors, const char* levels_name,
     const std::vector<Tensor>& levels) {
     check(
-        others.size() == levels.size(), op, ": ", name, " must have as many levels as ", levels_name, ", ",
-        levels.size(), ", got ", others.size());
+        tensors.size() == levels.size(), op, ": ", name, " must have as many levels as ", levels_name, ", ",
+        levels.size(), ", got ", tensors.size());
     for (size_t i = 0; i < levels.size(); ++i) {
         for (int64_t d : {0, 2, 3}) {
             check(
-                others[i].size(d) == levels[i].size(d), op, ": ", name, "[", i, "] must have the batch and size of ",
-                levels_name, "[", i, "], ", shape_string(levels[i]), ", got ", shape_string(others[i]));
+                tensors[i].size(d) == levels[i].size(d), op, ": ", name, "[", i, "] must have the batch and size of ",
+                levels_name, "[", i, "], ", shape_string(levels[i]), ", got ", shape_string(tensors[i]));
         }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// multilevel_roi_align: argument checks and settings shared by all back ends. Schemas in multilevel_roi_align.cpp.
+// multilevel_roi_align: the operators and their argument checks, shared by all back ends. Schemas in
+// multilevel_roi_align.cpp.
 #pragma once
 
 #include "ops/roi_align.h"
@@ -71,6 +72,31 @@ inline void check_multilevel_roi_align_backward(
             grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
         op, ": grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ", pooled_width,
         "), got ", shape_string(grad_output));
+}
+
+// Operator multilevel_roi_align.
+inline Tensor multilevel_roi_align(
+    const std::vector<Tensor>& features, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
+    const std::vector<double>& strides, int64_t sampling_ratio, bool aligned, double finest_scale) {
+    check_multilevel_roi_align(features, boxes, pooled_height, pooled_width, strides, sampling_ratio, finest_scale);
+    return roi_align_forward(
+        "multilevel_roi_align", features, boxes,
+        pyramid_settings(pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale));
+}
+
+// Operator _multilevel_roi_align_backward.
+inline std::vector<Tensor> multilevel_roi_align_backward(
+    const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width,
+    const std::vector<double>& strides, int64_t sampling_ratio, bool aligned, double finest_scale, int64_t batch,
+    int64_t channels, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths, bool channels_last,
+    bool deterministic) {
+    check_multilevel_roi_align_backward(
+        grad_output, boxes, pooled_height, pooled_width, strides, sampling_ratio, finest_scale, channels, heights,
+        widths);
+    return roi_align_backward(
+        "multilevel_roi_align_backward", grad_output, boxes,
+        pyramid_settings(pooled_height, pooled_width, strides, sampling_ratio, aligned, finest_scale), batch, channels,
+        heights, widths, channels_last, deterministic);
 }
 
 }  // namespace spatialflow

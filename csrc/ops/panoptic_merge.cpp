@@ -7,14 +7,14 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
         "panoptic_merge(Tensor masks, Tensor scores, Tensor labels, Tensor? boxes, Tensor stuff, SymInt stuff_labels, "
-        "int[] ignored_stuff, float score_threshold, float overlap_threshold, int stuff_area_limit, "
-        "float box_threshold) -> (Tensor, Tensor, Tensor, Tensor)");
+        "int[] ignored_stuff, float score_threshold, float overlap_threshold, int stuff_area_threshold, "
+        "float box_overlap_threshold) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow_checks, library) {
     library.def(
         "panoptic_merge(Tensor masks, Tensor scores, Tensor labels, Tensor? boxes, Tensor stuff, "
-        "int stuff_labels, float score_threshold, float overlap_threshold, float box_threshold) -> ()");
+        "int stuff_labels, float score_threshold, float overlap_threshold, float box_overlap_threshold) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spatialflow_checks, CompositeExplicitAutograd, library) {

@@ -14,7 +14,8 @@ inline bool is_integer(ScalarType dtype) {
 
 inline void check_panoptic_merge(
     const Tensor& masks, const Tensor& scores, const Tensor& labels, const std::optional<Tensor>& boxes,
-    const Tensor& stuff, int64_t stuff_labels, double score_threshold, double overlap_threshold, double box_threshold) {
+    const Tensor& stuff, int64_t stuff_labels, double score_threshold, double overlap_threshold,
+    double box_overlap_threshold) {
     const char* op = "panoptic_merge";
     check_dim(op, "masks", masks, 3, "(K, H, W)");
     check(
@@ -49,7 +50,7 @@ inline void check_panoptic_merge(
         " and ", stuff_labels);
     check(score_threshold == score_threshold, op, ": score_threshold must be a number, got nan");
     check(overlap_threshold == overlap_threshold, op, ": overlap_threshold must be a number, got nan");
-    check(box_threshold == box_threshold, op, ": box_threshold must be a number, got nan");
+    check(box_overlap_threshold == box_overlap_threshold, op, ": box_overlap_threshold must be a number, got nan");
 }
 
 }  // namespace spatialflow

@@ -63,12 +63,12 @@ inline Tensor empty_image_batch(
 }
 
 // Normalization of the red, green and blue channel.
-struct ImageNormalisation {
+struct ImageNormalization {
     Normalization channels[3];
 };
 
-inline ImageNormalisation image_normalisation(const std::vector<double>& mean, const std::vector<double>& std) {
-    ImageNormalisation result;
+inline ImageNormalization image_normalization(const std::vector<double>& mean, const std::vector<double>& std) {
+    ImageNormalization result;
     for (int channel = 0; channel < 3; ++channel) {
         result.channels[channel] = {static_cast<float>(mean[channel]), 1.0 / std[channel]};
     }

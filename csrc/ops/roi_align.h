@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// roi_align: argument checks and the host functions of all back ends. Schemas in roi_align.cpp.
+// roi_align: argument checks, the operators, and the host functions that each back end defines. Schemas in
+// roi_align.cpp.
 #pragma once
 
 #include "ops/tensor.h"
@@ -77,6 +78,39 @@ inline void check_roi_align_backward(
             grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
         "roi_align_backward: grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ",
         pooled_width, "), got ", shape_string(grad_output));
+}
+
+// Operator roi_align: a pyramid of one level.
+inline Tensor single_level_roi_align(
+    const Tensor& input, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
+    int64_t sampling_ratio, bool aligned) {
+    check_roi_align(input, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio);
+    return roi_align_forward(
+        "roi_align", {input}, boxes, {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0});
+}
+
+// Operator _roi_align_backward.
+inline Tensor single_level_roi_align_backward(
+    const Tensor& grad_output, const Tensor& boxes, int64_t pooled_height, int64_t pooled_width, double spatial_scale,
+    int64_t sampling_ratio, bool aligned, int64_t batch, int64_t channels, int64_t height, int64_t width,
+    bool channels_last, bool deterministic) {
+    check_roi_align_backward(grad_output, boxes, pooled_height, pooled_width, spatial_scale, sampling_ratio, channels);
+    return roi_align_backward(
+        "roi_align_backward", grad_output, boxes,
+        {pooled_height, pooled_width, {spatial_scale}, sampling_ratio, aligned, 1.0}, batch, channels, {height},
+        {width}, channels_last, deterministic)[0];
+}
+
+// Convert the gradients of the levels to `dtype` and the memory format of the features.
+inline std::vector<Tensor> finished_level_gradients(
+    std::vector<Tensor> gradients, ScalarType dtype, bool channels_last) {
+    for (Tensor& gradient : gradients) {
+        gradient = as_dtype(gradient, dtype);
+        if (!channels_last) {
+            gradient = to_contiguous(gradient);
+        }
+    }
+    return gradients;
 }
 
 }  // namespace spatialflow

@@ -49,10 +49,10 @@ inline void check_select_candidates(
         check_dtype(kOp, deltas_name.c_str(), deltas, first.scalar_type());
         check_same_device(kOp, deltas_name.c_str(), deltas, "class_logits[0]", first);
         // Test by division, because with an empty batch the number of cells may exceed 64 bits.
-        const int64_t height = logits.size(2), width = logits.size(3), most = ((int64_t(1) << 32) - 1) / anchors;
+        const int64_t height = logits.size(2), width = logits.size(3), max_cells = ((int64_t(1) << 32) - 1) / anchors;
         check(
-            height == 0 || width <= most / height, kOp, ": ", logits_name, " must have fewer than 2^32 anchors, got ",
-            height, " x ", width, " cells of ", anchors);
+            height == 0 || width <= max_cells / height, kOp, ": ", logits_name,
+            " must have fewer than 2^32 anchors, got ", height, " x ", width, " cells of ", anchors);
         check(
             strides[l] > 0 && strides[l] <= 0x7fffffff, kOp, ": strides must be from 1 to 2147483647, got ",
             strides[l]);
@@ -88,9 +88,9 @@ inline std::vector<CandidateRange> candidate_ranges(
     std::vector<CandidateRange> ranges;
     int64_t begin = 0;
     for (const Tensor& logits : class_logits) {
-        const int64_t all = logits.size(2) * logits.size(3) * anchors;
-        const bool is_selected = per_level > 0 && per_level < all;
-        ranges.push_back({begin, is_selected ? per_level : all, is_selected});
+        const int64_t level_anchors = logits.size(2) * logits.size(3) * anchors;
+        const bool is_selected = per_level > 0 && per_level < level_anchors;
+        ranges.push_back({begin, is_selected ? per_level : level_anchors, is_selected});
         begin += ranges.back().count;
     }
     return ranges;

@@ -21,10 +21,10 @@ inline void check_stuff_labels(
     check(
         logits.size(1) <= kMaxLogitSide && logits.size(2) <= kMaxLogitSide, op, ": logits must have sides up to ",
         kMaxLogitSide, ", got shape ", shape_string(logits));
-    const int64_t most_height = 4 * logits.size(1), most_width = 4 * logits.size(2);
+    const int64_t max_height = 4 * logits.size(1), max_width = 4 * logits.size(2);
     check(
-        valid_height >= 1 && valid_height <= most_height && valid_width >= 1 && valid_width <= most_width, op,
-        ": valid_size must lie between (1, 1) and four times the logits, (", most_height, ", ", most_width, "), got (",
+        valid_height >= 1 && valid_height <= max_height && valid_width >= 1 && valid_width <= max_width, op,
+        ": valid_size must lie between (1, 1) and four times the logits, (", max_height, ", ", max_width, "), got (",
         valid_height, ", ", valid_width, ")");
     check(height >= 0 && width >= 0, op, ": original_size must not be negative, got (", height, ", ", width, ")");
 }

@@ -92,10 +92,10 @@ inline void check_dim(const char* op, const char* name, const Tensor& tensor, in
 }
 
 inline void check_same_device(
-    const char* op, const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+    const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
     check(
-        tensor.is_cuda() == other.is_cuda() && tensor.get_device() == other.get_device(), op, ": ", name,
-        " must be on the device of ", other_name);
+        tensor.is_cuda() == like.is_cuda() && tensor.get_device() == like.get_device(), op, ": ", name,
+        " must be on the device of ", like_name);
 }
 
 // Stride of a dimension in elements, or 0 if its size is 0 or 1. Torch allows any stride for a dimension of such a

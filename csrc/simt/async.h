@@ -90,7 +90,7 @@ struct WarpProduct {
     int outputs;
     bool adjacent_k;  // of b
     bool add;
-    float (*number)(uint16_t bits);  // conversion of an operand's value
+    float (*convert)(uint16_t bits);  // from an operand's value
 };
 
 struct WgmmaUnit {

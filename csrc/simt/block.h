@@ -125,8 +125,8 @@ public:
     // Text of a report about offset `at`: the conflict, the other thread, and the array.
     std::string describe(const Shadow::Conflict& conflict, size_t at) const {
         std::string text = concatenate(conflict.what);
-        if (conflict.other.packed != 0) {
-            text += concatenate(" ", conflict.other.text(), " by ", name_of(threads_[conflict.other_thread]));
+        if (conflict.location.packed != 0) {
+            text += concatenate(" ", conflict.location.text(), " by ", name_of(threads_[conflict.thread]));
         }
         return concatenate(text, " (shared array '", array_name(at), "')");
     }
@@ -203,24 +203,24 @@ public:
         }
         Slot* slots[kThreads];
         for (unsigned i = 0; i < kThreads; ++i) {
-            const Thread& other = threads_[first + i];
-            if (other.state == Thread::kExited) {
+            const Thread& member = threads_[first + i];
+            if (member.state == Thread::kExited) {
                 fail(
                     location,
                     concatenate(
-                        name, " needs all four warps of a warpgroup, and ", name_of(other), " of it has exited"));
+                        name, " needs all four warps of a warpgroup, and ", name_of(member), " of it has exited"));
             }
-            if (other.state != Thread::kInWarpgroup) {
+            if (member.state != Thread::kInWarpgroup) {
                 yield();
                 return;
             }
-            if (other.location.packed != location.packed || other.waits_in != name) {
+            if (member.location.packed != location.packed || member.waits_in != name) {
                 fail(
                     location, concatenate(
-                                  name, ": ", name_of(other), " of the same warpgroup is in ", other.waits_in, " at ",
-                                  other.location.text()));
+                                  name, ": ", name_of(member), " of the same warpgroup is in ", member.waits_in, " at ",
+                                  member.location.text()));
             }
-            slots[i] = static_cast<Slot*>(other.slot);
+            slots[i] = static_cast<Slot*>(member.slot);
         }
         complete(slots);
         for (unsigned i = 0; i < kThreads; ++i) {
@@ -282,32 +282,31 @@ public:
         self.location = location;
         Thread* warp = threads_.get() + (self.linear - lane);
         const unsigned lanes = std::min<unsigned>(kLanes, num_threads_ - warp->linear);
-        for (unsigned other = 0; other < kLanes; ++other) {
-            if ((mask >> other & 1u) == 0) {
+        for (unsigned i = 0; i < kLanes; ++i) {
+            if ((mask >> i & 1u) == 0) {
                 continue;
             }
-            if (other >= lanes || warp[other].state == Thread::kExited) {
+            if (i >= lanes || warp[i].state == Thread::kExited) {
                 fail(
                     location, concatenate(
-                                  name, ": mask ", hexadecimal(mask), " includes lane ", other, ", which ",
-                                  other >= lanes ? "the block does not have" : "has exited"));
+                                  name, ": mask ", hexadecimal(mask), " includes lane ", i, ", which ",
+                                  i >= lanes ? "the block does not have" : "has exited"));
             }
-            if (warp[other].state != Thread::kInCollective || warp[other].mask != mask ||
-                warp[other].slot_type != &slot_type) {
+            if (warp[i].state != Thread::kInCollective || warp[i].mask != mask || warp[i].slot_type != &slot_type) {
                 yield();  // the last lane completes the collective for all
                 return;
             }
         }
         Slot* slots[kLanes] = {};
-        for (unsigned other = 0; other < lanes; ++other) {
-            if (mask >> other & 1u) {
-                slots[other] = static_cast<Slot*>(warp[other].slot);
+        for (unsigned i = 0; i < lanes; ++i) {
+            if (mask >> i & 1u) {
+                slots[i] = static_cast<Slot*>(warp[i].slot);
             }
         }
         complete(slots);
-        for (unsigned other = 0; other < lanes; ++other) {
-            if (mask >> other & 1u) {
-                warp[other].state = Thread::kReady;
+        for (unsigned i = 0; i < lanes; ++i) {
+            if (mask >> i & 1u) {
+                warp[i].state = Thread::kReady;
             }
         }
     }
@@ -379,17 +378,17 @@ private:
     void start(Launch& launch, uint3 block_index) {
         launch_ = &launch;
         index = block_index;
-        const unsigned wanted = launch.block.x * launch.block.y * launch.block.z;
-        if (wanted > capacity_) {
-            threads_.reset(new Thread[wanted]);
-            capacity_ = wanted;
+        const unsigned block_threads = launch.block.x * launch.block.y * launch.block.z;
+        if (block_threads > capacity_) {
+            threads_.reset(new Thread[block_threads]);
+            capacity_ = block_threads;
         }
-        stacks_.reserve(wanted);
+        stacks_.reserve(block_threads);
         if (!shared_) {
             shared_.reset(new char[kMaxSharedBytes]);
         }
-        num_threads_ = wanted;
-        clocks_.reset(wanted);
+        num_threads_ = block_threads;
+        clocks_.reset(block_threads);
         first_epoch_ = tracking_epoch_ = ++epoch_;
         shadow_.forget_readers();
         async.reset();
@@ -399,7 +398,7 @@ private:
         arrays_.assign(1, {nullptr, "dynamic shared memory", 0, launch.dynamic_shared_bytes});
         exited_ = at_barrier_ = 0;
         failed_ = false;
-        for (unsigned i = 0; i < wanted; ++i) {
+        for (unsigned i = 0; i < block_threads; ++i) {
             Thread& thread = threads_[i];
             thread.index = {
                 i % launch.block.x, i / launch.block.x % launch.block.y, i / (launch.block.x * launch.block.y)};
@@ -446,12 +445,12 @@ private:
         barrier_nonzero_ = 0;
         for (unsigned i = 0; i < num_threads_; ++i) {
             if (threads_[i].location.packed != current_thread->location.packed) {
-                const Thread& other = threads_[i];
+                const Thread& divergent = threads_[i];
                 fail(
                     current_thread->location,
                     concatenate(
-                        "divergent barrier: ", name_of(other), " waits in ", other.waits_in, " at ",
-                        other.location.text(), ", other threads in ", current_thread->waits_in, " here"));
+                        "divergent barrier: ", name_of(divergent), " waits in ", divergent.waits_in, " at ",
+                        divergent.location.text(), ", other threads in ", current_thread->waits_in, " here"));
             }
             barrier_nonzero_ += threads_[i].predicate != 0;
         }
@@ -493,14 +492,14 @@ private:
             last = std::min(num_threads_, first + count);
         }
         for (unsigned i = first; i < last; ++i) {
-            const Thread& other = threads_[i];
+            const Thread& thread = threads_[i];
             const bool in_collective = waiting.state == Thread::kInCollective;
             if (in_collective && (waiting.mask >> (i - first) & 1u) == 0) {
                 continue;
             }
-            if (other.state != waiting.state ||
-                (in_collective && (other.mask != waiting.mask || other.slot_type != waiting.slot_type))) {
-                return &other;
+            if (thread.state != waiting.state ||
+                (in_collective && (thread.mask != waiting.mask || thread.slot_type != waiting.slot_type))) {
+                return &thread;
             }
         }
         return nullptr;
@@ -508,22 +507,22 @@ private:
 
     // Return the thread to report for a deadlock: if possible, the thread that the others wait for.
     const Thread& cause_of_deadlock() const {
-        const Thread* found = nullptr;
+        const Thread* cause = nullptr;
         for (unsigned i = 0; i < num_threads_; ++i) {
             const Thread& thread = threads_[i];
             if (thread.state == Thread::kInCollective || thread.state == Thread::kInWarpgroup ||
                 thread.state == Thread::kAtBarrier) {
                 const Thread* absent = absent_for(thread);
                 if (!absent || absent->state != Thread::kWaiting) {
-                    const bool better = !found || found->state == Thread::kWaiting ||
-                                        (found->state == Thread::kAtBarrier && thread.state != Thread::kAtBarrier);
-                    found = better ? &thread : found;
+                    const bool better = !cause || cause->state == Thread::kWaiting ||
+                                        (cause->state == Thread::kAtBarrier && thread.state != Thread::kAtBarrier);
+                    cause = better ? &thread : cause;
                 }
-            } else if (thread.state == Thread::kWaiting && !found) {
-                found = &thread;
+            } else if (thread.state == Thread::kWaiting && !cause) {
+                cause = &thread;
             }
         }
-        return *found;
+        return *cause;
     }
 
     std::string describe_deadlock(const Thread& waiting) const {
@@ -544,19 +543,20 @@ private:
         if (!absent) {
             return concatenate(waiting.waits_in, mask, " never completes", barriers);
         }
-        std::string where = " has exited";
+        std::string absent_state = " has exited";
         if (absent->state != Thread::kExited) {
-            where = concatenate(
+            absent_state = concatenate(
                 " waits in ", absent->waits_in,
                 absent->state == Thread::kInCollective ? concatenate(" with mask ", hexadecimal(absent->mask))
                                                        : std::string(),
                 " at ", absent->location.text());
         }
-        const char* all = in_collective                           ? "its lanes"
-                          : waiting.state == Thread::kInWarpgroup ? "threads of the warpgroup"
-                                                                  : "threads";
+        const char* group_name = in_collective                           ? "its lanes"
+                                 : waiting.state == Thread::kInWarpgroup ? "threads of the warpgroup"
+                                                                         : "threads";
         return concatenate(
-            waiting.waits_in, mask, " is not reached by all ", all, ": ", name_of(*absent), where, barriers);
+            waiting.waits_in, mask, " is not reached by all ", group_name, ": ", name_of(*absent), absent_state,
+            barriers);
     }
 
     Launch* launch_ = nullptr;

@@ -72,7 +72,7 @@ public:
                 moment = std::max(moment, lanes[thread * kLanes + lane]);
             }
         }
-        alike_.assign(warps_, false);
+        equal_times_.assign(warps_, false);
     }
 
     // Synchronize the lanes of `mask`.
@@ -88,11 +88,11 @@ public:
                 time_of(first + lane) = latest;
             }
         }
-        const bool whole = !tracks_all_ || !alike_[warp] || mask != 0xffffffffu;
+        const bool whole = !tracks_all_ || !equal_times_[warp] || mask != 0xffffffffu;
         join(first, mask, known_, whole);
         if (tracks_all_ && whole) {
             join(first, mask, fenced_, true);
-            alike_[warp] = mask == 0xffffffffu;
+            equal_times_[warp] = mask == 0xffffffffu;
         }
         for (unsigned lane = 0; lane < kLanes; ++lane) {
             if (mask >> lane & 1u) {
@@ -137,12 +137,12 @@ public:
     void acquire(unsigned thread, const Row& row) {
         raise(known_.data() + size_t{thread} * width_, row.known.data());
         raise(fenced_.data() + size_t{thread} * width_, row.fenced.data());
-        alike_[thread / kLanes] = false;
+        equal_times_[thread / kLanes] = false;
     }
     void acquire(unsigned thread, unsigned actor, uint32_t moment) {
         uint32_t& known = known_[cell(thread, actor)];
         known = std::max(known, moment);
-        alike_[thread / kLanes] = false;
+        equal_times_[thread / kLanes] = false;
     }
     // Make the known times of the thread visible to the asynchronous proxy, for this thread and for threads that
     // synchronize with it later. Later accesses are not included.
@@ -150,10 +150,10 @@ public:
         const auto row = known_.begin() + size_t{thread} * width_;
         std::copy(row, row + width_, fenced_.begin() + size_t{thread} * width_);
         ++time_of(thread);
-        alike_[thread / kLanes] = false;
+        equal_times_[thread / kLanes] = false;
     }
     // Return whether two lanes of a warp have equal known times of the actors of other warps.
-    bool know_alike(unsigned a, unsigned b) const {
+    bool have_equal_times(unsigned a, unsigned b) const {
         const unsigned first_lane = a / kLanes * kLanes;
         const auto equal = [&](const std::vector<uint32_t>& rows, unsigned begin, unsigned end) {
             const auto first = rows.begin() + size_t{a} * width_, second = rows.begin() + size_t{b} * width_;
@@ -162,15 +162,15 @@ public:
         return equal(known_, 0, first_lane) && equal(known_, first_lane + kLanes, width_) && equal(fenced_, 0, width_);
     }
     // Return whether all lanes of a warp have equal known times of the actors of other warps.
-    bool know_alike(unsigned warp) {
-        if (!alike_[warp]) {
-            bool alike = true;
-            for (unsigned lane = 1; lane < kLanes && alike; ++lane) {
-                alike = know_alike(warp * kLanes, warp * kLanes + lane);
+    bool have_equal_times(unsigned warp) {
+        if (!equal_times_[warp]) {
+            bool equal = true;
+            for (unsigned lane = 1; lane < kLanes && equal; ++lane) {
+                equal = have_equal_times(warp * kLanes, warp * kLanes + lane);
             }
-            alike_[warp] = alike;
+            equal_times_[warp] = equal;
         }
-        return alike_[warp];
+        return equal_times_[warp];
     }
 
 private:
@@ -208,7 +208,7 @@ private:
     bool tracks_all_ = false;
     std::vector<uint32_t> known_, fenced_;  // [thread][actor]
     std::vector<uint32_t> at_barrier_;      // time of each thread at the last __syncthreads
-    std::vector<bool> alike_;               // for each warp: whether its lanes have equal known times of other warps
+    std::vector<bool> equal_times_;         // for each warp: whether its lanes have equal known times of other warps
     std::vector<uint32_t> joined_;
 };
 

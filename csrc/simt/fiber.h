@@ -144,17 +144,17 @@ public:
     // Record the stack of the OS thread; must be called first in `entry`.
     static void entered([[maybe_unused]] Fiber& scheduler) {
 #if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_finish_switch_fiber(nullptr, &scheduler.own_bottom_, &scheduler.own_bytes_);
+        __sanitizer_finish_switch_fiber(nullptr, &scheduler.thread_stack_bottom_, &scheduler.thread_stack_bytes_);
 #endif
     }
 
 private:
 #if defined(__SANITIZE_ADDRESS__)
-    const void* bottom() const { return stack_ ? stack_ : own_bottom_; }
-    size_t bytes() const { return stack_ ? kStackBytes : own_bytes_; }
+    const void* bottom() const { return stack_ ? stack_ : thread_stack_bottom_; }
+    size_t bytes() const { return stack_ ? kStackBytes : thread_stack_bytes_; }
     void* fake_stack_ = nullptr;
-    const void* own_bottom_ = nullptr;
-    size_t own_bytes_ = 0;
+    const void* thread_stack_bottom_ = nullptr;
+    size_t thread_stack_bytes_ = 0;
 #endif
 #if defined(__x86_64__) || defined(__aarch64__)
     void* pointer_ = nullptr;

@@ -22,7 +22,7 @@ public:
         static BlockPool* pool = new BlockPool;  // never destroyed: launches may outlive static destructors
         return *pool;
     }
-    std::unique_ptr<Block> take() {
+    std::unique_ptr<Block> acquire() {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (free_.empty()) {
             return std::make_unique<Block>();
@@ -31,7 +31,7 @@ public:
         free_.pop_back();
         return block;
     }
-    void give(std::unique_ptr<Block> block) {
+    void release(std::unique_ptr<Block> block) {
         const std::lock_guard<std::mutex> lock(mutex_);
         free_.push_back(std::move(block));
     }
@@ -42,7 +42,7 @@ private:
 };
 
 inline void run_blocks(Launch& launch) {
-    std::unique_ptr<Block> block = BlockPool::instance().take();
+    std::unique_ptr<Block> block = BlockPool::instance().acquire();
     const uint64_t total = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
     while (!launch.failed) {
         const uint64_t i = launch.next_block++;
@@ -54,14 +54,15 @@ inline void run_blocks(Launch& launch) {
             static_cast<unsigned>(i / (uint64_t(launch.grid.x) * launch.grid.y))};
         block->run(launch, index);
     }
-    BlockPool::instance().give(std::move(block));
+    BlockPool::instance().release(std::move(block));
 }
 
 inline unsigned os_threads() {
     static const unsigned count = [] {
-        const char* wanted = std::getenv("SPATIALFLOW_SIMT_THREADS");
-        const unsigned asked = wanted ? static_cast<unsigned>(std::atoi(wanted)) : std::thread::hardware_concurrency();
-        return std::max(1u, asked);
+        const char* setting = std::getenv("SPATIALFLOW_SIMT_THREADS");
+        const unsigned requested =
+            setting ? static_cast<unsigned>(std::atoi(setting)) : std::thread::hardware_concurrency();
+        return std::max(1u, requested);
     }();
     return count;
 }

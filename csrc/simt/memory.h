@@ -31,9 +31,9 @@ public:
 
     explicit operator bool() const { return begin_ != 0; }
     Global operator+(int64_t offset) const {
-        Global moved = *this;
-        moved.data_ = reinterpret_cast<T*>(address(data_) + static_cast<uintptr_t>(offset) * sizeof(T));
-        return moved;
+        Global result = *this;
+        result.data_ = reinterpret_cast<T*>(address(data_) + static_cast<uintptr_t>(offset) * sizeof(T));
+        return result;
     }
     Global operator-(int64_t offset) const { return *this + -offset; }
     Global& operator+=(int64_t offset) { return *this = *this + offset; }
@@ -68,11 +68,11 @@ public:
 
     template <typename To>
     Global<To> cast() const {
-        Global<To> other;
-        other.data_ = reinterpret_cast<To*>(data_);
-        other.begin_ = begin_;
-        other.end_ = end_;
-        return other;
+        Global<To> pointer;
+        pointer.data_ = reinterpret_cast<To*>(data_);
+        pointer.begin_ = begin_;
+        pointer.end_ = end_;
+        return pointer;
     }
 
 private:
@@ -136,16 +136,17 @@ public:
     Shared(const Shared<Other>& other) : at_(other.at_), begin_(other.begin_), end_(other.end_) {}
 
     Shared operator+(int64_t offset) const {
-        Shared moved = *this;
-        moved.at_ += offset * static_cast<int64_t>(sizeof(T));
-        return moved;
+        Shared result = *this;
+        result.at_ += offset * static_cast<int64_t>(sizeof(T));
+        return result;
     }
     Shared operator-(int64_t offset) const { return *this + -offset; }
     Shared& operator+=(int64_t offset) { return *this = *this + offset; }
 
     SharedElement<Element> operator[](const simt::Index& index) const {
         static_assert(
-            sizeof(T) % simt::kGranularity == 0, "shared elements take two bytes or more: races are told by two bytes");
+            sizeof(T) % simt::kGranularity == 0,
+            "shared elements must be at least 2 bytes: races are detected at 2-byte granularity");
         const Shared element = *this + index.value;
         return SharedElement<Element>(element.checked(sizeof(T), alignof(T), index.location), index.location);
     }
@@ -160,11 +161,11 @@ public:
 
     template <typename To>
     Shared<To> cast() const {
-        Shared<To> other;
-        other.at_ = at_;
-        other.begin_ = begin_;
-        other.end_ = end_;
-        return other;
+        Shared<To> pointer;
+        pointer.at_ = at_;
+        pointer.begin_ = begin_;
+        pointer.end_ = end_;
+        return pointer;
     }
 
 private:

@@ -38,8 +38,8 @@ public:
 
     struct Conflict {
         const char* what = nullptr;  // null: no conflict
-        SourceLocation other;
-        unsigned other_thread = 0;
+        SourceLocation location;     // of the earlier access
+        unsigned thread = 0;         // of the earlier access
     };
 
     // Position of 16 bytes in the box of a TMA copy.

@@ -51,12 +51,12 @@ inline void mbarrier_init(
                           "mbarrier.init: at address ", address, " for ", arrivals,
                           " arrivals; must be a multiple of 8, and 1 to 1048575"));
     }
-    for (const auto& other : block.async.barriers) {
-        if (other->at == at) {
+    for (const auto& existing : block.async.barriers) {
+        if (existing->at == at) {
             block.fail(
                 location,
                 simt::concatenate(
-                    "mbarrier.init: an mbarrier exists there already, initialized at ", other->location.text()));
+                    "mbarrier.init: an mbarrier exists there already, initialized at ", existing->location.text()));
         }
     }
     if (block.async.barriers.size() == simt::kMaxMemoryBarriers) {

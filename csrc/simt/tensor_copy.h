@@ -152,15 +152,15 @@ inline void AsyncUnits::check_end(Block& block) {
     }
     const int warpgroups = static_cast<int>(registers.size()), at_launch = registers_at_launch(block);
     int all = 0;
-    for (const Registers& one : registers) {
-        all += one.count > 0 ? one.count : at_launch;
+    for (const Registers& warpgroup : registers) {
+        all += warpgroup.count > 0 ? warpgroup.count : at_launch;
     }
     if (all > at_launch * warpgroups) {
         block.report(
             registers.back().thread, registers.back().location,
             concatenate(
                 "setmaxnreg: warpgroups use ", all, " registers of ", at_launch * warpgroups,
-                " per thread of each: the last one never returns"));
+                " per thread of each: the last setmaxnreg never returns"));
     }
 }
 

@@ -204,17 +204,17 @@ inline unsigned to_tf32(float value) {
 
 namespace simt {
 
-// Apply change(value, value of `other`) to both 16-bit values of a word.
+// Replace both 16-bit values of word `a` by change(value, value of `b`).
 template <typename T, typename Change>
-inline unsigned change_pair(unsigned word, unsigned other, Change change) {
-    T values[2], others[2];
-    std::memcpy(static_cast<void*>(values), &word, sizeof(word));
-    std::memcpy(static_cast<void*>(others), &other, sizeof(other));
+inline unsigned change_pair(unsigned a, unsigned b, Change change) {
+    T a_values[2], b_values[2];
+    std::memcpy(static_cast<void*>(a_values), &a, sizeof(a));
+    std::memcpy(static_cast<void*>(b_values), &b, sizeof(b));
     for (int i = 0; i < 2; ++i) {
-        store(values[i], change(load(values[i]), load(others[i])));
+        store(a_values[i], change(load(a_values[i]), load(b_values[i])));
     }
-    std::memcpy(&word, values, sizeof(word));
-    return word;
+    std::memcpy(&a, a_values, sizeof(a));
+    return a;
 }
 
 }  // namespace simt
@@ -230,7 +230,7 @@ inline unsigned pack_pair(float low, float high, T /* type of the values */) {
 }
 template <typename T>
 inline unsigned add_pairs(unsigned a, unsigned b, T /* type of the values */) {
-    return simt::change_pair<T>(a, b, [](float one, float other) { return one + other; });
+    return simt::change_pair<T>(a, b, [](float a_value, float b_value) { return a_value + b_value; });
 }
 template <typename T>
 inline unsigned rectify_pairs(unsigned a, T /* type of the values */) {

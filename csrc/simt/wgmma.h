@@ -121,24 +121,24 @@ constexpr int kMaxOutputs = 256;
 inline void add_product(Block& block, unsigned warp, const WarpProduct& product, float (&sums)[16][kMaxOutputs]) {
     const int outputs = product.outputs;
     const Operand a(product.a, true), b(product.b, product.adjacent_k);
-    const auto numbers = [&](const Operand& operand, int line, int chunk, float* target) {
+    const auto load_values = [&](const Operand& operand, int line, int chunk, float* target) {
         uint16_t bits[8];
         const int64_t at = operand.address(line, chunk) - kSharedWindow;
         std::memcpy(bits, block.shared_memory(static_cast<size_t>(at)), sizeof(bits));
         for (int e = 0; e < 8; ++e) {
-            target[e] = product.number(bits[e]);
+            target[e] = product.convert(bits[e]);
         }
     };
     float right[16][kMaxOutputs];
     for (int k = 0; k < 16 && !product.adjacent_k; ++k) {
         for (int chunk = 0; chunk < outputs / 8; ++chunk) {
-            numbers(b, k, chunk, right[k] + chunk * 8);
+            load_values(b, k, chunk, right[k] + chunk * 8);
         }
     }
     for (int o = 0; o < outputs && product.adjacent_k; ++o) {
         float column[16];
         for (int chunk = 0; chunk < 2; ++chunk) {
-            numbers(b, o, chunk, column + chunk * 8);
+            load_values(b, o, chunk, column + chunk * 8);
         }
         for (int k = 0; k < 16; ++k) {
             right[k][o] = column[k];
@@ -147,7 +147,7 @@ inline void add_product(Block& block, unsigned warp, const WarpProduct& product,
     for (int row = 0; row < 16; ++row) {
         float left[16];
         for (int chunk = 0; chunk < 2; ++chunk) {
-            numbers(a, static_cast<int>(warp % 4) * 16 + row, chunk, left + chunk * 8);
+            load_values(a, static_cast<int>(warp % 4) * 16 + row, chunk, left + chunk * 8);
         }
         for (int o = 0; o < outputs; o += 8) {
             float sum[8] = {};
@@ -206,7 +206,7 @@ struct ProductSlot {
 // Start d (+)= a (64x16, K-major) * b (16 x outputs, K-major or with outputs adjacent), for the 128 threads of a
 // warpgroup.
 inline void start_product(
-    ProductSlot slot, int outputs, bool adjacent_k, float (*number)(uint16_t), SourceLocation location) {
+    ProductSlot slot, int outputs, bool adjacent_k, float (*convert)(uint16_t), SourceLocation location) {
     Block& block = current_block();
     block.track_all();
     if (slot.state->running == 0 && current_thread->wgmma_fences <= slot.state->last_access) {
@@ -226,8 +226,8 @@ inline void start_product(
             // the others have not.
             const unsigned last = (first_warp + warp) * kLanes + kLanes - 1;
             for (unsigned thread = last + 1 - kLanes; thread <= last; ++thread) {
-                if (thread == last ||
-                    !(block.clocks().know_alike(first_warp + warp) || block.clocks().know_alike(thread, thread + 1))) {
+                if (thread == last || !(block.clocks().have_equal_times(first_warp + warp) ||
+                                        block.clocks().have_equal_times(thread, thread + 1))) {
                     const Accessor by = block.accessor(thread);
                     note_operand(block, by, unit.group, "a", Operand(slot.a, true), true, row, row + 16, 2, location);
                     note_operand(
@@ -248,7 +248,7 @@ inline void start_product(
             product.outputs = outputs;
             product.adjacent_k = adjacent_k;
             product.add = slot.add != 0;
-            product.number = number;
+            product.convert = convert;
             unit.open.push_back(product);
         }
     });

@@ -294,9 +294,9 @@ __global__ void dynamic_kernel(Global<float> out) {
     values[threadIdx.x] = 1.0f;
     counters[threadIdx.x] = 2;
     __syncthreads();
-    const float other = values[(threadIdx.x + 1) % blockDim.x];
+    const float next_value = values[(threadIdx.x + 1) % blockDim.x];
     const int count = counters[(threadIdx.x + 2) % blockDim.x];
-    out[threadIdx.x] = other + static_cast<float>(count);
+    out[threadIdx.x] = next_value + static_cast<float>(count);
 }
 
 void dynamic_shared() {
@@ -492,21 +492,21 @@ __global__ void copy_over_readers_kernel(Global<const float> in, Global<float> o
 }
 
 template <auto kKernel>
-void one_buffer() {
+void run_with_buffer() {
     std::vector<int> out(64);
     launch<kKernel>(dim3(1), dim3(64), 0, Stream{}, buffer(out));
 }
 template <auto kKernel>
-void one_warp() {
+void run_one_warp() {
     std::vector<int> out(32);
     launch<kKernel>(dim3(1), dim3(32), 0, Stream{}, buffer(out));
 }
 template <auto kKernel, unsigned kThreads = 64>
-void no_buffer() {
+void run_blocks() {
     launch<kKernel>(dim3(3), dim3(kThreads), 0, Stream{});
 }
 template <auto kKernel>
-void copies() {
+void run_with_input() {
     std::vector<float> in(128), out(32);
     launch<kKernel>(dim3(1), dim3(32), 0, Stream{}, Global<const float>(buffer(in)), buffer(out));
 }
@@ -519,7 +519,7 @@ __global__ void not_rounded_kernel() {
 }
 
 template <auto kKernel>
-void floats() {
+void run_with_floats() {
     std::vector<float> out(65);  // 128 bytes would fit the last vector, 65 floats do not
     launch<kKernel>(dim3(1), dim3(17), 0, Stream{}, buffer(out));
 }
@@ -541,48 +541,48 @@ const Cases kClean = {
 };
 
 const Cases kFaults = {
-    {"divergent barrier", no_buffer<divergent_barrier_kernel>},
-    {"skipped barrier", no_buffer<skipped_barrier_kernel>},
-    {"exited lane", one_warp<exited_lane_kernel>},
-    {"absent lane", one_warp<absent_lane_kernel>},
+    {"divergent barrier", run_blocks<divergent_barrier_kernel>},
+    {"skipped barrier", run_blocks<skipped_barrier_kernel>},
+    {"exited lane", run_one_warp<exited_lane_kernel>},
+    {"absent lane", run_one_warp<absent_lane_kernel>},
     {"missing lanes",
      [] {
          std::vector<int> out(48);
          launch<missing_lanes_kernel>(dim3(1), dim3(48), 0, Stream{}, buffer(out));
      }},
-    {"not in mask", one_warp<not_in_mask_kernel>},
-    {"outside source", one_warp<outside_source_kernel>},
+    {"not in mask", run_one_warp<not_in_mask_kernel>},
+    {"outside source", run_one_warp<outside_source_kernel>},
     {"mixed collectives",
      [] {
          std::vector<unsigned> out(32);
          launch<mixed_collectives_kernel>(dim3(1), dim3(32), 0, Stream{}, buffer(out));
      }},
-    {"write-read race", one_buffer<write_read_race_kernel>},
-    {"reader forgotten", one_warp<reader_forgotten_kernel>},
-    {"read-write race", one_buffer<read_write_race_kernel>},
-    {"write-write race", no_buffer<write_write_race_kernel>},
-    {"shuffle is not a fence", one_warp<shuffle_is_not_a_fence_kernel>},
-    {"wrong half", one_warp<wrong_half_kernel>},
-    {"atomic and plain", one_warp<atomic_and_plain_kernel>},
-    {"uninitialized", one_buffer<uninitialized_kernel>},
+    {"write-read race", run_with_buffer<write_read_race_kernel>},
+    {"reader forgotten", run_one_warp<reader_forgotten_kernel>},
+    {"read-write race", run_with_buffer<read_write_race_kernel>},
+    {"write-write race", run_blocks<write_write_race_kernel>},
+    {"shuffle is not a fence", run_one_warp<shuffle_is_not_a_fence_kernel>},
+    {"wrong half", run_one_warp<wrong_half_kernel>},
+    {"atomic and plain", run_one_warp<atomic_and_plain_kernel>},
+    {"uninitialized", run_with_buffer<uninitialized_kernel>},
     {"uninitialized dynamic",
      [] {
          std::vector<int> out(32);
          launch<uninitialized_dynamic_kernel>(dim3(1), dim3(32), 128, Stream{}, buffer(out));
      }},
-    {"shared bounds", no_buffer<shared_bounds_kernel, 32>},
+    {"shared bounds", run_blocks<shared_bounds_kernel, 32>},
     {"dynamic bounds", [] { launch<dynamic_bounds_kernel>(dim3(1), dim3(33), 128, Stream{}); }},
     {"global read",
      [] {
          std::vector<float> in(32), out(32);
          launch<global_read_kernel>(dim3(1), dim3(32), 0, Stream{}, Global<const float>(buffer(in)), buffer(out));
      }},
-    {"global write", floats<global_write_kernel>},
-    {"global vector", floats<global_vector_kernel>},
-    {"misaligned", floats<misaligned_kernel>},
-    {"not rounded", no_buffer<not_rounded_kernel, 32>},
-    {"early copy", copies<early_copy_kernel>},
-    {"copy over readers", copies<copy_over_readers_kernel>},
+    {"global write", run_with_floats<global_write_kernel>},
+    {"global vector", run_with_floats<global_vector_kernel>},
+    {"misaligned", run_with_floats<misaligned_kernel>},
+    {"not rounded", run_blocks<not_rounded_kernel, 32>},
+    {"early copy", run_with_input<early_copy_kernel>},
+    {"copy over readers", run_with_input<copy_over_readers_kernel>},
 };
 
 }  // namespace

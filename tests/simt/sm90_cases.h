@@ -37,7 +37,7 @@ constexpr unsigned row_bytes(Swizzle swizzle) {
 }
 
 // Swizzled address of the 16 bytes that are at `address` without swizzle.
-inline unsigned place_of(unsigned address, Swizzle swizzle) {
+inline unsigned swizzled_address(unsigned address, Swizzle swizzle) {
     const unsigned chunks = row_bytes(swizzle) / 16, chunk = address / 16;
     return address - chunk % chunks * 16 + (chunk % chunks ^ address / 128 % chunks) * 16;
 }
@@ -53,8 +53,8 @@ struct Memory {
         : first(memory + (1024 - shared_address(memory) % 1024) % 1024 / 2), address(shared_address(first)) {}
 
     // Pointer to the element at an address.
-    Shared<uint16_t> at(unsigned where) const {
-        return first + (static_cast<int>(where) - static_cast<int>(address)) / 2;
+    Shared<uint16_t> at(unsigned element) const {
+        return first + (static_cast<int>(element) - static_cast<int>(address)) / 2;
     }
 
     // Fill with zeros by `threads` threads; the running thread has number `thread`.
@@ -79,6 +79,22 @@ TensorMap map_of(std::vector<T>& values, int64_t columns, int64_t rows, int box_
 inline uint64_t a_at(unsigned address) { return matrix_descriptor(address, 16, 1024); }
 inline uint64_t b_at(unsigned address) { return matrix_descriptor(address, 64 * 128, 1024); }
 
+// Start d = a * b (64 x 64) for descriptors of a and b, 16 of k. A report names the line of the caller.
+inline void multiply(
+    WgmmaSums<32>& sums, uint64_t a, uint64_t b, simt::SourceLocation location = simt::SourceLocation::current()) {
+    wgmma_fence(location);
+    Wgmma<64>::multiply(sums, a, b, 0, bfloat16{}, location);
+}
+
+// Start the copy of the first box of a map, 64 x 64 elements, to shared memory. One thread calls it. A report names the
+// line of the caller.
+inline void load_box(
+    const TensorMap& map, unsigned target, unsigned barrier,
+    simt::SourceLocation location = simt::SourceLocation::current()) {
+    mbarrier_expect(barrier, 64 * 128, location);
+    tma_load_3d(target, &map, 0, 0, 0, barrier, location);
+}
+
 // Common start of most kernels: a (64 x 64) at `a`, b (64 x 64) at `b`, and `count` mbarriers for one arrival each.
 #define SM90_BLOCK(count)                                                                    \
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);                                           \
@@ -101,25 +117,79 @@ inline uint64_t b_at(unsigned address) { return matrix_descriptor(address, 64 * 
     fence_async_proxy();                               \
     __syncthreads()
 
+// Launches of a kernel: without arguments, with a buffer, with a tensor map, with both.
 template <auto kKernel, unsigned kThreads = 128, unsigned kBlocks = 1>
-void alone() {
+void run() {
     launch<kKernel>(dim3(kBlocks), dim3(kThreads), kSharedBytes, Stream{});
 }
 template <auto kKernel, typename T = int>
-void into_buffer() {
+void run_with_buffer() {
     std::vector<T> out(128);
     launch<kKernel>(dim3(1), dim3(128), kSharedBytes, Stream{}, buffer(out));
 }
 template <auto kKernel, unsigned kThreads = 128, unsigned kBlocks = 1>
-void of_tensor() {
+void run_with_map() {
     std::vector<bfloat16> tensor(64 * 128);
     launch<kKernel>(dim3(kBlocks), dim3(kThreads), kSharedBytes, Stream{}, map_of(tensor, 128, 64));
 }
 template <auto kKernel>
-void of_tensor_into_buffer() {
+void run_with_map_and_buffer() {
     std::vector<bfloat16> tensor(64 * 128);
     std::vector<int> out(128);
     launch<kKernel>(dim3(1), dim3(128), kSharedBytes, Stream{}, map_of(tensor, 128, 64), buffer(out));
+}
+
+// Return whether a launch is stopped by a fault.
+template <typename Launch>
+bool is_stopped(Launch launch) {
+    try {
+        launch();
+    } catch (const std::runtime_error&) {
+        return true;
+    }
+    return false;
+}
+
+// Stop a block while copies and products are in flight.
+__global__ void stopped_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
+    SM90_OPERANDS(3);
+    const unsigned c = b + 64 * 128;
+    if (thread == 0) {
+        for (unsigned i = 0; i < 3; ++i) {
+            load_box(map, c + i * 64 * 128, barrier + 8 * i);
+        }
+    }
+    __syncthreads();
+    WgmmaSums<32> sums = {};
+    multiply(sums, a_at(a), b_at(b));
+    wgmma_commit();
+    const uint16_t value = memory.at(c)[thread];
+    out[thread] = value;
+}
+
+// Reach a named barrier with half of the threads that it waits for.
+__global__ void waiting_kernel() {
+    if (threadIdx.x < 32) {
+        named_barrier<1, 64>();
+    }
+}
+
+// Run clean cases after faults have stopped blocks, whose stacks and shared memory the next launches reuse.
+template <typename Run>
+void run_after_faults(Run run_clean_cases) {
+    std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
+    std::vector<int> out(128);
+    for (const unsigned blocks : {1u, 16u}) {
+        const bool stopped = is_stopped([&] {
+            launch<stopped_kernel>(
+                dim3(blocks), dim3(128), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
+        });
+        expect(stopped, "a fault of copies and products");
+        run_clean_cases();
+        expect(
+            is_stopped([&] { launch<waiting_kernel>(dim3(blocks), dim3(96), 0, Stream{}); }), "a fault of a barrier");
+        run_clean_cases();
+    }
 }
 
 }  // namespace spatialflow

@@ -11,8 +11,7 @@ namespace {
 __global__ void short_expect_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SM90_BLOCK(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);
+        load_box(map, a, barrier);
         tma_load_3d(b, &map, 0, 0, 0, barrier);  // line: short expect, late
     }
     mbarrier_wait(barrier, 0);
@@ -36,16 +35,14 @@ __global__ void invisible_to_TMA_kernel(const __grid_constant__ TensorMap map) {
     const unsigned barrier = shared_address(barriers);
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, 1);
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(shared_address(dynamic), &map, 0, 0, 0, barrier);  // line: invisible to TMA
+        load_box(map, shared_address(dynamic), barrier);  // line: invisible to TMA
     }
 }
 
 __global__ void read_before_TMA_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SM90_BLOCK(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);
+        load_box(map, a, barrier);
     }
     __syncthreads();
     const uint16_t value = memory.at(a)[thread];  // line: read before TMA
@@ -55,8 +52,7 @@ __global__ void read_before_TMA_kernel(const __grid_constant__ TensorMap map, Gl
 __global__ void write_before_TMA_kernel(const __grid_constant__ TensorMap map) {
     SM90_BLOCK(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);
+        load_box(map, a, barrier);
     }
     __syncthreads();
     memory.at(a)[thread] = uint16_t{1};  // line: write before TMA
@@ -67,8 +63,7 @@ __global__ void TMA_over_a_store_kernel(const __grid_constant__ TensorMap map) {
     memory.at(a)[thread] = uint16_t{1};
     __syncthreads();
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: TMA over a store
+        load_box(map, a, barrier);  // line: TMA over a store
     }
 }
 
@@ -77,8 +72,7 @@ __global__ void TMA_over_readers_kernel(const __grid_constant__ TensorMap map, G
     const uint16_t value = memory.at(a)[thread];
     out[thread] = value;
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: TMA over readers
+        load_box(map, a, barrier);  // line: TMA over readers
     }
 }
 
@@ -95,16 +89,14 @@ __global__ void two_copies_in_one_place_kernel(const __grid_constant__ TensorMap
 __global__ void misaligned_target_kernel(const __grid_constant__ TensorMap map) {
     SM90_BLOCK(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a + 64, &map, 0, 0, 0, barrier);  // line: misaligned target
+        load_box(map, a + 64, barrier);  // line: misaligned target
     }
 }
 
 __global__ void target_out_of_bounds_kernel(const __grid_constant__ TensorMap map) {
     SM90_BLOCK(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a + kSharedBytes - 2048, &map, 0, 0, 0, barrier);  // line: target out of bounds
+        load_box(map, a + kSharedBytes - 2048, barrier);  // line: target out of bounds
     }
 }
 
@@ -119,8 +111,7 @@ __global__ void copy_at_exit_kernel(const __grid_constant__ TensorMap map) {
     SM90_BLOCK(1);
     if (thread == 0) {
         mbarrier_wait(barrier, 1);
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: copy at exit
+        load_box(map, a, barrier);  // line: copy at exit
     }
 }
 
@@ -161,8 +152,7 @@ __global__ void no_syncwarp_before_release_kernel(const __grid_constant__ Tensor
             if (round > 0) {
                 mbarrier_wait(barrier + 8, 0);
             }
-            mbarrier_expect(barrier, 64 * 128);
-            tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: no syncwarp before release
+            load_box(map, a, barrier);  // line: no syncwarp before release
         }
     }
 }
@@ -170,8 +160,7 @@ __global__ void no_syncwarp_before_release_kernel(const __grid_constant__ Tensor
 __global__ void second_producer_kernel(const __grid_constant__ TensorMap map) {
     SM90_BLOCK(1);
     if (thread % 64 == 0) {
-        mbarrier_expect(barrier, 64 * 128);  // line: second producer
-        tma_load_3d(a + thread / 64 * 64 * 128, &map, 0, 0, 0, barrier);
+        load_box(map, a + thread / 64 * 64 * 128, barrier);  // line: second producer
     }
     __syncthreads();
     mbarrier_wait(barrier, 0);
@@ -180,8 +169,7 @@ __global__ void second_producer_kernel(const __grid_constant__ TensorMap map) {
 __global__ void atomic_beside_TMA_kernel(const __grid_constant__ TensorMap map) {
     SM90_BLOCK(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);
+        load_box(map, a, barrier);
     }
     if (thread == 64) {
         atomicAdd(pointer_cast<int>(memory.at(a)), 1);  // line: atomic beside TMA
@@ -194,8 +182,7 @@ __global__ void TMA_over_atomics_kernel(const __grid_constant__ TensorMap map) {
     atomicAdd(pointer_cast<int>(memory.at(a)), 1);
     __syncthreads();
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);  // line: TMA over atomics
+        load_box(map, a, barrier);  // line: TMA over atomics
     }
 }
 
@@ -206,8 +193,7 @@ __global__ void TMA_over_an_mbarrier_kernel(const __grid_constant__ TensorMap ma
         const unsigned barrier = memory.address + 4096;
         mbarrier_init(barrier, 1);
         mbarrier_init_fence();
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(memory.address, &map, 0, 0, 0, barrier);  // line: TMA over an mbarrier
+        load_box(map, memory.address, barrier);  // line: TMA over an mbarrier
     }
 }
 
@@ -218,18 +204,18 @@ void encode(const int64_t (&sizes)[3], const int (&box)[3], Swizzle swizzle, sim
 }
 
 const Cases kFaults = {
-    {"TMA over a store", of_tensor<TMA_over_a_store_kernel>},
-    {"TMA over an mbarrier", of_tensor<TMA_over_an_mbarrier_kernel>},
-    {"TMA over atomics", of_tensor<TMA_over_atomics_kernel>},
-    {"TMA over readers", of_tensor_into_buffer<TMA_over_readers_kernel>},
-    {"atomic beside TMA", of_tensor<atomic_beside_TMA_kernel>},
-    {"copy at exit", of_tensor<copy_at_exit_kernel>},
-    {"invisible to TMA", of_tensor<invisible_to_TMA_kernel>},
-    {"long expect", of_tensor<long_expect_kernel>},
-    {"mbarrier of another stage", of_tensor_into_buffer<mbarrier_of_another_stage_kernel>},
-    {"misaligned target", of_tensor<misaligned_target_kernel>},
-    {"no syncwarp before release", of_tensor_into_buffer<no_syncwarp_before_release_kernel>},
-    {"read before TMA", of_tensor_into_buffer<read_before_TMA_kernel>},
+    {"TMA over a store", run_with_map<TMA_over_a_store_kernel>},
+    {"TMA over an mbarrier", run_with_map<TMA_over_an_mbarrier_kernel>},
+    {"TMA over atomics", run_with_map<TMA_over_atomics_kernel>},
+    {"TMA over readers", run_with_map_and_buffer<TMA_over_readers_kernel>},
+    {"atomic beside TMA", run_with_map<atomic_beside_TMA_kernel>},
+    {"copy at exit", run_with_map<copy_at_exit_kernel>},
+    {"invisible to TMA", run_with_map<invisible_to_TMA_kernel>},
+    {"long expect", run_with_map<long_expect_kernel>},
+    {"mbarrier of another stage", run_with_map_and_buffer<mbarrier_of_another_stage_kernel>},
+    {"misaligned target", run_with_map<misaligned_target_kernel>},
+    {"no syncwarp before release", run_with_map_and_buffer<no_syncwarp_before_release_kernel>},
+    {"read before TMA", run_with_map_and_buffer<read_before_TMA_kernel>},
     {"row beyond the swizzle",
      [] {
          encode(
@@ -244,21 +230,21 @@ const Cases kFaults = {
          encode(
              {64, 16, 1}, {32, 8, 1}, Swizzle::k128, simt::SourceLocation::current());  // line: row within the swizzle
      }},
-    {"second producer", of_tensor<second_producer_kernel>},
-    {"short expect", of_tensor_into_buffer<short_expect_kernel>},
-    {"target out of bounds", of_tensor<target_out_of_bounds_kernel>},
+    {"second producer", run_with_map<second_producer_kernel>},
+    {"short expect", run_with_map_and_buffer<short_expect_kernel>},
+    {"target out of bounds", run_with_map<target_out_of_bounds_kernel>},
     {"tensor too small",
      [] {
          encode({1024, 17, 1}, {64, 8, 1}, Swizzle::k128, simt::SourceLocation::current());  // line: tensor too small
      }},
-    {"two copies in one place", of_tensor<two_copies_in_one_place_kernel>},
-    {"unexpected copy", of_tensor<unexpected_copy_kernel>},
+    {"two copies in one place", run_with_map<two_copies_in_one_place_kernel>},
+    {"unexpected copy", run_with_map<unexpected_copy_kernel>},
     {"wide box",
      [] {
          encode({1024, 16, 1}, {64, 257, 1}, Swizzle::k128, simt::SourceLocation::current());  // line: wide box
      }},
-    {"write before TMA", of_tensor<write_before_TMA_kernel>},
-    {"wrong dimensions", of_tensor<wrong_dimensions_kernel>},
+    {"write before TMA", run_with_map<write_before_TMA_kernel>},
+    {"wrong dimensions", run_with_map<wrong_dimensions_kernel>},
 };
 
 }  // namespace

@@ -14,9 +14,8 @@ __global__ void no_proxy_fence_kernel() {
     memory.clear(memory.address, 2 * 64 * 128, threadIdx.x, 128);
     __syncthreads();
     WgmmaSums<32> sums = {};
-    wgmma_fence();
     const uint64_t left = a_at(memory.address), right = b_at(memory.address + 64 * 128);
-    Wgmma<64>::multiply(sums, left, right, 0, bfloat16{});  // line: no proxy fence
+    multiply(sums, left, right);  // line: no proxy fence
 }
 
 __global__ void late_proxy_fence_kernel() {
@@ -31,8 +30,7 @@ __global__ void late_proxy_fence_kernel() {
     }
     mbarrier_wait(barrier, 0);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: late proxy fence
+    multiply(sums, a_at(a), b_at(b));  // line: late proxy fence
 }
 
 __global__ void fence_of_one_thread_kernel() {
@@ -43,8 +41,7 @@ __global__ void fence_of_one_thread_kernel() {
     }
     __syncthreads();
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: fence of one thread
+    multiply(sums, a_at(a), b_at(b));  // line: fence of one thread
 }
 
 __global__ void store_after_fence_kernel() {
@@ -56,15 +53,13 @@ __global__ void store_after_fence_kernel() {
     }
     __syncthreads();
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: store after fence
+    multiply(sums, a_at(a), b_at(b));  // line: store after fence
 }
 
 __global__ void swizzle_of_one_side_kernel(const __grid_constant__ TensorMap map) {
     SM90_OPERANDS(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(b, &map, 0, 0, 0, barrier);
+        load_box(map, b, barrier);
     }
     mbarrier_wait(barrier, 0);
     WgmmaSums<16> sums = {};
@@ -90,29 +85,25 @@ __global__ void exchanged_offsets_kernel(const __grid_constant__ TensorMap map) 
 __global__ void exchanged_offsets_of_a_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, matrix_descriptor(a, 1024, 16), b_at(b), 0, bfloat16{});  // line: exchanged offsets of a
+    multiply(sums, matrix_descriptor(a, 1024, 16), b_at(b));  // line: exchanged offsets of a
 }
 
 __global__ void rows_without_swizzle_kernel(const __grid_constant__ TensorMap map) {
     SM90_OPERANDS(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(a, &map, 0, 0, 0, barrier);
+        load_box(map, a, barrier);
     }
     mbarrier_wait(barrier, 0);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
     const uint64_t left = descriptor(a, 16, 1024, Swizzle::kNone);
-    Wgmma<64>::multiply(sums, left, b_at(b), 0, bfloat16{});  // line: rows without swizzle
+    multiply(sums, left, b_at(b));  // line: rows without swizzle
 }
 
 __global__ void overwritten_by_copy_kernel(const __grid_constant__ TensorMap map) {
     SM90_OPERANDS(1);
     if (thread < 128) {
         WgmmaSums<32> sums = {};
-        wgmma_fence();
-        Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+        multiply(sums, a_at(a), b_at(b));
         wgmma_commit();
         named_barrier<1, 160>();
         wgmma_wait<0>();
@@ -120,16 +111,14 @@ __global__ void overwritten_by_copy_kernel(const __grid_constant__ TensorMap map
     }
     named_barrier<1, 160>();
     if (thread == 128) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(b, &map, 0, 0, 0, barrier);  // line: overwritten by copy
+        load_box(map, b, barrier);  // line: overwritten by copy
     }
 }
 
 __global__ void overwritten_by_store_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    multiply(sums, a_at(a), b_at(b));
     wgmma_commit();
     __syncthreads();
     memory.at(b)[thread] = uint16_t{1};  // line: overwritten by store
@@ -141,8 +130,7 @@ __global__ void released_too_early_kernel() {
     if (thread < 128) {
         WgmmaSums<32> sums = {};
         for (int round = 0; round < 2; ++round) {
-            wgmma_fence();
-            Wgmma<64>::multiply(sums, a_at(a + static_cast<unsigned>(round) * 32), b_at(b), 0, bfloat16{});
+            multiply(sums, a_at(a + static_cast<unsigned>(round) * 32), b_at(b));
             wgmma_commit();
         }
         wgmma_wait<1>();
@@ -160,8 +148,7 @@ __global__ void one_warp_releases_kernel() {
     SM90_OPERANDS(1);
     if (thread < 128) {
         WgmmaSums<32> sums = {};
-        wgmma_fence();
-        Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+        multiply(sums, a_at(a), b_at(b));
         wgmma_commit();
         wgmma_wait<0>();
         if (thread == 0) {
@@ -176,8 +163,7 @@ __global__ void one_warp_releases_kernel() {
 __global__ void sums_before_wait_kernel(Global<float> out) {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    multiply(sums, a_at(a), b_at(b));
     wgmma_commit();
     wgmma_wait<1>();
     out[thread] = sums[0];  // line: sums before wait
@@ -186,8 +172,7 @@ __global__ void sums_before_wait_kernel(Global<float> out) {
 __global__ void no_commit_kernel(Global<float> out) {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    multiply(sums, a_at(a), b_at(b));
     wgmma_wait<0>();
     out[thread] = sums[0];  // line: no commit
 }
@@ -195,8 +180,7 @@ __global__ void no_commit_kernel(Global<float> out) {
 __global__ void sums_end_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: sums end
+    multiply(sums, a_at(a), b_at(b));  // line: sums end
     wgmma_commit();
 }
 
@@ -222,30 +206,26 @@ __global__ void no_wgmma_fence_kernel(Global<float> out) {
 __global__ void start_not_shifted_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
     const uint64_t raw = (a_at(0) | a) + 40 * 1024;
-    Wgmma<64>::multiply(sums, raw, b_at(b), 0, bfloat16{});  // line: start not shifted
+    multiply(sums, raw, b_at(b));  // line: start not shifted
 }
 
 __global__ void start_of_the_low_kilobytes_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(0) | a, b_at(b), 0, bfloat16{});  // line: start of the low kilobytes
+    multiply(sums, a_at(0) | a, b_at(b));  // line: start of the low kilobytes
 }
 
 __global__ void base_offset_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a + 128) | uint64_t{1} << 49, b_at(b), 0, bfloat16{});  // line: base offset
+    multiply(sums, a_at(a + 128) | uint64_t{1} << 49, b_at(b));  // line: base offset
 }
 
 __global__ void operand_out_of_bounds_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(a + kSharedBytes), 0, bfloat16{});  // line: operand out of bounds
+    multiply(sums, a_at(a), b_at(a + kSharedBytes));  // line: operand out of bounds
 }
 
 __global__ void wrong_first_warp_kernel() {
@@ -254,38 +234,33 @@ __global__ void wrong_first_warp_kernel() {
         return;
     }
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: wrong first warp
+    multiply(sums, a_at(a), b_at(b));  // line: wrong first warp
 }
 
 __global__ void different_descriptors_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
     const uint64_t left = a_at(a + thread / 64 * 32);
-    Wgmma<64>::multiply(sums, left, b_at(b), 0, bfloat16{});  // line: different descriptors
+    multiply(sums, left, b_at(b));  // line: different descriptors
 }
 
 __global__ void elected_lane_waits_kernel(const __grid_constant__ TensorMap map, unsigned elected) {
     SM90_OPERANDS(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(b, &map, 0, 0, 0, barrier);
+        load_box(map, b, barrier);
     }
     if (thread % 32 == elected) {
         mbarrier_wait(barrier, 0);
     }
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: elected lane waits
+    multiply(sums, a_at(a), b_at(b));  // line: elected lane waits
 }
 
 // The storing thread has waited only for the products of its warp.
 __global__ void store_after_own_wait_kernel() {
     SM90_OPERANDS(1);
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    multiply(sums, a_at(a), b_at(b));
     wgmma_commit();
     wgmma_wait<0>();
     if (thread == 0) {
@@ -299,8 +274,7 @@ __global__ void one_warpgroup_releases_kernel(const __grid_constant__ TensorMap 
     if (thread < 256) {
         mbarrier_wait(barrier, 0);
         WgmmaSums<32> sums = {};
-        wgmma_fence();
-        Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+        multiply(sums, a_at(a), b_at(b));
         wgmma_commit();
         wgmma_wait<0>();
         if (thread < 128) {
@@ -314,8 +288,7 @@ __global__ void one_warpgroup_releases_kernel(const __grid_constant__ TensorMap 
             if (round > 0) {
                 mbarrier_wait(barrier + 8, 0);
             }
-            mbarrier_expect(barrier, 64 * 128);
-            tma_load_3d(b, &map, 0, 0, 0, barrier);  // line: one warpgroup releases
+            load_box(map, b, barrier);  // line: one warpgroup releases
         }
     }
 }
@@ -323,8 +296,7 @@ __global__ void one_warpgroup_releases_kernel(const __grid_constant__ TensorMap 
 __global__ void two_bytes_after_TMA_kernel(const __grid_constant__ TensorMap map) {
     SM90_OPERANDS(1);
     if (thread == 0) {
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(b, &map, 0, 0, 0, barrier);
+        load_box(map, b, barrier);
     }
     mbarrier_wait(barrier, 0);
     if (thread == 3) {
@@ -332,8 +304,7 @@ __global__ void two_bytes_after_TMA_kernel(const __grid_constant__ TensorMap map
     }
     __syncthreads();
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: two bytes after TMA
+    multiply(sums, a_at(a), b_at(b));  // line: two bytes after TMA
 }
 
 __global__ void cp_async_without_proxy_fence_kernel(Global<int> values) {
@@ -345,8 +316,7 @@ __global__ void cp_async_without_proxy_fence_kernel(Global<int> values) {
     }
     __syncthreads();
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: cp.async without proxy fence
+    multiply(sums, a_at(a), b_at(b));  // line: cp.async without proxy fence
 }
 
 __global__ void elected_lane_fences_kernel() {
@@ -357,14 +327,13 @@ __global__ void elected_lane_fences_kernel() {
         fence_async_proxy();
     }
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: elected lane fences
+    multiply(sums, a_at(a), b_at(b));  // line: elected lane fences
 }
 
-__global__ void lanes_apart_kernel() {
+__global__ void lanes_at_two_lines_kernel() {
     SM90_OPERANDS(1);
     if (thread % 32 < 31) {
-        wgmma_fence();  // line: lanes apart
+        wgmma_fence();  // line: lanes at two lines
     } else {
         wgmma_fence();
     }
@@ -376,15 +345,13 @@ __global__ void operands_of_the_first_block_kernel(const __grid_constant__ Tenso
         memory.clear(a, 64 * 128, thread, 128);
         fence_async_proxy();
         if (thread == 0) {
-            mbarrier_expect(barrier, 64 * 128);
-            tma_load_3d(b, &map, 0, 0, 0, barrier);
+            load_box(map, b, barrier);
         }
         mbarrier_wait(barrier, 0);
     }
     __syncthreads();
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});  // line: operands of the first block
+    multiply(sums, a_at(a), b_at(b));  // line: operands of the first block
     wgmma_commit();
     wgmma_wait<0>();
 }
@@ -396,28 +363,28 @@ void elected_lane_waits() {
 }
 
 const Cases kFaults = {
-    {"base offset", alone<base_offset_kernel>},
-    {"cp.async without proxy fence", into_buffer<cp_async_without_proxy_fence_kernel>},
-    {"different descriptors", alone<different_descriptors_kernel>},
-    {"elected lane fences", alone<elected_lane_fences_kernel>},
+    {"base offset", run<base_offset_kernel>},
+    {"cp.async without proxy fence", run_with_buffer<cp_async_without_proxy_fence_kernel>},
+    {"different descriptors", run<different_descriptors_kernel>},
+    {"elected lane fences", run<elected_lane_fences_kernel>},
     {"elected lane waits", elected_lane_waits<0>},
     {"elected lane waits, the last", elected_lane_waits<31>},
-    {"exchanged offsets", of_tensor<exchanged_offsets_kernel>},
-    {"exchanged offsets of a", alone<exchanged_offsets_of_a_kernel>},
-    {"fence of one thread", alone<fence_of_one_thread_kernel>},
-    {"lanes apart", alone<lanes_apart_kernel>},
-    {"late proxy fence", alone<late_proxy_fence_kernel, 256>},
-    {"no commit", into_buffer<no_commit_kernel, float>},
-    {"no proxy fence", alone<no_proxy_fence_kernel>},
-    {"no wgmma fence", into_buffer<no_wgmma_fence_kernel, float>},
-    {"one warp releases", alone<one_warp_releases_kernel, 160>},
-    {"one warpgroup releases", of_tensor<one_warpgroup_releases_kernel, 288>},
-    {"operand out of bounds", alone<operand_out_of_bounds_kernel>},
-    {"operands of the first block", of_tensor<operands_of_the_first_block_kernel, 128, 2>},
-    {"outside sums", into_buffer<outside_sums_kernel, float>},
-    {"overwritten by copy", of_tensor<overwritten_by_copy_kernel, 160>},
-    {"overwritten by store", alone<overwritten_by_store_kernel>},
-    {"released too early", alone<released_too_early_kernel, 160>},
+    {"exchanged offsets", run_with_map<exchanged_offsets_kernel>},
+    {"exchanged offsets of a", run<exchanged_offsets_of_a_kernel>},
+    {"fence of one thread", run<fence_of_one_thread_kernel>},
+    {"lanes at two lines", run<lanes_at_two_lines_kernel>},
+    {"late proxy fence", run<late_proxy_fence_kernel, 256>},
+    {"no commit", run_with_buffer<no_commit_kernel, float>},
+    {"no proxy fence", run<no_proxy_fence_kernel>},
+    {"no wgmma fence", run_with_buffer<no_wgmma_fence_kernel, float>},
+    {"one warp releases", run<one_warp_releases_kernel, 160>},
+    {"one warpgroup releases", run_with_map<one_warpgroup_releases_kernel, 288>},
+    {"operand out of bounds", run<operand_out_of_bounds_kernel>},
+    {"operands of the first block", run_with_map<operands_of_the_first_block_kernel, 128, 2>},
+    {"outside sums", run_with_buffer<outside_sums_kernel, float>},
+    {"overwritten by copy", run_with_map<overwritten_by_copy_kernel, 160>},
+    {"overwritten by store", run<overwritten_by_store_kernel>},
+    {"released too early", run<released_too_early_kernel, 160>},
     {"rows without swizzle",
      [] {
          std::vector<bfloat16> tensor(64 * 64);
@@ -425,15 +392,15 @@ const Cases kFaults = {
          encode_map<bfloat16, 3>(map, constant(tensor), {64, 64, 1}, {64, 64 * 64}, {64, 64, 1}, Swizzle::kNone);
          launch<rows_without_swizzle_kernel>(dim3(1), dim3(128), kSharedBytes, Stream{}, map);
      }},
-    {"start not shifted", alone<start_not_shifted_kernel>},
-    {"start of the low kilobytes", alone<start_of_the_low_kilobytes_kernel>},
-    {"store after fence", alone<store_after_fence_kernel>},
-    {"store after own wait", alone<store_after_own_wait_kernel>},
-    {"sums before wait", into_buffer<sums_before_wait_kernel, float>},
-    {"sums end", alone<sums_end_kernel>},
-    {"swizzle of one side", of_tensor<swizzle_of_one_side_kernel>},
-    {"two bytes after TMA", of_tensor<two_bytes_after_TMA_kernel>},
-    {"wrong first warp", alone<wrong_first_warp_kernel, 256>},
+    {"start not shifted", run<start_not_shifted_kernel>},
+    {"start of the low kilobytes", run<start_of_the_low_kilobytes_kernel>},
+    {"store after fence", run<store_after_fence_kernel>},
+    {"store after own wait", run<store_after_own_wait_kernel>},
+    {"sums before wait", run_with_buffer<sums_before_wait_kernel, float>},
+    {"sums end", run<sums_end_kernel>},
+    {"swizzle of one side", run_with_map<swizzle_of_one_side_kernel>},
+    {"two bytes after TMA", run_with_map<two_bytes_after_TMA_kernel>},
+    {"wrong first warp", run<wrong_first_warp_kernel, 256>},
 };
 
 }  // namespace

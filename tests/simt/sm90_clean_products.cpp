@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Clean kernels for compute capability 9.0, for the tests of the interpreter (tests/test_simt.py). Each case checks its
-// results.
+// Clean kernels for compute capability 9.0, for the tests of the interpreter (tests/test_simt.py): boxes of TMA and
+// products of wgmma. Each case checks its results.
 #include "sm90_cases.h"
 
 using namespace spatialflow;
@@ -63,7 +63,7 @@ void check_box(
             source += coordinate * (d == 0 ? 1 : strides[d - 1]);
         }
         const uint16_t expected = inside ? tensor[static_cast<size_t>(source)].bits : uint16_t{0};
-        const unsigned place = place_of(address[0] + static_cast<unsigned>(i) * 2, swizzle) - address[0];
+        const unsigned place = swizzled_address(address[0] + static_cast<unsigned>(i) * 2, swizzle) - address[0];
         expect(out[place / 2] == expected, "box of TMA");
     }
 }
@@ -96,6 +96,16 @@ void boxes() {
             check_box<4>(map, tensor, sizes, strides, box, swizzle, at);
             check_box<3>(map_3d, tensor, sizes_3d, strides_3d, box_3d, swizzle, {at[0], at[1], at[2] * 3});
         }
+    }
+}
+
+// Store the sums of a thread, of a row-major product whose 64 rows of the warpgroup begin at `first_row`.
+template <int kOutputs>
+void store_sums(const WgmmaSums<kOutputs / 2>& sums, unsigned first_row, const Global<float>& d) {
+    const unsigned lane = threadIdx.x % 32;
+    for (unsigned i = 0; i < kOutputs / 2; ++i) {
+        const unsigned row = first_row + threadIdx.x % 128 / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
+        d[row * kOutputs + lane % 4 * 2 + i / 4 * 8 + i % 2] = sums[i];
     }
 }
 
@@ -134,12 +144,12 @@ __global__ void products_kernel(
         for (unsigned i = thread; i < kRows * kDepth; i += 128) {
             const unsigned row = i / kDepth, byte = i % kDepth * 2;
             const unsigned address = start_a + byte / row_a * kRows * row_a + row * row_a + byte % row_a;
-            memory.at(place_of(address, swizzle_a))[0] = a[i].bits;
+            memory.at(swizzled_address(address, swizzle_a))[0] = a[i].bits;
         }
         for (unsigned i = thread; i < kDepth * kOutputs; i += 128) {
             const unsigned row = i / kOutputs, byte = i % kOutputs * 2;
             const unsigned address = start_b + byte / row_b * kDepth * row_b + row * row_b + byte % row_b;
-            memory.at(place_of(address, swizzle_b))[0] = b[i].bits;
+            memory.at(swizzled_address(address, swizzle_b))[0] = b[i].bits;
         }
         fence_async_proxy();
         __syncthreads();
@@ -161,11 +171,7 @@ __global__ void products_kernel(
     wgmma_wait<1>();
     wgmma_wait<0>();
     pin(sums);
-    const unsigned lane = thread % 32;
-    for (unsigned i = 0; i < kOutputs / 2; ++i) {
-        const unsigned row = thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8, column = lane % 4 * 2 + i / 4 * 8 + i % 2;
-        d[row * kOutputs + column] = sums[i];
-    }
+    store_sums<kOutputs>(sums, 0, d);
 }
 
 template <typename T>
@@ -263,10 +269,7 @@ __global__ void pipeline_kernel(
         }
     }
     wgmma_wait<0>();
-    for (unsigned i = 0; i < 32; ++i) {
-        const unsigned row = threadIdx.x / 32 * 16 - 64 + lane / 4 + i % 4 / 2 * 8;
-        d[row * 64 + lane % 4 * 2 + i / 4 * 8 + i % 2] = sums[i];
-    }
+    store_sums<64>(sums, consumer * 64, d);
 }
 
 void pipeline() {
@@ -305,7 +308,7 @@ __global__ void written_pipeline_kernel(Global<const T> a, const __grid_constant
                 mbarrier_expect(full + 8 * stage, 64 * 128);
             }
             for (unsigned i = thread - 128; i < 64 * 8; i += 64) {
-                const unsigned target = place_of(start + i * 16, Swizzle::k128);
+                const unsigned target = swizzled_address(start + i * 16, Swizzle::k128);
                 const Vec<T, 8> values = load_vector<8>(a + (i / 8 * kPipelineSteps * 64 + step * 64 + i % 8 * 8));
                 store_vector(pointer_cast<T>(memory.at(target)), values);
             }
@@ -327,11 +330,7 @@ __global__ void written_pipeline_kernel(Global<const T> a, const __grid_constant
         wgmma_wait<0>();
         mbarrier_arrive(empty + 8 * stage);
     }
-    const unsigned lane = thread % 32;
-    for (unsigned i = 0; i < 32; ++i) {
-        const unsigned row = thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
-        d[row * 64 + lane % 4 * 2 + i / 4 * 8 + i % 2] = sums[i];
-    }
+    store_sums<64>(sums, 0, d);
 }
 
 void written_pipeline() {
@@ -345,186 +344,6 @@ void written_pipeline() {
     }
 }
 
-// Exchange values between warps 0 and 1 while warp 2 does not take part. All warps have read the values before.
-__global__ void named_barriers_kernel(Global<int> out) {
-    SPATIALFLOW_SHARED(int, tile, 64);
-    if (threadIdx.x < 64) {
-        tile[threadIdx.x] = 0;
-    }
-    __syncthreads();
-    int sum = tile[threadIdx.x % 64];
-    if (threadIdx.x == 63) {
-        fence_async_proxy();  // after the reads: from here on clocks track all warps
-    }
-    __syncthreads();
-    if (threadIdx.x < 64) {
-        for (int round = 1; round <= 3; ++round) {
-            tile[threadIdx.x] = round;
-            named_barrier<1, 64>();
-            const int other = tile[63 - threadIdx.x];
-            sum += other;
-            named_barrier<2, 64>();
-        }
-    }
-    out[threadIdx.x] = sum;
-}
-
-void named_barriers() {
-    std::vector<int> out(96);
-    launch<named_barriers_kernel>(dim3(2), dim3(96), 0, Stream{}, buffer(out));
-    expect(out[0] == 6 && out[63] == 6 && out[64] == 0, "named barriers");
-}
-
-// Pass a value along a ring of three warps, with an mbarrier between each two; TMA loads half of it.
-__global__ void ring_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
-    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
-    SPATIALFLOW_SHARED(int, value, 1);
-    SPATIALFLOW_SHARED(uint64_t, barriers, 4);
-    const Memory memory(dynamic);
-    const unsigned arrived = shared_address(barriers), copied = arrived + 24, warp = threadIdx.x / 32;
-    if (threadIdx.x == 0) {
-        for (unsigned i = 0; i < 3; ++i) {
-            mbarrier_init(arrived + 8 * i, 1);
-        }
-        mbarrier_init(copied, 1);
-        mbarrier_init_fence();
-        value[0] = 0;
-    }
-    __syncthreads();
-    for (unsigned round = 0; round < 4; ++round) {
-        if (warp != 0 || round != 0) {
-            mbarrier_wait(arrived + 8 * warp, (warp == 0 ? round - 1 : round) % 2);
-        }
-        if (threadIdx.x % 32 == 0) {
-            if (warp == 0) {
-                mbarrier_expect(copied, 64 * 128);
-                tma_load_3d(memory.address, &map, 0, 0, 0, copied);
-                mbarrier_wait(copied, round % 2);
-            }
-            const uint16_t number = memory.at(memory.address)[0];  // warp 0 has waited for all
-            value[0] += number;
-            mbarrier_arrive(arrived + 8 * ((warp + 1) % 3));
-        }
-        __syncwarp();
-    }
-    if (threadIdx.x == 64) {
-        const int sum = value[0];
-        out[0] = sum;
-    }
-}
-
-void ring() {
-    std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
-    std::vector<int> out(1);
-    launch<ring_kernel>(dim3(1), dim3(96), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
-    expect(out[0] == 36, "a ring of mbarriers");
-}
-
-// All lanes read one value and arrive separately. Some lanes arrive at another mbarrier too, in different rounds.
-__global__ void lanes_arrive_kernel(Global<int> out) {
-    SPATIALFLOW_SHARED(int, value, 1);
-    SPATIALFLOW_SHARED(uint64_t, barriers, 3);
-    const unsigned full = shared_address(barriers), empty = full + 8, other = full + 16;
-    if (threadIdx.x == 0) {
-        mbarrier_init(full, 32);
-        mbarrier_init(empty, 32);
-        mbarrier_init(other, 12);  // more than arrive
-    }
-    __syncthreads();
-    int sum = 0;
-    for (int round = 0; round < 4; ++round) {
-        if (threadIdx.x >= 32) {
-            mbarrier_wait(empty, round % 2 ^ 1);
-            if (threadIdx.x == 32) {
-                value[0] = round;
-            }
-            mbarrier_arrive(full);
-        } else {
-            mbarrier_wait(full, round % 2);
-            if (threadIdx.x % 3 == 0 && threadIdx.x % 4 == static_cast<unsigned>(round)) {
-                mbarrier_arrive(other);
-            }
-            const int read = value[0];
-            sum += read;
-            mbarrier_arrive(empty);
-        }
-    }
-    out[threadIdx.x] = sum;
-}
-
-void lanes_arrive() {
-    std::vector<int> out(64);
-    launch<lanes_arrive_kernel>(dim3(2), dim3(64), 0, Stream{}, buffer(out));
-    expect(out[0] == 6 && out[31] == 6, "arrivals of lanes");
-}
-
-// Complete one phase by two copies, one of them started before its bytes are expected; then replace single elements.
-__global__ void two_copies_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
-    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
-    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
-    const Memory memory(dynamic);
-    const unsigned barrier = shared_address(barriers), thread = threadIdx.x;
-    if (thread == 0) {
-        mbarrier_init(barrier, 2);
-        mbarrier_init_fence();
-    }
-    __syncthreads();
-    for (unsigned round = 0; round < 3; ++round) {
-        if (thread % 32 == 0) {
-            tma_load_3d(memory.address + thread / 32 * 64 * 128, &map, 0, 0, 0, barrier);
-            mbarrier_expect(barrier, 64 * 128);
-        }
-        mbarrier_wait(barrier, round % 2);
-        memory.at(memory.address)[thread] = static_cast<uint16_t>(thread + round);
-        __syncwarp();
-        const uint16_t next = memory.at(memory.address)[thread ^ 1], far = memory.at(memory.address)[thread + 64];
-        out[thread] = next * 100 + far;
-        fence_async_proxy();
-        __syncthreads();
-    }
-}
-
-void two_copies() {
-    std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
-    std::vector<int> out(64);
-    launch<two_copies_kernel>(dim3(1), dim3(64), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
-    expect(out[0] == 303 && out[63] == 6403, "two copies of a phase");
-}
-
-// A producer exits while its copies are in flight. One lane waits for them, and its warp synchronizes with it by
-// __syncwarp.
-__global__ void exited_producer_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
-    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
-    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
-    const Memory memory(dynamic);
-    const unsigned barrier = shared_address(barriers);
-    if (threadIdx.x == 0) {
-        mbarrier_init(barrier, 1);
-        mbarrier_init_fence();
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        if (threadIdx.x == 0) {
-            mbarrier_expect(barrier, 64 * 128);
-            tma_load_3d(memory.address, &map, 0, 0, 0, barrier);
-        }
-        return;
-    }
-    if (threadIdx.x == 63) {
-        mbarrier_wait(barrier, 0);
-    }
-    __syncwarp();
-    const uint16_t number = memory.at(memory.address)[threadIdx.x];
-    out[threadIdx.x] = number;
-}
-
-void exited_producer() {
-    std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
-    std::vector<int> out(64);
-    launch<exited_producer_kernel>(dim3(2), dim3(64), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
-    expect(out[32] == 3 && out[63] == 3, "copies of a thread that has exited");
-}
-
 // Compute d = a * b where a is a tap of a map with a halo. Its 64 rows are 8 x 8 pixels (y, x), and a row of the map
 // has 10.
 constexpr int kHalo = 10;
@@ -533,7 +352,7 @@ __global__ void halo_kernel(
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);
     const Memory memory(dynamic);
-    const unsigned a = memory.address, b = a + 13 * 1024, barrier = shared_address(barriers), lane = threadIdx.x % 32;
+    const unsigned a = memory.address, b = a + 13 * 1024, barrier = shared_address(barriers);
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, 1);
         mbarrier_init_fence();
@@ -552,10 +371,7 @@ __global__ void halo_kernel(
     }
     wgmma_commit();
     wgmma_wait<0>();
-    for (unsigned i = 0; i < 32; ++i) {
-        const unsigned row = threadIdx.x / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
-        d[row * 64 + lane % 4 * 2 + i / 4 * 8 + i % 2] = sums[i];
-    }
+    store_sums<64>(sums, 0, d);
 }
 
 void halo() {
@@ -573,9 +389,9 @@ void halo() {
     }
 }
 
-// Orders that need no more fences. Thread 0 waits for TMA and a barrier follows; then thread 64 stores two bytes into
-// the copied data. The readers, not the writers, execute the proxy fence. At the end each warp stores to the rows of a
-// that only its products read.
+// Accesses that need no further fences. Thread 0 waits for TMA and a barrier follows; then thread 64 stores two bytes
+// into the copied data. The readers, not the writers, execute the proxy fence. At the end each warp stores to the rows
+// of a that only its products read.
 __global__ void orders_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);
@@ -585,8 +401,7 @@ __global__ void orders_kernel(const __grid_constant__ TensorMap map, Global<int>
     if (thread == 0) {
         mbarrier_init(barrier, 1);
         mbarrier_init_fence();
-        mbarrier_expect(barrier, 64 * 128);
-        tma_load_3d(b, &map, 0, 0, 0, barrier);
+        load_box(map, b, barrier);
         mbarrier_wait(barrier, 0);
     }
     __syncthreads();
@@ -598,8 +413,7 @@ __global__ void orders_kernel(const __grid_constant__ TensorMap map, Global<int>
     __syncthreads();
     fence_async_proxy();
     WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
+    multiply(sums, a_at(a), b_at(b));
     wgmma_commit();
     wgmma_wait<0>();
     memory.at(a + thread / 32 * 16 * 128)[thread % 32] = uint16_t{1};
@@ -609,119 +423,24 @@ void orders() {
     std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
     std::vector<int> out(128);
     launch<orders_kernel>(dim3(2), dim3(128), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
-    expect(out[0] == 3 && out[127] == 3, "orders that need no more fences");
-}
-
-// Set fewer registers than before, as many, and more. The next block begins with all registers again.
-__global__ void registers_kernel() {
-    decrease_registers<240>();
-    decrease_registers<64>();
-    decrease_registers<64>();
-    increase_registers<64>();
-    increase_registers<232>();
-}
-
-void registers() { launch<registers_kernel>(dim3(2), dim3(128), 0, Stream{}); }
-
-// Stop a block while copies and products are in flight.
-__global__ void stopped_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
-    SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
-    SPATIALFLOW_SHARED(uint64_t, barriers, 3);
-    const Memory memory(dynamic);
-    const unsigned a = memory.address, b = a + 64 * 128, c = b + 64 * 128;
-    memory.clear(a, 2 * 64 * 128, threadIdx.x, 128);
-    fence_async_proxy();
-    if (threadIdx.x == 0) {
-        for (unsigned i = 0; i < 3; ++i) {
-            const unsigned barrier = shared_address(barriers) + 8 * i;
-            mbarrier_init(barrier, 1);
-            mbarrier_init_fence();
-            mbarrier_expect(barrier, 64 * 128);
-            tma_load_3d(c + i * 64 * 128, &map, 0, 0, 0, barrier);
-        }
-    }
-    __syncthreads();
-    WgmmaSums<32> sums = {};
-    wgmma_fence();
-    Wgmma<64>::multiply(sums, a_at(a), b_at(b), 0, bfloat16{});
-    wgmma_commit();
-    const uint16_t value = memory.at(c)[threadIdx.x];
-    out[threadIdx.x] = value;
-}
-
-// Reach a named barrier with half of the threads that it waits for.
-__global__ void waiting_kernel() {
-    if (threadIdx.x < 32) {
-        named_barrier<1, 64>();
-    }
+    expect(out[0] == 3 && out[127] == 3, "accesses that need no further fences");
 }
 
 void after_faults() {
-    std::vector<bfloat16> numbers(64 * 64, bfloat16{3});
-    std::vector<int> out(128);
-    const auto stops = [&](auto run) {
-        bool stopped = false;
-        try {
-            run();
-        } catch (const std::runtime_error&) {
-            stopped = true;
-        }
-        expect(stopped, "a fault");
-    };
-    for (const unsigned blocks : {1u, 16u}) {
-        stops([&] {
-            launch<stopped_kernel>(
-                dim3(blocks), dim3(128), kSharedBytes, Stream{}, map_of(numbers, 64, 64), buffer(out));
-        });
+    run_after_faults([] {
         orders();
         pipeline();
-        stops([&] { launch<waiting_kernel>(dim3(blocks), dim3(96), 0, Stream{}); });
-        named_barriers();
-        ring();
-    }
-}
-
-// Read 16 bytes by all warps at once, eight times. The next block first writes two of the last 16 bytes.
-__global__ void reused_kernel(Global<int> out) {
-    SPATIALFLOW_SHARED(uint16_t, tile, 64);
-    SPATIALFLOW_SHARED(uint64_t, barriers, 1);
-    if (threadIdx.x == 0) {
-        mbarrier_init(shared_address(barriers), 1);
-        tile[56] = uint16_t{1};
-    }
-    __syncthreads();
-    if (threadIdx.x < 8) {
-        store_vector(tile + threadIdx.x * 8, Vec<uint16_t, 8>{{2, 3, 4, 5, 6, 7, 8, 9}});
-    }
-    __syncthreads();
-    int sum = 0;
-    for (int i = 0; i < 64; i += 8) {
-        sum += load_vector<8>(tile + i)[7];
-    }
-    out[threadIdx.x] = sum;
-}
-
-void reused() {
-    std::vector<int> out(128);
-    launch<reused_kernel>(dim3(2), dim3(128), 0, Stream{}, buffer(out));
-    expect(out[0] == 72 && out[127] == 72, "shared memory of a second block");
+    });
 }
 
 const Cases kClean = {
     {"after_faults", after_faults},
     {"boxes", boxes},
-    {"exited_producer", exited_producer},
     {"halo", halo},
-    {"lanes_arrive", lanes_arrive},
-    {"named_barriers", named_barriers},
     {"orders", orders},
     {"pipeline", pipeline},
     {"products_bfloat16", products<bfloat16>},
     {"products_float16", products<float16>},
-    {"registers", registers},
-    {"reused", reused},
-    {"ring", ring},
-    {"two_copies", two_copies},
     {"written_pipeline", written_pipeline},
 };
 

@@ -126,7 +126,7 @@ def _plot_multiclass_nms() -> plt.Figure:
     left.imshow(scores, vmin=0, vmax=1, aspect="auto")
     for row, values in enumerate(scores.tolist()):
         for column, value in enumerate(values):
-            left.text(column, row, value, ha="center", va="center", color="white" if value < 0.6 else "black")
+            left.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value < 0.6 else "black")
     left.set_ylabel("box")
     left.set_xlabel("class")
     right.set_xlim(0, 100)

@@ -17,7 +17,7 @@ class ImageError(ValueError):
 
 
 class ImageWarning(DataWarning):
-    """A defect of an image file that was read all the same; the message names the file and the defect."""
+    """A defect of an image file that did not prevent reading it; the message names the file and the defect."""
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -190,9 +190,8 @@ def panoptic_json(path: Path) -> Path:
     """Find a panoptic JSON: `path` itself, the one in the output of `predict`, or the one beside a folder of PNGs."""
     candidates = [path]
     if os.path.isdir(path):
-        folder = (
-            path.resolve() if path.name in ("", "..") else path
-        )  # "." has no name, and that of ".." is not the folder's
+        # "." has no name, and ".." is not the name of its folder.
+        folder = path.resolve() if path.name in ("", "..") else path
         candidates = [path / "panoptic.json", folder.parent / f"{folder.name}.json"]
     for candidate in candidates:
         if os.path.exists(candidate) and not os.path.isdir(candidate):  # includes pipes
@@ -271,7 +270,7 @@ def path_in_oserror(path: Path | None) -> Iterator[None]:
 
 
 def format_error(error: Exception) -> str:
-    """Format an exception as a one-line message; an OSError with a file name is about writing that file."""
+    """Format an exception as a one-line message; an OSError with a file name was raised while that file was written."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: cannot be written: {error.strerror}"
     return str(error)

@@ -24,14 +24,13 @@ WRITERS = {"cpu": 1, "cuda": 8}
 """Largest number of threads that write files, by type of device. On the CPU the network needs the cores."""
 
 HELD = 4
-"""Images in memory until their files are written, with one thread; each further thread adds one."""
+"""Largest number of images in memory whose files are not written yet, with one thread; each further thread adds one."""
 
 RESULTS = ("panoptic", "overlays")
 """Folders of pictures in the output folder."""
 
-_INFO = {
-    "description": "written by spatialflow predict"
-}  # without a version, as files of another version may be replaced
+# Without a version, as files of another version may be replaced.
+_INFO = {"description": "written by spatialflow predict"}
 
 
 class PredictionFolder:
@@ -217,7 +216,7 @@ class PredictionFolder:
 
 
 def writers(kind: str) -> int:
-    """Number of threads for `PredictionFolder.add_all` by type of device; one core is left for the network's thread."""
+    """Choose the number of threads for `PredictionFolder.add_all` by type of device; leave one core to the network."""
     return max(1, min(WRITERS[kind], available_cores() - 1))
 
 

@@ -168,7 +168,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Section `test`: from the network's outputs to detections, masks and the panoptic map (paper, IV-B2)."""
+    """Section `test`: input sizes, and postprocessing to detections, masks and the panoptic map (paper, IV-B2)."""
 
     candidates_per_level: int = setting(
         1000, "highest-scoring anchors of each level that are decoded; 0 = all", NOT_NEGATIVE

@@ -90,7 +90,7 @@ class Categories:
         return np.array([0 if row is None else row.id for row in self.stuff], dtype=np.int64)
 
     def semantic_index(self, category_id: int) -> int:
-        """Semantic index of a category: for a thing that of "other"; 255 where there is none."""
+        """Return the semantic index of a category, for a thing that of "other"; 255 if it has no index."""
         if category_id in self.stuff_index:
             return self.stuff_index[category_id]
         if category_id in self.thing_label and self.other_index is not None:
@@ -107,7 +107,7 @@ class Categories:
 def load_categories(
     table: str | Path | None, num_things: int, num_stuff: int, has_stuff_head: bool = True
 ) -> Categories:
-    """The categories of a network.
+    """Load the categories of a network.
 
     Args:
         table: "coco", "cityscapes", a JSON file (a COCO category list, or a COCO or panoptic file with
@@ -140,7 +140,7 @@ def load_categories(
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The category rows of a JSON file: a list of them, or a mapping with the list under `categories`.
+    """Read the category rows of a JSON file: a list of them, or a mapping with the list under `categories`.
 
     Raises:
         CategoryError: the file cannot be read or holds no such rows.
@@ -162,7 +162,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _make_row(row: Any, where: str) -> Category:
-    """A category from a row of a table; CategoryError, which begins with `where`, for an invalid row."""
+    """Make a category from a row of a table; raise CategoryError, which begins with `where`, for an invalid row."""
     if not isinstance(row, Mapping) or type(row.get("id")) is not int or row.get("isthing") not in (0, 1):
         raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
     if not -(2**63) <= row["id"] < 2**63:
@@ -176,6 +176,6 @@ def _make_row(row: Any, where: str) -> Category:
 
 
 def _default_color(category_id: int) -> tuple[int, int, int]:
-    """A color derived from the id, for tables without colors."""
+    """Derive a color from the id, for tables without colors."""
     red, green, blue = np.random.RandomState(category_id % 2**32).randint(40, 220, 3).tolist()
     return red, green, blue

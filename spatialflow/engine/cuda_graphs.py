@@ -19,7 +19,7 @@ _capturing = threading.Lock()
 
 
 def _kernel_settings() -> tuple[Any, ...]:
-    """The settings of torch that choose kernels, and so the contents of a graph."""
+    """Collect the settings of torch that choose kernels, and so the contents of a graph."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
         cudnn.enabled,
@@ -63,7 +63,7 @@ class GraphCache:
         self._stream: Any = None  # of the last call
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the graphs, which belong to this process."""
+        """Return the state without the graphs, which are valid in this process only."""
         return {"device": self.device, "limit": self.limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class GraphCache:
         return captured.output
 
     def _capture_with_room(self, make: Callable[[], Callable[[list[Tensor]], Any]], inputs: list[Tensor]) -> _Captured:
-        """Capture a graph; where the memory is not enough, drop all other graphs and capture again."""
+        """Capture a graph; if it does not fit into memory, drop all other graphs and capture again."""
         try:
             return self._capture(make(), inputs)
         except torch.OutOfMemoryError:

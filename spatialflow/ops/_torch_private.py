@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """All private names of torch that the package uses.
 
-Torch gives no public access to what these names do and may rename them in any release. They are looked up when this
-module is imported. `tests/test_torch_private.py` tests that no other module of the package uses such a name.
+These names have no public equivalent, and torch may rename them in any release. They are looked up when this module is
+imported. `tests/test_torch_private.py` tests that no other module of the package uses such a name.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """Call an operator with tensors on the memory of arrays, and return arrays on the memory of its results.
 
     Args:
-        function: the operator. Its annotations tell which arguments are tensors.
+        function: the operator; its annotations determine which arguments are tensors.
         values: its arguments by name, and any other names. Lists and named tuples may have arrays as items.
 
     Returns:
@@ -75,9 +75,8 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
                 f"{op}: {name} must be an array of {library.__name__} as {first} is, got {type(array).__name__} of "
                 f"{_library_of(array).__name__}"
             )
-    sources: dict[
-        int, tuple[Tensor, Any]
-    ] = {}  # id of a tensor -> tensor, array; keeping the tensor keeps its id unique
+    # id of a tensor -> tensor, array; a reference to the tensor keeps its id unique.
+    sources: dict[int, tuple[Tensor, Any]] = {}
 
     def to_tensor(name: str, value: Any) -> Any:
         if name not in arrays:

@@ -24,9 +24,9 @@ def checked() -> Iterator[None]:
     """Return a context in which a bad value raises ValueError instead of being ignored.
 
     Bad values are: a box, delta, offset, mask, score, or logit of a candidate that is not finite, and a batch index
-    outside the batch. Outside this context they mean the same on every back end (zeros, no gradient, never kept) at no
-    cost. Inside it each call waits for the device to check its values, so it is for debugging, not for production.
-    Calls being traced by `torch.compile` are not checked.
+    outside the batch. Outside this context they have the same effect on every back end (zeros, no gradient, never
+    kept) at no cost. Inside it each call waits for the device to check its values, so it is for debugging, not for
+    production. Calls being traced by `torch.compile` are not checked.
     """
     token = _checking.set(True)
     try:

@@ -33,7 +33,7 @@ class _Operands(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Gradients by input, offset and mask; None where not wanted."""
+    """Gradients with respect to input, offset and mask; None where not needed."""
 
     input: Tensor | None
     offset: Tensor | None
@@ -53,7 +53,7 @@ def _output(operands: _Operands, settings: Settings) -> Tensor:
 
 
 def _data_gradients(operands: _Operands, settings: Settings, need_input: bool, need_sampling: bool) -> _Gradients:
-    """Return the gradients by input, and with `need_sampling` those by offset and mask."""
+    """Return the gradients of input, and with `need_sampling` those of offset and mask."""
     if not (need_input or need_sampling):
         return _Gradients(None, None, None)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -66,19 +66,19 @@ def _data_gradients(operands: _Operands, settings: Settings, need_input: bool, n
 
 
 def _offset_tangent_gradient(operands: _Operands, settings: Settings) -> Tensor | None:
-    """Return the gradient by `offset_tangent`, which is the operator's gradient by `offset`."""
+    """Return the gradient of `offset_tangent`, which is the operator's gradient of `offset`."""
     return _data_gradients(operands._replace(offset_tangent=None), settings, False, True).offset
 
 
 def _weight_gradient(operands: _Operands, settings: Settings, kernel: tuple[int, ...]) -> Tensor:
-    """Return the gradient by weight; `kernel` is (C / groups, kernel_h, kernel_w)."""
+    """Return the gradient of weight; `kernel` is (C / groups, kernel_h, kernel_w)."""
     o = operands
     gradient: Tensor = _backward_weight(o.grad_output, o.input, o.offset, o.mask, o.offset_tangent, *settings, *kernel)
     return gradient
 
 
 def _replaced(operands: _Operands, **replacements: Tensor | None) -> dict[str, _Operands]:
-    """Return the operands with one of them replaced, for each replacement that is not None, by its name."""
+    """Map the name of each replacement that is not None to the operands with that operand replaced."""
     return {name: operands._replace(**{name: new}) for name, new in replacements.items() if new is not None}
 
 
@@ -90,7 +90,7 @@ def _sum(terms: list[Tensor | None]) -> Tensor | None:
 def _mark_non_finite(operands: _Operands, replacement: Tensor | None) -> Tensor | None:
     """Return a replacement of the mask with NaN where the mask itself is not finite in the type it is used in.
 
-    The operators skip such samples. A factor of 0 would not do: it turns features that are not finite into NaN.
+    The operators skip such samples. A factor of 0 instead would turn features that are not finite into NaN.
     """
     if replacement is None:
         return None
@@ -99,7 +99,7 @@ def _mark_non_finite(operands: _Operands, replacement: Tensor | None) -> Tensor 
 
 
 def _refuse_third_derivative(operands: _Operands, *tangents: Tensor | None) -> None:
-    """Raise if one of `tangents`, of the offset or its tangent, would need a third derivative by the offset."""
+    """Raise if one of `tangents`, of the offset or its tangent, would need a third derivative through the offset."""
     if operands.offset_tangent is not None and any(tangent is not None for tangent in tangents):
         raise NotImplementedError(
             "deform_conv2d: third derivatives through the offset, and forward mode over forward mode, are not available"
@@ -162,7 +162,7 @@ def _jvp(
     return _sum(terms)
 
 
-# Gradients by input, offset and mask: (*operands, *settings, need_input, need_sampling, deterministic) -> 3 tensors.
+# Gradients of input, offset and mask: (*operands, *settings, need_input, need_sampling, deterministic) -> 3 tensors.
 
 
 def _data_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,7 +223,7 @@ def _data_jvp(
         mask=_mark_non_finite(operands, mask_t),
     )
     terms = []
-    for name, term in changed.items():  # the gradient by an operand does not depend on that operand
+    for name, term in changed.items():  # the gradient of an operand does not depend on that operand
         data = _data_gradients(term, ctx.settings, ctx.need_input and name != "input", ctx.need_sampling)
         terms.append(data._replace(mask=None) if name == "mask" else data)
     has_mask = operands.mask is not None
@@ -238,7 +238,7 @@ def _data_jvp(
     return tuple(tangents)
 
 
-# Gradient by weight: (grad_output, input, offset, mask, offset_tangent, *settings, *kernel) -> tensor like the weight.
+# Gradient of weight: (grad_output, input, offset, mask, offset_tangent, *settings, *kernel) -> tensor like the weight.
 
 
 def _weight_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -61,17 +61,17 @@ _LISTS = SubnetParameters._fields[:8]  # in the order of the raw operator
 def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algorithm: str = "auto") -> SubnetOutput:
     """Run the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
 
-    In stage s the source (reg) advances first: reg = relu(conv(reg)). Then, with this reg, cls = relu(conv(cls +
-    flow(reg))), and stuff likewise. After the last stage, for each stage of thing, starting from the levels:
-    thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))).
+    In each stage the source (reg) is computed first: reg = relu(conv(reg)). With this reg follow
+    cls = relu(conv(cls + flow(reg))) and stuff = relu(conv(stuff + flow(reg))). After the last of these stages, each
+    stage of thing, which starts from the levels, is thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))).
 
-    If the source has fewer stages than a receiver, later stages use its final feature. A flow beyond the last stage of
-    its sub-network is not used.
+    If the source has fewer stages than another sub-network, later stages use the final feature of the source. A flow
+    beyond the last stage of its sub-network is not used.
 
     Args:
         levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
-        parameters: the convolutions, 3x3 with stride 1 and padding 1, and their wiring. Convolutions as (weight, bias)
-            are packed in every call; `pack_subnets` packs them once.
+        parameters: the convolutions, 3x3 with stride 1 and padding 1, and the source of the flows. Convolutions as
+            (weight, bias) are packed in every call; `pack_subnets` packs them once.
         algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. "auto" on CUDA
             is resolved in every call.
 
@@ -237,7 +237,7 @@ def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str)
 
 
 def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> tuple[bool, bool, bool, bool]:
-    """Return which of cls, reg, stuff, thing the raw operator returns: those that are not just the levels."""
+    """Return which of cls, reg, stuff, thing the raw operator returns: those that differ from the input levels."""
     starts = [sum(counts[:index]) for index in range(8)]
 
     def first_present(index: int) -> bool:
@@ -273,7 +273,7 @@ def _(
     for index, inputs in enumerate((levels, levels, segmentation, segmentation)):
         if not computed[index]:
             continue
-        # The last stage gives the channels; without stages flows are added to the levels.
+        # The last stage determines the channels; without stages flows are added to the levels.
         last = biases[starts[index] + counts[index] - 1].shape[0] if counts[index] else None
         for level in inputs:
             size = (level.shape[0], level.shape[1] if last is None else last, level.shape[2], level.shape[3])

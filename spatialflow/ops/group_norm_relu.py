@@ -176,7 +176,7 @@ class _Composed:
         return tangent.to(self.input.dtype, memory_format=memory_format_of(self.input))
 
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients by input, weight and bias."""
+        """Return the gradients of input, weight and bias."""
         gradient = grad_output.to(self.dtype)
         if self.upsample and gradient.numel() > 0:
             gradient = torch.ops.aten.upsample_bilinear2d_backward(

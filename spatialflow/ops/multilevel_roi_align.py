@@ -29,7 +29,7 @@ def multilevel_roi_align(
     """Pool regions of interest from a feature pyramid (RoIAlign), each from the level that fits its size.
 
     Args:
-        features: L levels (N, C, H_l, W_l), finest first; one dtype (float32, float64, float16 or bfloat16), any
+        features: L levels (N, C, H_l, W_l), finest first; all of one dtype (float32, float64, float16 or bfloat16), any
             strides.
         boxes: (K, 5) rows of (batch index, x1, y1, x2, y2), or a list of N tensors (K_i, 4) of (x1, y1, x2, y2), one
             per image. Pixels of the image; any floating dtype, used in float32 (float64 for float64 features).

@@ -25,10 +25,10 @@ def run_subnets(
 ) -> dict[str, Feature]:
     """Run the stages and flows of the sub-networks in the order of the paper's equations 1 to 3.
 
-    In every stage the source advances first. Its new feature then flows into the same stage of the other detection
-    sub-network and of stuff. A source with fewer stages gives its final feature. The stages of thing run last; they
-    also take the semantic flow from the final feature of stuff.
-    A sub-network without stages is its input plus its first flow, if it has one.
+    In every stage the source is computed first. Its new feature then flows into the same stage of the other detection
+    sub-network and of stuff. After the last stage of the source, its final feature is used. The stages of thing run
+    last; they also take the semantic flow from the final feature of stuff. A sub-network without stages is its input
+    plus its first flow, if it has one.
 
     Args:
         features: the input of each sub-network, by name: "cls" and "reg", or these with "stuff" and "thing".
@@ -37,7 +37,7 @@ def run_subnets(
             into thing. A stage beyond the end of a list, or with None there, has no flow.
         source: "cls" or "reg", the sub-network from which the other flows come.
         run_stage: (stage, flow convolution or None, input, source feature, semantic flow or None) -> the output of a
-            stage. The stages of the source get no flow convolution.
+            stage. For stages of the source the flow convolution is None.
         run_flow: (flow convolution, feature, like) -> the flow, for the levels of `like`.
         add: the sum of two features.
 

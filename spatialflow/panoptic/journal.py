@@ -92,7 +92,7 @@ class Journal:
         return offset
 
     def _begin(self, stream: IO[bytes]) -> None:
-        """Remove what follows the restored lines, and write the first line if there is none."""
+        """Truncate the file after the restored lines, and write the first line if it is missing."""
         stream.truncate(self._restored)
         if self._named and not self._restored:
             _write(stream, self._about)
@@ -184,7 +184,7 @@ class Journal:
             except ResumeError:
                 return
             self.path.unlink(missing_ok=True)
-            self._unlock()  # a process that has opened the file already then finds it unlinked
+            self._unlock()  # a process that opened the file before may now lock it, and sees that it is unlinked
         self._named = False
 
     def _unlock(self) -> None:
@@ -217,7 +217,7 @@ def _write(stream: IO[bytes], content: Any) -> None:
 
 
 def _loads(line: bytes) -> dict[str, Any] | None:
-    """The content of a complete line; None for any other line."""
+    """Parse a complete line; None for any other line."""
     try:
         content = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -226,7 +226,7 @@ def _loads(line: bytes) -> dict[str, Any] | None:
 
 
 def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The first line of a journal with the settings moved to the top level."""
+    """Move the settings in the first line of a journal to the top level."""
     settings = about.get("settings")
     return {**about, **(settings if isinstance(settings, dict) else {}), "settings": None}
 

@@ -54,7 +54,7 @@ def merge(
         thing_categories: category id of each thing label; None: a label is its category id.
         stuff_categories: category id of each stuff label, None for one that stays void ("other", things). A mapping
             leaves labels that it does not list void. None: a label is its category id, negative ones are void.
-        void_label: stuff label that is void whatever stuff_categories says.
+        void_label: stuff label that is void regardless of stuff_categories.
         score_threshold: instances and boxes below it are left out.
         overlap_threshold: an instance with a larger share of its pixels already taken is dropped.
         stuff_area_threshold: stuff with fewer free pixels is dropped.
@@ -109,7 +109,7 @@ def merge(
 
 
 def _labels_in_use(stuff: torch.Tensor, void_label: int) -> int:
-    """The largest label other than void, plus one."""
+    """Return the largest label other than void, plus one."""
     if stuff.numel() == 0:
         return 0
     largest = int(stuff.max())
@@ -123,7 +123,7 @@ def segment_list(
     thing_categories: Sequence[int] | np.ndarray | Mapping[int, int] | None,
     stuff_categories: Sequence[int | None] | np.ndarray | Mapping[int, int | None] | None,
 ) -> list[dict[str, Any]]:
-    """The segments of a merge as mappings, with category ids. Waits for the device once.
+    """Convert the segments of a merge to mappings with category ids; the host waits for the device once.
 
     Args:
         result: of `panoptic_merge`.

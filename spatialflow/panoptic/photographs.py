@@ -16,7 +16,7 @@ _CITYSCAPES_ENDINGS = ("_gtFine_leftImg8bit", "_gtFine_panoptic", "_gtFine_insta
 
 
 def photograph_key(file_name: str) -> str:
-    """The common key of a photograph and files derived from it: the stem without Cityscapes' suffixes."""
+    """Return the common key of a photograph and files derived from it: the stem without Cityscapes' suffixes."""
     stem = PurePosixPath(file_name).stem
     for ending in _CITYSCAPES_ENDINGS:
         if stem.endswith(ending):
@@ -25,13 +25,13 @@ def photograph_key(file_name: str) -> str:
 
 
 def photograph_names(content: Mapping[str, Any]) -> list[str]:
-    """The photograph's file name of every annotation; that of the PNG where `images` does not list the photograph."""
+    """List the photograph's file name of every annotation; the name of the PNG if `images` does not list it."""
     listed = _listed_names(content)
     return [listed.get(annotation["image_id"], annotation["file_name"]) for annotation in content["annotations"]]
 
 
 def _listed_names(content: Mapping[str, Any]) -> dict[int | str, str]:
-    """The file name by image id from `images`; the first entry of an id is used."""
+    """Map image ids to the file names in `images`; the first entry of an id is used."""
     rows = content.get("images")
     listed: dict[int | str, str] = {}
     for row in rows if isinstance(rows, list) else ():
@@ -60,9 +60,9 @@ def find_photograph(folder: str | os.PathLike[str], file_name: str) -> Path:
 def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[int | str, int | str]:
     """Match each image of the ground truth with its prediction.
 
-    Ids are compared first. They are ignored if `images` of the prediction gives an id to another image of the ground
-    truth. They are also ignored if both files list different names for one id. Where ids are ignored or do
-    not match, names are compared: those of `images`, else those of the PNGs, without suffixes. Names are compared with
+    Ids are compared first. They are ignored if an id in `images` of the prediction has the name of another image of the
+    ground truth. They are also ignored if both files list different names for one id. If ids are ignored or do not
+    match, names are compared: those of `images`, or else those of the PNGs, without suffixes. Names are compared with
     their folders, then without. A prediction is used for one image.
 
     Args:
@@ -110,7 +110,7 @@ def _names_by_id(content: Mapping[str, Any]) -> dict[int | str, str]:
 def _contradicted_id(
     wanted: Mapping[Any, str], offered: Mapping[Any, str], truth: Mapping[Any, str], prediction: Mapping[Any, str]
 ) -> int | str | None:
-    """An id of both files whose names are of different images; None where there is none.
+    """Find an id of both files whose names are of different images; None if there is none.
 
     Args:
         wanted: name by image id in the ground truth.
@@ -131,7 +131,7 @@ def _contradicted_id(
 
 
 def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str | None:
-    """The image of a name, compared with its folder, else without; None where no image or several match."""
+    """Find the image of a name, compared with its folder, else without; None if no image or several match."""
     if name is None:
         return None
     ((_, path),), ((_, stem),) = _keys({0: name})[:2]
@@ -140,7 +140,7 @@ def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str 
 
 
 def _is_tail(first: str, second: str) -> bool:
-    """True if one name with its folders is the end of the other."""
+    """Return whether one name with its folders is the end of the other."""
     parts = [(*PurePosixPath(name).parent.parts, photograph_key(name)) for name in (first, second)]
     count = min(map(len, parts))
     return parts[0][-count:] == parts[1][-count:]
@@ -158,7 +158,7 @@ def _keys(names: Mapping[Any, str]) -> list[list[tuple[Any, str]]]:
 
 
 def _unique(keys: list[tuple[Any, str]]) -> dict[str, Any]:
-    """The image id by key, for keys of exactly one image."""
+    """Map keys of exactly one image to its id."""
     counts = Counter(key for _, key in keys)
     return {key: image for image, key in keys if counts[key] == 1}
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing of COCO panoptic PNGs, several times as fast as a general PNG library.
 
-libdeflate compresses and decompresses. The filters are removed under the assumption that most neighbors belong to one
-segment (`csrc/evaluation/png_filters.h`). This module parses and writes the chunks.
+libdeflate compresses and decompresses. The code that removes the filters is optimized for maps in which most neighbors
+are of one segment (`csrc/evaluation/png_filters.h`). This module parses and writes the chunks.
 """
 
 import struct
@@ -87,7 +87,7 @@ def _chunk(kind: bytes, content: bytes | bytearray) -> bytes:
 
 
 def _read_header(data: bytes) -> tuple[int, int, int]:
-    """Width, height and bytes per pixel."""
+    """Read width, height and bytes per pixel."""
     if len(data) < _HEADER_END or data[:8] != _SIGNATURE:
         raise ValueError("not a PNG file")
     if data[12:16] != b"IHDR" or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
@@ -105,7 +105,7 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
 
 
 def _compressed_pixels(data: bytes) -> bytes:
-    """The content of all IDAT chunks."""
+    """Join the content of all IDAT chunks."""
     view = memoryview(data)
     parts: list[memoryview] = []
     at = _HEADER_END

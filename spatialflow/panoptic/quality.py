@@ -46,7 +46,7 @@ class ClassCounts:
         self.fn += other.fn
 
     def quality(self) -> dict[str, float | int]:
-        """The values pq, sq, rq as fractions, n = 1 (all 0 where nothing was counted), and the counts."""
+        """Compute pq, sq and rq as fractions, and n = 1 (all 0 if nothing was counted); also return the counts."""
         seen = self.tp + self.fp + self.fn > 0
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
         return {
@@ -197,9 +197,9 @@ def evaluate(
         progress: show a progress bar on standard error.
 
     Returns:
-        A mapping. "All", "Things" and "Stuff" are {pq, sq, rq, n}: means over the n classes with segments in the ground
-        truth or the prediction, as fractions. "per_class" maps every category id to {pq, sq, rq, n, tp, fp, fn, iou},
-        iou being the sum over matches.
+        A mapping. "All", "Things" and "Stuff" are {pq, sq, rq, n}: means, as fractions, over the n classes with
+        segments in the ground truth or the prediction. "per_class" maps every category id to {pq, sq, rq, n, tp, fp,
+        fn, iou}, where iou is the sum over matches.
 
     Raises:
         PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or segments
@@ -280,7 +280,7 @@ def _pixels(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def default_folder(json_path: str | os.PathLike[str]) -> Path:
-    """The default folder of the PNGs of a panoptic JSON: its path without the suffix."""
+    """Return the default folder of the PNGs of a panoptic JSON: its path without the suffix."""
     path = Path(json_path)
     return path.with_suffix("") if path.name else path
 
@@ -296,7 +296,7 @@ def _folder(folder: str | os.PathLike[str] | None, content: Any, which: str) -> 
 
 
 def _content(source: Any, name: str) -> tuple[Any, str]:
-    """The content of a JSON, and its name in errors."""
+    """Return the content of a JSON, and its name in errors."""
     return (source, name) if isinstance(source, Mapping) else (load_json(source), str(source))
 
 

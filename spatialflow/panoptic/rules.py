@@ -14,7 +14,7 @@ import numpy as np
 from spatialflow.errors import DataWarning
 from spatialflow.panoptic.extents import Extent
 
-VOID = 0  # the id of pixels that belong to no segment
+VOID = 0  # the id of pixels that are not part of a segment
 LARGEST_ID = (1 << 24) - 1
 TRUTH, PREDICTION, TRAINING = "truth", "prediction", "training"  # uses of annotations
 _ALL = (TRUTH, PREDICTION, TRAINING)
@@ -30,7 +30,7 @@ class Rule(NamedTuple):
     skipped: bool = False
 
     def effect(self, use: str) -> str:
-        """The effect of a breach on one use: "stops", "reported", "skipped" or "-" (no effect)."""
+        """Return the effect of a breach on one use: "stops", "reported", "skipped" or "-" (no effect)."""
         if use in self.stops:
             return "stops"
         if use in self.reported:
@@ -100,7 +100,7 @@ class AnnotationWarning(DataWarning):
 
 
 def summary(problems: Sequence[Problem], source: str) -> str:
-    """One message about problems that did not stop the work: a count and an example for each rule."""
+    """Make one message about problems that did not stop the work: a count and an example for each rule."""
     counts = Counter(problem.rule for problem in problems)
     examples = {problem.rule: problem.text for problem in reversed(problems)}
     listed = "; ".join(f"{count} x {rule}, e.g. {examples[rule]}" for rule, count in counts.items())
@@ -266,7 +266,7 @@ def _image_misfit(image: Any, where: str) -> tuple[str, Any] | None:
 
 
 def segment_id(segment: Any) -> int | None:
-    """The id of an entry of `segments_info`; None where there is none."""
+    """Return the id of an entry of `segments_info`; None if it has none."""
     number = segment.get("id") if isinstance(segment, Mapping) else None
     return number if type(number) is int else None  # isinstance would accept true and false
 
@@ -310,7 +310,7 @@ _KINDS: dict[tuple[type, ...], str] = {
 
 
 def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tuple[str, Any] | None:
-    """A message about the first field that is absent or of another kind, and its value."""
+    """Describe the first field that is absent or of another kind: a message and its value; None if all fit."""
     for field, kinds in fields.items():
         if not isinstance(item, Mapping) or field not in item:
             return f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})', _short(item)
@@ -324,7 +324,7 @@ def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tu
 
 
 def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    """`isinstance`, except that JSON's true and false are flags and not numbers."""
+    """Test as `isinstance`, except that JSON's true and false are flags and not numbers."""
     return isinstance(value, kinds) and (kinds is _FLAG or not isinstance(value, bool))
 
 
@@ -333,7 +333,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _names_a_file(text: str) -> bool:
-    """False for a string with NUL or an unpaired surrogate, which no path can have."""
+    """Return whether a string can be a path: it has neither NUL nor an unpaired surrogate."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -341,7 +341,7 @@ def _names_a_file(text: str) -> bool:
 
 
 def id_of(item: Any, field: str) -> int | str | None:
-    """The id in `field`; None where there is none."""
+    """Return the id in `field`; None if it has none."""
     value = item.get(field) if isinstance(item, Mapping) else None
     return value if _is_of(value, _ID) else None
 
@@ -351,13 +351,13 @@ def _of_image(image: int | str | None) -> str:
 
 
 def _label(name: Any) -> str:
-    """An id or a file name, without its middle if it is longer than 160 characters."""
+    """Format an id or a file name, without its middle if it is longer than 160 characters."""
     text = str(name)
     return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"
 
 
 def _short(value: Any) -> Any:
-    """A number unchanged; of any other value the beginning of its text."""
+    """Return a number unchanged; of any other value the beginning of its text."""
     return value if isinstance(value, _NUMBER) and abs(value) <= _LARGEST_NUMBER else f"{value!r:.80}"
 
 
@@ -398,17 +398,17 @@ def pixel_problems(
 
 
 def is_box(box: Any) -> bool:
-    """True for four finite numbers."""
+    """Return whether a value is four finite numbers."""
     return isinstance(box, list | tuple) and len(box) == 4 and all(map(is_finite, box))
 
 
 def contradicts(box: Any, extent: Extent) -> bool:
-    """True for a box (x, y, width, height) with a side more than a pixel away from the bounding box of the pixels."""
+    """Return whether a side of a box (x, y, width, height) is more than a pixel from the bounding box of the pixels."""
     return is_box(box) and not _is_near(_corners(*box), _corners(*extent.box))
 
 
 def box_of(segment: Mapping[str, Any], extent: Extent) -> list[float]:
-    """The `bbox` of a segment; the bounding box of its pixels where `bbox` is absent or contradicts them."""
+    """Return the `bbox` of a segment, or the bounding box of its pixels if `bbox` is absent or contradicts them."""
     box = segment.get("bbox")
     if box is None or not is_box(box) or contradicts(box, extent):
         return [*extent.box]
@@ -431,11 +431,11 @@ def _is_near(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """True for a number of magnitude up to 2^53; False for NaN, infinity, and JSON's true and false."""
+    """Return whether a value is a number of magnitude up to 2^53; not NaN, infinity, or JSON's true and false."""
     return _is_number(value) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
 
 
 def is_color(value: Any) -> bool:
-    """True for three numbers from 0 to 255."""
+    """Return whether a value is three numbers from 0 to 255."""
     numbers = isinstance(value, (list, tuple)) and all(is_finite(c) for c in value)
     return numbers and len(value) == 3 and all(0 <= c <= 255 for c in value)

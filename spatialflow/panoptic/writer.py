@@ -33,7 +33,7 @@ class _Entry(NamedTuple):
 def panoptic_row(
     image_id: int | str, image_name: str, png_name: str, id_map: np.ndarray, segments: Iterable[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The rows of one image for a panoptic JSON: `image` for "images", `annotation` for "annotations".
+    """Make the rows of one image for a panoptic JSON: `image` for "images", `annotation` for "annotations".
 
     Args:
         image_id: as for `PanopticWriter.add`.
@@ -73,9 +73,12 @@ def panoptic_row(
 
 
 def earlier_files(json_path: Path, info: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
-    """The JSON and the journal that a writer would replace: those of writers with this `info`, and those of others.
+    """Find the JSON and the journal that a writer would replace.
 
-    An empty file counts as neither. A power failure may leave a part of a journal's beginning.
+    An empty file is ignored. A power failure may leave a part of a journal's beginning.
+
+    Returns:
+        The files of earlier writers with this `info`, and all other files.
     """
     beginning = _beginning(info).encode()
     own: list[Path] = []
@@ -176,7 +179,7 @@ class PanopticWriter:
         return len(self._entries)
 
     def is_done(self, image_id: int | str, image_name: str, photograph: str | os.PathLike[str] | None = None) -> bool:
-        """True if the image was added, its PNG is complete, and the photograph has not changed since.
+        """Return whether the image was added, its PNG is complete, and the photograph has not changed since.
 
         Args:
             image_id: as for `add`.
@@ -244,13 +247,13 @@ class PanopticWriter:
         return path
 
     def left_out(self, image_names: Iterable[str]) -> list[str]:
-        """Names of images of this and earlier runs that are not in `image_names` and whose photographs exist."""
+        """List images of this and earlier runs that are not in `image_names` and whose photographs exist."""
         names = set(image_names)
         others = ((name, entry.path) for name, entry in self._entries.items() if name not in names)
         return [name for name, path in others if path is not None and os.path.isfile(path)]
 
     def rows(self, image_names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
+        """Read the rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
 
         Args:
             image_names: images in order; those that were not added are skipped. None: all in the order of `add`, those
@@ -371,7 +374,7 @@ class PanopticWriter:
 
 
 def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:
-    """The entry of a row; KeyError or TypeError for an object that is not a row of `PanopticWriter.rows`."""
+    """Make the entry of a row; KeyError or TypeError for an object that is not a row of `PanopticWriter.rows`."""
     annotation = row["annotation"]
     set(_keys(row)), row["detections"]
     return _Entry(
@@ -386,13 +389,13 @@ def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:
 
 
 def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:
-    """The id, the PNG and the name of an image, each unique among the images of a writer."""
+    """Return the id, the PNG and the name of an image, each unique among the images of a writer."""
     annotation = row["annotation"]
     return [("id", annotation["image_id"]), ("PNG", annotation["file_name"]), ("name", row["image"]["file_name"])]
 
 
 def _stamp(path: str | os.PathLike[str] | None) -> list[int] | None:
-    """Size in bytes and modification time in ns; None where the file does not exist."""
+    """Return size in bytes and modification time in ns; None if the file does not exist."""
     try:
         status = os.stat(path) if path is not None else None
     except OSError:

@@ -44,8 +44,8 @@ def synthesize(folder: str | os.PathLike[str], count: int, size: tuple[int, int]
     """Write a data set of scenes in the COCO panoptic format, one image at a time.
 
     Args:
-        folder: gets `images/`, `panoptic/` and `panoptic.json`.
-        count: scenes.
+        folder: for `images/`, `panoptic/` and `panoptic.json`.
+        count: number of scenes.
         size: (height, width) of every scene.
         seed: data sets of different seeds share no scene.
 

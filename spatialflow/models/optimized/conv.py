@@ -101,7 +101,8 @@ def _runs_conv1x1_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and _is_built_for(device)
 
 
-# Set here as torch.compiler.assume_constant_result does, because that function imports torch's compiler: a second.
+# The attribute that torch.compiler.assume_constant_result sets. Calling it would import torch's compiler, which takes a
+# second.
 _runs_conv1x1_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch.compile
 
 
@@ -169,7 +170,7 @@ def _run_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, res
 
 
 def _says_unsupported(error: RuntimeError) -> bool:
-    """Return whether an error means that cuDNN has no kernel: torch reports no engine, or that it is not supported."""
+    """Return whether an error means that cuDNN has no kernel for the convolution."""
     text = str(error).lower()
     return "engine" in text or "cudnn" in text or "not supported" in text
 

@@ -21,7 +21,7 @@ from spatialflow import images
 from spatialflow.cli import prediction_folder
 from spatialflow.cli.common import resolve_images
 from spatialflow.cli.main import main
-from spatialflow.cli.prediction_folder import HELD, PredictionFolder
+from spatialflow.cli.prediction_folder import MAX_UNWRITTEN, PredictionFolder
 from spatialflow.engine import predict
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
@@ -144,7 +144,7 @@ class TestPredict:
 
         def slow(path, ids):
             deadline = time.monotonic() + 30
-            while len(most) < 10 and len(predicted) - len(most) < HELD and time.monotonic() < deadline:
+            while len(most) < 10 and len(predicted) - len(most) < MAX_UNWRITTEN and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.02)  # time for further results
             most.append(len(predicted) - len(most))
@@ -154,7 +154,7 @@ class TestPredict:
         monkeypatch.setattr(Pipeline, "__call__", lambda *args: (predicted.append(0), run(*args))[1])
         command = ["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(tmp_path / "out"), *FAST]
         assert main(command) == 0
-        assert len(most) == 20 and max(most) == HELD
+        assert len(most) == 20 and max(most) == MAX_UNWRITTEN
 
     @pytest.mark.parametrize("place", ["network", "writing"])
     def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):

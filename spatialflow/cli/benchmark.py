@@ -40,13 +40,13 @@ def run(options: argparse.Namespace) -> int:
     """Run the scripts of the chosen operators; return the exit code."""
     folder = _benchmark_folder()
     scripts = [path for path in folder.glob("*.py")]
-    known = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8"))
+    available = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8"))
     if options.list:
-        print("\n".join(known))
+        print("\n".join(available))
         return 0
-    unknown = [op for op in options.ops if op not in known]
+    unknown = [op for op in options.ops if op not in available]
     if unknown:
-        raise CommandError(f"no benchmark named {', '.join(unknown)}; there are {', '.join(known)}")
+        raise CommandError(f"no benchmark named {', '.join(unknown)}; there are {', '.join(available)}")
     arguments = [
         f"--{name}={getattr(options, name)}"
         for name in ("device", "threads", "seconds", "output")
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         arguments.append(f"--output={Path('benchmarks', 'results')}")  # not into the installed package
     failed = [
         op
-        for op in options.ops or known
+        for op in options.ops or available
         if subprocess.run([sys.executable, "-u", str(folder / f"{op}.py"), *arguments]).returncode != 0
     ]
     if failed:

@@ -113,10 +113,10 @@ def resolve_images(
         for image in (
             _images_of_folder(path, recursive, outputs, failed) if is_folder else [InputImage(path, path.name)]
         ):
-            known = images.setdefault(without_suffix(image.name), image)
-            if known != image and known.path.resolve() != image.path.resolve():
+            previous = images.setdefault(without_suffix(image.name), image)
+            if previous != image and previous.path.resolve() != image.path.resolve():
                 raise CommandError(
-                    f"{image.path}: has the same name as {known.path}, and output files are named by it; use two "
+                    f"{image.path}: has the same name as {previous.path}, and output files are named by it; use two "
                     f"output folders, or give the folder above both with --recursive"
                 )
     for text in failed:

@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> int:
         resume=not options.restart,
     )
     done_before = set(output.done)
-    if output.replaces:
+    if output.replaces_results:
         print_error(f"{options.output}: holds the results of an earlier run, which this one replaces")
     if done_before:
         print_error(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WRITERS = {"cpu": 1, "cuda": 8}
 """Largest number of threads that write files, by type of device. On the CPU the network needs the cores."""
 
-HELD = 4
+MAX_UNWRITTEN = 4
 """Largest number of images in memory whose files are not written yet, with one thread; each further thread adds one."""
 
 RESULTS = ("panoptic", "overlays")
@@ -77,7 +77,7 @@ class PredictionFolder:
         self._active_writes = 0
         self._write_ended = threading.Condition()
         try:
-            self.replaces = self._replaces()
+            self.replaces_results = self._check_replaced_files()
             self._writer = PanopticWriter(
                 self.folder,
                 root / "panoptic.json",
@@ -95,7 +95,7 @@ class PredictionFolder:
             raise CommandError(f"{error.filename}: cannot be read: {error.strerror}") from None
         self.done = [image.name for image in images if self._is_done(image)]
 
-    def _replaces(self) -> bool:
+    def _check_replaced_files(self) -> bool:
         """Tell whether the folder has the results of an earlier run that was completed.
 
         Raises:
@@ -104,11 +104,11 @@ class PredictionFolder:
         """
         from spatialflow.panoptic.writer import earlier_files
 
-        results, others = earlier_files(self._root / "panoptic.json", _INFO)
-        if not results and not others:
-            others = [self._root / "detections.json"] * self._detections + [*map(self._map_path, self._images)]
-            others += map(self._overlay_path, self._images) if self._overlays else ()
-        for path in others:
+        results, unrelated = earlier_files(self._root / "panoptic.json", _INFO)
+        if not results and not unrelated:
+            unrelated = [self._root / "detections.json"] * self._detections + [*map(self._map_path, self._images)]
+            unrelated += map(self._overlay_path, self._images) if self._overlays else ()
+        for path in unrelated:
             if os.path.lexists(path):
                 raise CommandError(f"{path}: would be replaced, and is not a result of `predict`; use another --output")
         return [path.name for path in results] == ["panoptic.json"]
@@ -132,14 +132,16 @@ class PredictionFolder:
         Args:
             images: one image per outcome.
             outcomes: the outcomes of `Predictor.outcomes`, requested in the caller's thread while fewer than
-                `HELD + threads - 1` images are not written yet.
+                `MAX_UNWRITTEN + threads - 1` images are not written yet.
             threads: images that are written at once, see `writers`.
 
         Yields:
             A future per image, in order, of the seconds by stage, including "write". The future raises ImageError for
             an image that could not be read, and OSError or PanopticFormatError for one that cannot be written.
         """
-        return map_ahead(self._add_outcome, zip(images, outcomes, strict=True), threads, ahead=HELD + threads - 1)
+        return map_ahead(
+            self._add_outcome, zip(images, outcomes, strict=True), threads, ahead=MAX_UNWRITTEN + threads - 1
+        )
 
     def _add_outcome(self, pair: tuple[InputImage, Outcome]) -> dict[str, float]:
         image, (result, pixels, error) = pair

@@ -162,7 +162,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _print_start(options: argparse.Namespace, trainer: Trainer, data: DataSet, validation: DataSet | None) -> None:
     """Print the size of the run and messages about settings that have no effect or may be unintended."""
-    from spatialflow.engine.trainer import idle_settings
+    from spatialflow.engine.trainer import settings_without_effect
 
     print(
         f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
@@ -170,7 +170,10 @@ def _print_start(options: argparse.Namespace, trainer: Trainer, data: DataSet, v
         flush=True,
     )
     _warn_of_random_statistics(options, trainer.config.model)
-    for text in [*idle_settings(trainer.config.training, trainer.total_steps), *_without_pycocotools(validation)]:
+    for text in [
+        *settings_without_effect(trainer.config.training, trainer.total_steps),
+        *_without_pycocotools(validation),
+    ]:
         print_error(text)
     if trainer.store.changed_settings:
         print_error(f"{options.output}: goes on with other settings: {', '.join(trainer.store.changed_settings)}")

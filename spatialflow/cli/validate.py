@@ -71,30 +71,30 @@ def run(options: argparse.Namespace) -> int:
     folder = png_folder(path, options.folder, "--folder")
     check_output(options.output, path, folder, options.images)
     try:
-        found = validate(path, folder, options.images, workers=options.workers, progress=sys.stderr.isatty())
+        result = validate(path, folder, options.images, workers=options.workers, progress=sys.stderr.isatty())
         if options.output is not None:
             with path_in_oserror(options.output):
-                _write(options.output, path, found)
+                _write(options.output, path, result)
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(format_error(error)) from None
-    print(_table(found), end="")
-    count = len(found.problems)
+    print(_table(result), end="")
+    count = len(result.problems)
     verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
-    print(f"{path}: {found.images} images, {found.segments} segments: {verdict}")
-    return 1 if found.problems else 0
+    print(f"{path}: {result.images} images, {result.segments} segments: {verdict}")
+    return 1 if result.problems else 0
 
 
-def _table(found: Validation) -> str:
+def _table(result: Validation) -> str:
     """Make a table with a line for every broken rule and its first examples below."""
     from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH
 
-    if not found.problems:
+    if not result.problems:
         return ""
     lines = [f"{'rule':18}{'count':>8}  {'ground truth':14}{'prediction':12}{'training':12}"]
     for name, rule in RULES.items():
-        texts = [problem.text for problem in found.problems if problem.rule == name]
+        texts = [problem.text for problem in result.problems if problem.rule == name]
         if texts:
             effects = f"{rule.effect(TRUTH):14}{rule.effect(PREDICTION):12}{rule.effect(TRAINING):12}"
             lines.append(f"{name:18}{len(texts):8d}  {effects}".rstrip())
@@ -104,7 +104,7 @@ def _table(found: Validation) -> str:
     return "\n".join((*lines, "")).encode("utf-8", "backslashreplace").decode()
 
 
-def _write(output: Path, annotations: Path, found: Validation) -> None:
+def _write(output: Path, annotations: Path, result: Validation) -> None:
     """Write all problems as JSON."""
     from spatialflow.files import write_json
     from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH
@@ -119,7 +119,7 @@ def _write(output: Path, annotations: Path, found: Validation) -> None:
             "text": problem.text,
             **{name: RULES[problem.rule].effect(use) for name, use in uses.items()},
         }
-        for problem in found.problems
+        for problem in result.problems
     ]
-    content = {"annotations": str(annotations), "images": found.images, "segments": found.segments}
+    content = {"annotations": str(annotations), "images": result.images, "segments": result.segments}
     write_json(output, {**content, "problems": problems}, indent=1)

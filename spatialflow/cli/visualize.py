@@ -197,8 +197,8 @@ def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> Panoptic
     try:
         content = load_json(path)
         with_categories = use == TRUTH or (truth is None and isinstance(content, dict) and "categories" in content)
-        known = None if truth is None else {row["id"] for row in truth.categories}
-        problems = check_panoptic(content, str(path), with_categories=with_categories, use=use, categories=known)
+        category_ids = None if truth is None else {row["id"] for row in truth.categories}
+        problems = check_panoptic(content, str(path), with_categories=with_categories, use=use, categories=category_ids)
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     categories = content.get("categories", []) if truth is None else truth.categories

@@ -91,7 +91,7 @@ def _drop_cropped_out(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Remove things without pixels, or with less than a pixel of a side left, and renumber the others."""
     pixels = np.bincount(instances.ravel(), minlength=len(boxes) + 1)[1:]
-    kept = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1) & (pixels > 0)
+    keep = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1) & (pixels > 0)
     number = np.zeros(len(boxes) + 1, np.int32)
-    number[1:][kept] = np.arange(1, kept.sum() + 1)
-    return boxes[kept], labels[kept], number[instances]
+    number[1:][keep] = np.arange(1, keep.sum() + 1)
+    return boxes[keep], labels[keep], number[instances]

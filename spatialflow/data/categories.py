@@ -161,15 +161,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _make_row(row: Any, where: str) -> Category:
-    """Make a category from a row of a table; raise CategoryError, which begins with `where`, for an invalid row."""
+def _make_row(row: Any, location: str) -> Category:
+    """Make a category from a row of a table; raise CategoryError, which begins with `location`, for an invalid row."""
     if not isinstance(row, Mapping) or type(row.get("id")) is not int or row.get("isthing") not in (0, 1):
-        raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
+        raise CategoryError(f'{location} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
     if not -(2**63) <= row["id"] < 2**63:
-        raise CategoryError(f"{where}: id must fit 64 bits, got {row['id']!r:.80}")
+        raise CategoryError(f"{location}: id must fit 64 bits, got {row['id']!r:.80}")
     color = row.get("color") or _default_color(row["id"])
     if not is_color(color):
-        raise CategoryError(f'{where}: "color" must be three numbers from 0 to 255, got {color!r:.80}')
+        raise CategoryError(f'{location}: "color" must be three numbers from 0 to 255, got {color!r:.80}')
     red, green, blue = (int(c) for c in color)
     name = str(row.get("name", f"category {row['id']}"))
     return Category(row["id"], name, bool(row["isthing"]), (red, green, blue))

@@ -113,10 +113,10 @@ class Cityscapes:
     def _annotation(self, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Make the id map, (H, W) int32, and the segments. Ids are the pixel values, 0 for labels outside the table."""
         id_map = self._read_labels(index)
-        known = {row.id: row for row in self.categories.rows}
+        category_by_id = {row.id: row for row in self.categories.rows}
         segments = []
         for value, extent in extents(id_map).items():
-            category = known.get(value // 1000 if value >= 1000 else value)
+            category = category_by_id.get(value // 1000 if value >= 1000 else value)
             if value > 0 and category is not None:
                 crowd = int(category.isthing and value < 1000)
                 segment: dict[str, Any] = {"id": value, "category_id": category.id, "iscrowd": crowd}

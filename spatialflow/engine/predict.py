@@ -225,9 +225,9 @@ class Predictor:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         graphs = graph_cache(self.device, cuda_graph)
         self.config: Config = load_config(models[0].config, **overrides)
-        shape = self.config.model
+        model_config = self.config.model
         self.categories: Categories = load_categories(
-            self.config.data.categories, shape.num_things, shape.num_stuff, shape.stuff_head
+            self.config.data.categories, model_config.num_things, model_config.num_stuff, model_config.stuff_head
         )
         networks = [
             optimize_for_inference(model, self.device, dtype)
@@ -322,7 +322,7 @@ class Predictor:
             for batch in batches:
                 if batch:
                     running.append(self._queue(batch))
-                while len(running) > (self._transfers.queued if batch else 0):
+                while len(running) > (self._transfers.max_queued if batch else 0):
                     done |= self._finish(running.popleft())
                 while next_position in done:
                     outcome = done.pop(next_position)
@@ -373,9 +373,9 @@ class Predictor:
             finally:
                 del error  # the error refers to this frame
 
-    def _load(self, place: tuple[int, Image]) -> _Item:
+    def _load(self, numbered_image: tuple[int, Image]) -> _Item:
         """Read an image; called in a worker thread for one image of many."""
-        position, image = place
+        position, image = numbered_image
         times = zero_times()
         name = Path(image).name if isinstance(image, (str, Path)) else f"image {position}"
         with record_stages(times), stage("decode"):
@@ -429,19 +429,19 @@ class Predictor:
         )
 
 
-def graph_cache(device: torch.device, wanted: bool | None) -> GraphCache | None:
+def graph_cache(device: torch.device, enabled: bool | None) -> GraphCache | None:
     """Make the cache of CUDA graphs of a Predictor; None: it uses no graphs.
 
     Args:
         device: of the Predictor.
-        wanted: its argument `cuda_graph`; None: on a CUDA device.
+        enabled: its argument `cuda_graph`; None: on a CUDA device.
 
     Raises:
-        ValueError: graphs are wanted on another kind of device.
+        ValueError: graphs are enabled on another kind of device.
     """
-    if wanted and device.type != "cuda":
+    if enabled and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a CUDA device, got device {device}")
-    return GraphCache(device) if device.type == "cuda" and wanted is not False else None
+    return GraphCache(device) if device.type == "cuda" and enabled is not False else None
 
 
 def _models_of(model: SpatialFlow | Sequence[SpatialFlow]) -> list[SpatialFlow]:
@@ -467,8 +467,8 @@ def check_ensemble(configs: Sequence[Config]) -> None:
     }
     for section, names in shared.items():
         for name in names:
-            first, *others = (getattr(getattr(config, section), name) for config in configs)
-            for value in others:
+            first, *further = (getattr(getattr(config, section), name) for config in configs)
+            for value in further:
                 if value != first:
                     raise ValueError(f"model: those of an ensemble must agree in {name}, got {first!r} and {value!r}")
 

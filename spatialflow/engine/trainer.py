@@ -78,7 +78,7 @@ def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> 
     return rate
 
 
-def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
+def settings_without_effect(training: TrainingConfig, total_steps: int) -> list[str]:
     """List messages about settings of the learning rate that have no effect in a run as short as `total_steps`."""
     messages = []
     late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]

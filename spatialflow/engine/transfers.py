@@ -46,7 +46,7 @@ class Transfers:
         return vars(self) | {"_uploads": None}
 
     @property
-    def queued(self) -> int:
+    def max_queued(self) -> int:
         """Number of batches that may be queued or running while the host prepares the next one."""
         return 1 if self._is_gpu else 0
 

@@ -25,20 +25,20 @@ def _private(name: str) -> Any:
     """
     NAMES.append(name)
     path = name.split(".")
-    found: Any = torch
+    value: Any = torch
     for index, part in enumerate(path[1:], 2):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             try:
                 importlib.import_module(".".join(path[:index]))
             except ImportError:
                 pass
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ImportError(
                 f"spatialflow: torch {torch.__version__} has no {name}, a private name that it needs; "
                 "install a version of torch that this version of spatialflow supports (docs/install.md)"
             )
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 # Autograd and forward mode: for kernels that the dispatcher calls at the Autograd key.

@@ -63,7 +63,7 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     for name, value in arguments.items():
         _map(classify, name, value)
     if not arrays:
-        error = _no_tensor(_annotations(function), arguments)
+        error = _type_error(_annotations(function), arguments)
         raise TypeError(f"{op}: {error or 'lists must hold tensors, and be nested no deeper than the arguments say'}")
     first, library = next((name, _library_of(array)) for name, array in arrays.items())
     for name, array in arrays.items():
@@ -148,14 +148,14 @@ def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
         ) from problem
 
 
-def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
+def _type_error(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
     """Return an error message for the first of `values` that is annotated as a tensor and is not one, else None."""
     for name, annotation in kinds.items():
         value, kind = values[name], str(annotation)  # ForwardRef in a named tuple
         if hasattr(value, "_fields"):
             if type(value).__name__ not in kind:
                 return f"{prefix}{name} must be {kind}, got {type(value).__name__}"
-            if error := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
+            if error := _type_error(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
                 return error
             continue
         if "Tensor" not in kind or (value is None and "None" in kind):

@@ -290,10 +290,10 @@ def _(
 def _packed_layout(like: Tensor, outputs: Any, taps: Any, channels: Any, groups: int) -> tuple[Any, torch.dtype]:
     """Return length and dtype of the packed weight for inputs like `like`."""
     is_double, tag = like.dtype == torch.float64, packed_tag(like.device, like.dtype)
-    of_cuda = tag == CUDA_TAG + is_double  # by the tag: tensors of the CUDA interpreter are on the CPU
-    unit = 16 // like.element_size() if of_cuda else _CPU_PADDING
+    is_cuda_layout = tag == CUDA_TAG + is_double  # by the tag: tensors of the CUDA interpreter are on the CPU
+    unit = 16 // like.element_size() if is_cuda_layout else _CPU_PADDING
     size = channels * taps * ((outputs // groups + unit - 1) // unit * unit)
-    return size + tag, like.dtype if of_cuda else torch.float64 if is_double else torch.float32
+    return size + tag, like.dtype if is_cuda_layout else torch.float64 if is_double else torch.float32
 
 
 @register_fake("_pack_deform_conv2d")

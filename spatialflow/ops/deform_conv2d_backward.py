@@ -227,13 +227,13 @@ def _data_jvp(
         data = _data_gradients(term, ctx.settings, ctx.need_input and name != "input", ctx.need_sampling)
         terms.append(data._replace(mask=None) if name == "mask" else data)
     has_mask = operands.mask is not None
-    wanted = (ctx.need_input, ctx.need_sampling, ctx.need_sampling and has_mask)
+    needed = (ctx.need_input, ctx.need_sampling, ctx.need_sampling and has_mask)
     like = (operands.input, operands.offset, operands.mask if has_mask else operands.offset)
     tangents = []
-    for index, (is_wanted, tensor) in enumerate(zip(wanted, like, strict=True)):
+    for index, (is_needed, tensor) in enumerate(zip(needed, like, strict=True)):
         total = _sum([term[index] for term in terms])
         if total is None:
-            total = torch.zeros_like(tensor) if is_wanted else tensor.new_zeros((0,))
+            total = torch.zeros_like(tensor) if is_needed else tensor.new_zeros((0,))
         tangents.append(total)
     return tuple(tangents)
 
@@ -249,9 +249,9 @@ def _weight_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _weight_backward(ctx: Any, needs: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
     settings = ctx.settings
-    rest = (None,) * (len(settings) + 3)
+    no_gradients = (None,) * (len(settings) + 3)
     if cotangent is None:
-        return (None,) * 5 + rest
+        return (None,) * 5 + no_gradients
     need_grad_output, need_input, need_offset, need_mask, need_tangent = needs[:5]
     operands = _saved(ctx)._replace(weight=cotangent)
     data = _data_gradients(operands, settings, need_input, need_offset or need_mask)
@@ -259,7 +259,7 @@ def _weight_backward(ctx: Any, needs: Any, cotangent: Tensor | None) -> tuple[An
         _output(operands, settings) if need_grad_output else None,
         *data,
         _offset_tangent_gradient(operands, settings) if need_tangent else None,
-        *rest,
+        *no_gradients,
     )
 
 
@@ -289,8 +289,8 @@ _backward_weight = DifferentiableOp(
 )
 
 
-def _empty(like: Tensor, wanted: bool) -> Tensor:
-    if not wanted:
+def _empty(like: Tensor, needed: bool) -> Tensor:
+    if not needed:
         return like.new_empty((0,))
     return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=memory_format_of(like))
 

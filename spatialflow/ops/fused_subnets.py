@@ -185,20 +185,21 @@ def _check(levels: list[Tensor], parameters: SubnetParameters) -> None:
                 if name in ("cls", "reg", "stuff", "thing"):
                     raise ValueError(f"fused_subnets: {name}[{index}] must be a convolution; only flows may be None")
                 continue
-            where = f"{name}[{index}]"
+            location = f"{name}[{index}]"
             if source is None and name in ("flow_cls", "flow_stuff", "flow_thing"):
-                raise ValueError(f"fused_subnets: {where} must be None, as flow_source is None")
+                raise ValueError(f"fused_subnets: {location} must be None, as flow_source is None")
             weight, bias = _pair(conv)
-            for what, tensor in (("weight", weight), ("bias", bias)):
-                if not are_tensors(tensor) and not (tensor is None and what == "bias"):
+            for field, tensor in (("weight", weight), ("bias", bias)):
+                if not are_tensors(tensor) and not (tensor is None and field == "bias"):
                     raise TypeError(
-                        f"fused_subnets: the {what} of {where} must be a tensor, got {type(tensor).__name__}"
+                        f"fused_subnets: the {field} of {location} must be a tensor, got {type(tensor).__name__}"
                     )
             if weight.numel() == 0:
-                raise ValueError(f"fused_subnets: {where} must have channels, got {tuple(weight.shape)}")
+                raise ValueError(f"fused_subnets: {location} must have channels, got {tuple(weight.shape)}")
             if bias is not None and bias.shape != weight.shape[:1]:
                 raise ValueError(
-                    f"fused_subnets: the bias of {where} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+                    f"fused_subnets: the bias of {location} must have shape ({weight.shape[0]},), "
+                    f"got {tuple(bias.shape)}"
                 )
 
 

@@ -202,9 +202,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
     (boxes,) = ctx.saved_tensors
-    wanted = needs[0] if isinstance(needs[0], (list, tuple)) else [needs[0]] * len(ctx.heights)
+    needed = needs[0] if isinstance(needs[0], (list, tuple)) else [needs[0]] * len(ctx.heights)
     grads = None
-    if any(wanted):
+    if any(needed):
         grads = _multilevel_roi_align_backward(
             grad_output,
             boxes,
@@ -220,11 +220,11 @@ def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 def _jvp(ctx: Any, features: list[Tensor | None], *_: Any) -> Tensor | None:
     (boxes,) = ctx.saved_tensors
-    known = next((tangent for tangent in features if tangent is not None), None)
-    if known is None:
+    present = next((tangent for tangent in features if tangent is not None), None)
+    if present is None:
         return None
     tangents = [
-        known.new_zeros((*ctx.shape, height, width)) if tangent is None else tangent
+        present.new_zeros((*ctx.shape, height, width)) if tangent is None else tangent
         for tangent, height, width in zip(features, ctx.heights, ctx.widths, strict=True)
     ]
     return _multilevel_roi_align(tangents, boxes, *ctx.settings)

@@ -131,12 +131,12 @@ def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
             f"{op}: boxes as a list must hold one tensor per image, got {len(boxes)} for a batch of {input.shape[0]}"
         )
     rows = []
-    for index, of_image in enumerate(boxes):
-        if of_image.dim() != 2 or of_image.shape[1] != 4:
-            raise ValueError(f"{op}: boxes[{index}] must have shape (K, 4), got {tuple(of_image.shape)}")
-        if of_image.dtype in (torch.float16, torch.bfloat16):
-            of_image = of_image.float()  # bfloat16 has no 257, the index of an image
-        rows.append(torch.cat((of_image.new_full((of_image.shape[0], 1), index), of_image), dim=1))
+    for index, image_boxes in enumerate(boxes):
+        if image_boxes.dim() != 2 or image_boxes.shape[1] != 4:
+            raise ValueError(f"{op}: boxes[{index}] must have shape (K, 4), got {tuple(image_boxes.shape)}")
+        if image_boxes.dtype in (torch.float16, torch.bfloat16):
+            image_boxes = image_boxes.float()  # bfloat16 has no 257, the index of an image
+        rows.append(torch.cat((image_boxes.new_full((image_boxes.shape[0], 1), index), image_boxes), dim=1))
     return torch.cat(rows) if rows else input.new_zeros((0, 5))
 
 

@@ -134,13 +134,13 @@ def _derivative_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 def _derivative_backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
     factor, logits, labels = ctx.saved_tensors
-    by_factor = by_logits = None
+    grad_factor = grad_logits = None
     if needs[0]:
-        by_factor = _derivative(grad_output, logits, labels, *ctx.settings, ctx.order)
-        by_factor = by_factor if factor.dim() == by_factor.dim() else by_factor.sum(dtype=factor.dtype)
+        grad_factor = _derivative(grad_output, logits, labels, *ctx.settings, ctx.order)
+        grad_factor = grad_factor if factor.dim() == grad_factor.dim() else grad_factor.sum(dtype=factor.dtype)
     if needs[1]:
-        by_logits = _derivative(grad_output * factor, logits, labels, *ctx.settings, ctx.order + 1)
-    return by_factor, by_logits, None, None, None, None
+        grad_logits = _derivative(grad_output * factor, logits, labels, *ctx.settings, ctx.order + 1)
+    return grad_factor, grad_logits, None, None, None, None
 
 
 def _derivative_jvp(ctx: Any, factor_tangent: Tensor | None, logits_tangent: Tensor | None, *_: Any) -> Tensor | None:

@@ -52,7 +52,7 @@ def run_subnets(
     for s in range(max(len(stages[name]) for name in tasks)):
         for name in tasks:
             if s < len(stages[name]):
-                flow = None if name == source else _at(flows[name], s)
+                flow = None if name == source else _flow_of_stage(flows[name], s)
                 features[name] = run_stage(stages[name][s], flow, features[name], features[source], None)
 
     def add_flow(name: str, flow: Any, origin: str) -> None:
@@ -61,18 +61,18 @@ def run_subnets(
 
     for name in tasks[1:]:
         if not stages[name]:
-            add_flow(name, _at(flows[name], 0), source)
+            add_flow(name, _flow_of_stage(flows[name], 0), source)
     if "thing" not in features:
         return features
     for s, stage in enumerate(stages["thing"]):
-        conv, thing = _at(flows["semantic"], s), features["thing"]
+        conv, thing = _flow_of_stage(flows["semantic"], s), features["thing"]
         semantic = None if conv is None else run_flow(conv, features["stuff"], thing)
-        features["thing"] = run_stage(stage, _at(flows["thing"], s), thing, features[source], semantic)
+        features["thing"] = run_stage(stage, _flow_of_stage(flows["thing"], s), thing, features[source], semantic)
     if not stages["thing"]:
-        add_flow("thing", _at(flows["semantic"], 0), "stuff")
-        add_flow("thing", _at(flows["thing"], 0), source)
+        add_flow("thing", _flow_of_stage(flows["semantic"], 0), "stuff")
+        add_flow("thing", _flow_of_stage(flows["thing"], 0), source)
     return features
 
 
-def _at(flows: Sequence[Any], stage: int) -> Any:
+def _flow_of_stage(flows: Sequence[Any], stage: int) -> Any:
     return flows[stage] if stage < len(flows) else None

@@ -80,14 +80,18 @@ def merge(
         stuff = masks.new_full((height, width), void_label, dtype=torch.int64)
     stuff = _integers(stuff, "stuff", (height, width), masks.device)
 
-    known = dict(stuff_categories if isinstance(stuff_categories, Mapping) else enumerate(stuff_categories or ()))
+    stuff_category_by_label = dict(
+        stuff_categories if isinstance(stuff_categories, Mapping) else enumerate(stuff_categories or ())
+    )
     if stuff_categories is None:
         stuff_labels = _labels_in_use(stuff, void_label)
         ignored = [void_label]
     else:
-        kept = {label for label, category in known.items() if category is not None} - {void_label}
-        stuff_labels = max(kept, default=-1) + 1
-        ignored = sorted(set(range(stuff_labels)) - kept)
+        labels_with_category = {
+            label for label, category in stuff_category_by_label.items() if category is not None
+        } - {void_label}
+        stuff_labels = max(labels_with_category, default=-1) + 1
+        ignored = sorted(set(range(stuff_labels)) - labels_with_category)
     if stuff_labels > _MOST_STUFF_LABELS:
         raise ValueError(f"stuff labels must be below {_MOST_STUFF_LABELS}, got {stuff_labels - 1}")
 
@@ -104,7 +108,7 @@ def merge(
         stuff_area_threshold=stuff_area_threshold,
         box_overlap_threshold=0.0 if box_overlap_threshold is None else box_overlap_threshold,
     )
-    segments = segment_list(result, thing_categories, None if stuff_categories is None else known)
+    segments = segment_list(result, thing_categories, None if stuff_categories is None else stuff_category_by_label)
     return MergeResult(result.id_map if like_tensor else result.id_map.numpy(), segments)
 
 

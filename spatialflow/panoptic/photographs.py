@@ -76,30 +76,31 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
         PanopticFormatError: an image has no prediction, or several have its name; the message has examples of both
             files.
     """
-    wanted, offered = _names_by_id(truth), _names_by_id(prediction)
-    wrong_id = _contradicted_id(wanted, offered, _listed_names(truth), _listed_names(prediction))
-    joined = {image: image for image in wanted if wrong_id is None and image in offered}
-    if len(joined) == len(wanted):
+    truth_names, prediction_names = _names_by_id(truth), _names_by_id(prediction)
+    wrong_id = _contradicted_id(truth_names, prediction_names, _listed_names(truth), _listed_names(prediction))
+    joined = {image: image for image in truth_names if wrong_id is None and image in prediction_names}
+    if len(joined) == len(truth_names):
         return joined
-    for truth_keys, prediction_keys in zip(_keys(wanted), _keys(offered), strict=True):
+    for truth_keys, prediction_keys in zip(_keys(truth_names), _keys(prediction_names), strict=True):
         image_by_key, predicted_by_key = _unique(truth_keys), _unique(prediction_keys)
         taken = set(joined.values())
         for key in image_by_key.keys() & predicted_by_key.keys():
             if predicted_by_key[key] not in taken:
                 joined.setdefault(image_by_key[key], predicted_by_key[key])
-    for image in wanted:
+    for image in truth_names:
         if image not in joined:
-            reason = f", neither of that id nor of the name {wanted[image]!r:.80}"
+            reason = f", neither of that id nor of the name {truth_names[image]!r:.80}"
             if wrong_id is not None:
                 reason = (
-                    f": none has its name {wanted[image]!r:.80}, and ids do not count, because id {wrong_id!r:.60} is "
-                    f"{wanted[wrong_id]!r:.80} in the ground truth and {offered[wrong_id]!r:.80} in the predictions"
+                    f": none has its name {truth_names[image]!r:.80}, and ids do not count, because id "
+                    f"{wrong_id!r:.60} is {truth_names[wrong_id]!r:.80} in the ground truth and "
+                    f"{prediction_names[wrong_id]!r:.80} in the predictions"
                 )
             raise PanopticFormatError(
                 f"no prediction for the image with id {image!r:.60}{reason}; the ground truth has "
-                f"{_examples(wanted)}; the predictions have {_examples(offered)}"
+                f"{_examples(truth_names)}; the predictions have {_examples(prediction_names)}"
             )
-    return {image: joined[image] for image in wanted}
+    return {image: joined[image] for image in truth_names}
 
 
 def _names_by_id(content: Mapping[str, Any]) -> dict[int | str, str]:
@@ -108,24 +109,38 @@ def _names_by_id(content: Mapping[str, Any]) -> dict[int | str, str]:
 
 
 def _contradicted_id(
-    wanted: Mapping[Any, str], offered: Mapping[Any, str], truth: Mapping[Any, str], prediction: Mapping[Any, str]
+    truth_names: Mapping[Any, str],
+    prediction_names: Mapping[Any, str],
+    listed_truth: Mapping[Any, str],
+    listed_prediction: Mapping[Any, str],
 ) -> int | str | None:
     """Find an id of both files whose names are of different images; None if there is none.
 
     Args:
-        wanted: name by image id in the ground truth.
-        offered: name by image id in the prediction.
-        truth: name by image id as `images` of the ground truth lists it.
-        prediction: name by image id as `images` of the prediction lists it.
+        truth_names: name by image id in the ground truth.
+        prediction_names: name by image id in the prediction.
+        listed_truth: name by image id as `images` of the ground truth lists it.
+        listed_prediction: name by image id as `images` of the prediction lists it.
     """
     # Consecutive ids of two files may be equal for different images, which the names show.
-    doubtful = [i for i in wanted if i in offered and i in prediction and wanted[i] != prediction[i]]
+    doubtful = [
+        i
+        for i in truth_names
+        if i in prediction_names and i in listed_prediction and truth_names[i] != listed_prediction[i]
+    ]
     if not doubtful:
         return None
-    truth_keys, prediction_keys = ([_unique(keys) for keys in _keys(names)[:2]] for names in (wanted, offered))
+    truth_keys, prediction_keys = (
+        [_unique(keys) for keys in _keys(names)[:2]] for names in (truth_names, prediction_names)
+    )
     for image in doubtful:
-        images = {_image_of(prediction[image], truth_keys), _image_of(truth.get(image), prediction_keys)} - {None}
-        if images - {image} or (not images and image in truth and not _is_tail(truth[image], prediction[image])):
+        images = {
+            _image_of(listed_prediction[image], truth_keys),
+            _image_of(listed_truth.get(image), prediction_keys),
+        } - {None}
+        if images - {image} or (
+            not images and image in listed_truth and not _is_tail(listed_truth[image], listed_prediction[image])
+        ):
             return image
     return None
 

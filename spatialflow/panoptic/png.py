@@ -108,17 +108,17 @@ def _compressed_pixels(data: bytes) -> bytes:
     """Join the content of all IDAT chunks."""
     view = memoryview(data)
     parts: list[memoryview] = []
-    at = _HEADER_END
-    while at + 12 <= len(data):
-        end = at + 8 + int.from_bytes(view[at : at + 4], "big")
+    position = _HEADER_END
+    while position + 12 <= len(data):
+        end = position + 8 + int.from_bytes(view[position : position + 4], "big")
         if end + 4 > len(data):
             raise ValueError("damaged PNG: a chunk is longer than the file")
-        kind = data[at + 4 : at + 8]
+        kind = data[position + 4 : position + 8]
         if kind in (b"IDAT", b"IEND"):
-            if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            if zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
                 raise ValueError("damaged PNG: a checksum does not match")
             if kind == b"IEND":
                 return b"".join(parts)
-            parts.append(view[at + 8 : end])
-        at = end + 4
+            parts.append(view[position + 8 : end])
+        position = end + 4
     raise ValueError("truncated PNG: the file ends before its last chunk")

@@ -38,12 +38,12 @@ class ClassCounts:
     fp: int = 0
     fn: int = 0
 
-    def add(self, other: "ClassCounts") -> None:
+    def add(self, counts: "ClassCounts") -> None:
         """Add the counts of another image."""
-        self.iou += other.iou
-        self.tp += other.tp
-        self.fp += other.fp
-        self.fn += other.fn
+        self.iou += counts.iou
+        self.tp += counts.tp
+        self.fp += counts.fp
+        self.fn += counts.fn
 
     def quality(self) -> dict[str, float | int]:
         """Compute pq, sq and rq as fractions, and n = 1 (all 0 if nothing was counted); also return the counts."""
@@ -300,13 +300,13 @@ def _content(source: Any, name: str) -> tuple[Any, str]:
     return (source, name) if isinstance(source, Mapping) else (load_json(source), str(source))
 
 
-def with_progress(items: Sequence[Any], what: str, progress: bool) -> Iterable[Any]:
-    """Iterate over items, with a progress bar titled `what` on standard error if `progress` is true."""
+def with_progress(items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
+    """Iterate over items, with a progress bar titled `title` on standard error if `progress` is true."""
     if not progress:
         return items
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, unit="image")
+    return tqdm(items, desc=title, unit="image")
 
 
 def _match_image(

@@ -46,8 +46,8 @@ def validate(
 
     Example:
         >>> from spatialflow import panoptic
-        >>> found = panoptic.validate("panoptic_val2017.json", images="val2017")    # doctest: +SKIP
-        >>> [(p.image, p.segment, p.rule, p.value) for p in found.problems]         # doctest: +SKIP
+        >>> result = panoptic.validate("panoptic_val2017.json", images="val2017")    # doctest: +SKIP
+        >>> [(p.image, p.segment, p.rule, p.value) for p in result.problems]        # doctest: +SKIP
         [(139, 3226956, 'area-pixels', 2000)]
     """
     if workers is not None and workers < 1:
@@ -140,8 +140,8 @@ def _photograph_problems(image: int | str, name: str, folder: Path, size: tuple[
         height, width, _ = read_image(path).shape
     except ImageError as error:
         return [Problem("photograph", f"image {image}: {error}", image, value=name)]
-    found = (width, height)
-    if size in (None, found):
+    photograph_size = (width, height)
+    if size in (None, photograph_size):
         return []
-    text = f"image {image}: {path} has {found[0]}x{found[1]} pixels, the PNG {size[0]}x{size[1]}"
-    return [Problem("photograph-size", text, image, value=f"{found[0]}x{found[1]}")]
+    text = f"image {image}: {path} has {photograph_size[0]}x{photograph_size[1]} pixels, the PNG {size[0]}x{size[1]}"
+    return [Problem("photograph-size", text, image, value=f"{photograph_size[0]}x{photograph_size[1]}")]

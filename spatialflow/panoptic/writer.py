@@ -81,17 +81,17 @@ def earlier_files(json_path: Path, info: Mapping[str, Any]) -> tuple[list[Path],
         The files of earlier writers with this `info`, and all other files.
     """
     beginning = _beginning(info).encode()
-    own: list[Path] = []
-    others: list[Path] = []
+    matching: list[Path] = []
+    unrelated: list[Path] = []
     for path in (json_path, _journal_path(json_path)):
         if os.path.isfile(path):
             with open(path, "rb") as stream:
                 content = stream.read(len(beginning))
             if content:
-                (own if beginning.startswith(content) else others).append(path)
+                (matching if beginning.startswith(content) else unrelated).append(path)
         elif os.path.lexists(path):  # a folder, or a link that leads nowhere
-            others.append(path)
-    return own, others
+            unrelated.append(path)
+    return matching, unrelated
 
 
 def _journal_path(json_path: Path) -> Path:
@@ -152,8 +152,8 @@ class PanopticWriter:
     ) -> None:
         self.folder = Path(folder)
         if json_path is None:
-            named = self.folder.resolve() if self.folder.name in ("", "..") else self.folder  # "." has no name
-            json_path = named.parent / f"{named.name}.json"
+            named_folder = self.folder.resolve() if self.folder.name in ("", "..") else self.folder  # "." has no name
+            json_path = named_folder.parent / f"{named_folder.name}.json"
         self.json_path = Path(json_path)
         self.detections_path = None if detections_path is None else Path(detections_path)
         self._info = info
@@ -162,10 +162,10 @@ class PanopticWriter:
         self._taken: dict[tuple[str, int | str], str] = {}  # ids, PNGs -> name of the image they belong to
         self._writing: dict[tuple[str, int | str], str] = {}  # the same for images without a row yet
         self._lock = threading.Lock()  # for the four above and the journal
-        of_categories = hashlib.sha256(dumps(self._categories).encode()).hexdigest()[:16]
-        about: dict[str, Any] = {} if info is None else {"info": info}
-        about |= {"category table": of_categories, "settings": {**(settings or {})}}
-        self._journal = Journal(_journal_path(self.json_path), about, named=resume)
+        categories_hash = hashlib.sha256(dumps(self._categories).encode()).hexdigest()[:16]
+        header: dict[str, Any] = {} if info is None else {"info": info}
+        header |= {"category table": categories_hash, "settings": {**(settings or {})}}
+        self._journal = Journal(_journal_path(self.json_path), header, is_named=resume)
         if resume:
             for offset, row in self._journal.restore():
                 try:
@@ -249,8 +249,8 @@ class PanopticWriter:
     def left_out(self, image_names: Iterable[str]) -> list[str]:
         """List images of this and earlier runs that are not in `image_names` and whose photographs exist."""
         names = set(image_names)
-        others = ((name, entry.path) for name, entry in self._entries.items() if name not in names)
-        return [name for name, path in others if path is not None and os.path.isfile(path)]
+        remaining = ((name, entry.path) for name, entry in self._entries.items() if name not in names)
+        return [name for name, path in remaining if path is not None and os.path.isfile(path)]
 
     def rows(self, image_names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
         """Read the rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
@@ -259,8 +259,8 @@ class PanopticWriter:
             image_names: images in order; those that were not added are skipped. None: all in the order of `add`, those
                 of an earlier run first.
         """
-        wanted = self._entries if image_names is None else (name for name in image_names if name in self._entries)
-        return self._journal.rows([self._entries[name].offset for name in wanted])
+        names = self._entries if image_names is None else (name for name in image_names if name in self._entries)
+        return self._journal.rows([self._entries[name].offset for name in names])
 
     def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add images that another writer, for instance of another process, has added to the same folder.
@@ -321,7 +321,7 @@ class PanopticWriter:
             self._journal.remove()
 
     def __enter__(self) -> "PanopticWriter":
-        self._journal.give_name()
+        self._journal.use_named_file()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

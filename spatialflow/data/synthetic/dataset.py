@@ -61,8 +61,8 @@ def synthesize(folder: str | os.PathLike[str], count: int, size: tuple[int, int]
         raise ValueError(f"count: must be positive, got {count}")
     folder = Path(folder)
     json_path = folder / "panoptic.json"
-    if others := earlier_files(json_path, _INFO)[1]:
-        raise ValueError(f"{others[0]}: would be replaced, and is not of synthetic scenes")
+    if unrelated := earlier_files(json_path, _INFO)[1]:
+        raise ValueError(f"{unrelated[0]}: would be replaced, and is not of synthetic scenes")
     with PanopticWriter(folder / "panoptic", json_path, CATEGORIES, info=_INFO) as writer:
         for index in range(count):
             scene = make_scene(size, seed, index)

@@ -63,9 +63,9 @@ def fused_conv2d(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if not _says_unsupported(error):
+            if not _is_unsupported(error):
                 raise
-            _refused.add((x.dtype, weight.shape, shape))
+            _unsupported.add((x.dtype, weight.shape, shape))
     if not relu and _is_matrix_product(x, weight, shape):
         y = _run_matrix_product(x, weight, bias)
     else:
@@ -132,15 +132,15 @@ def _run_onednn(
 ) -> Tensor:
     arguments = (shape.padding, shape.stride, (1, 1), shape.groups)
     if residual is None:
-        alone = "relu" if relu else "none"
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, alone, [], "")
+        activation = "relu" if relu else "none"
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, activation, [], "")
     activation = "relu" if relu else None
     return torch.ops.mkldnn._convolution_pointwise_.binary(
         residual, x, weight, bias, *arguments, "add", 1.0, activation, [], ""
     )
 
 
-_refused: set[tuple[torch.dtype, torch.Size, Shape]] = set()
+_unsupported: set[tuple[torch.dtype, torch.Size, Shape]] = set()
 """Convolutions without a fused kernel in cuDNN: dtype of the features, shape of the weight, and `Shape`."""
 
 
@@ -151,7 +151,7 @@ def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape) -> bool:
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and weight.shape[0] % vector == 0
         and weight.shape[1] % vector == 0
-        and (x.dtype, weight.shape, shape) not in _refused
+        and (x.dtype, weight.shape, shape) not in _unsupported
         and _is_registered(x.device.type)
         and (torch.backends.cudnn.enabled or x.device.type == "meta")
     )
@@ -169,7 +169,7 @@ def _run_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, res
     return torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, 1.0, bias, *arguments)
 
 
-def _says_unsupported(error: RuntimeError) -> bool:
+def _is_unsupported(error: RuntimeError) -> bool:
     """Return whether an error means that cuDNN has no kernel for the convolution."""
     text = str(error).lower()
     return "engine" in text or "cudnn" in text or "not supported" in text

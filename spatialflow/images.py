@@ -40,7 +40,7 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ImageError(f"{path}: is empty")
     image = decode_image(path, content)
     if image is None and _lacks_only_the_end_marker(content):
-        warnings.warn(f"{path}: has no end marker; all its pixels are there", ImageWarning, stacklevel=2)
+        warnings.warn(f"{path}: has no end marker, but all pixels", ImageWarning, stacklevel=2)
         image = decode_image(path, content.rstrip(b"\xff") + _JPEG_END)
     if image is None and _has_known_header(content):
         raise ImageError(f"{path}: is truncated or damaged")

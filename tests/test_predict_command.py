@@ -87,7 +87,7 @@ class TestPredict:
         (tmp_path / "a.jpg").write_bytes((photographs / "plain.jpg").read_bytes()[:-2])
         command = ["predict", str(tmp_path / "a.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
         assert main(command) == 0
-        assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker; all its pixels are there"]
+        assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker, but all pixels"]
 
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
         """Images that are done at an interrupt (Ctrl-C) are complete, and the JSON lists them."""
@@ -226,7 +226,7 @@ class TestPredict:
             assert read_id_map(output / "panoptic" / annotation["file_name"]).shape
             assert (output / "overlays" / name).with_suffix(".jpg").is_file()
         assert main(command) == 0
-        left_out = "2 images in its sub-folders are left out; --recursive takes them too"
+        left_out = "2 images in its sub-folders are left out; --recursive includes them"
         assert sentences(capsys) == [f"{tmp_path}: {left_out}", replaces]
         assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]
 
@@ -255,7 +255,7 @@ class TestPredict:
         names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "loop.jpg", "other/b.png"]
         assert [image.name for image in images] == names and not failed
         resolve_images([tmp_path / "in"])
-        left_out = "2 images in its sub-folders are left out; --recursive takes them too"  # links are not followed
+        left_out = "2 images in its sub-folders are left out; --recursive includes them"  # links are not followed
         assert sentences(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
 
     def test_a_folder_that_cannot_be_read(self, tmp_path, monkeypatch, capsys):
@@ -319,7 +319,7 @@ class TestPredict:
 
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
-        assert sentences(capsys) == ["no --checkpoint: the weights are random, so the maps mean nothing"]
+        assert sentences(capsys) == ["no --checkpoint: the weights are random, and so are the results"]
         assert not (tmp_path / "overlays").exists()
 
     @pytest.mark.parametrize(

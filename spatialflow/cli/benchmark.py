@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     unknown = [op for op in options.ops if op not in available]
     if unknown:
-        raise CommandError(f"no benchmark named {', '.join(unknown)}; there are {', '.join(available)}")
+        raise CommandError(f"no benchmark named {', '.join(unknown)}; available are {', '.join(available)}")
     arguments = [
         f"--{name}={getattr(options, name)}"
         for name in ("device", "threads", "seconds", "output")

@@ -117,7 +117,7 @@ def resolve_images(
             if previous != image and previous.path.resolve() != image.path.resolve():
                 raise CommandError(
                     f"{image.path}: has the same name as {previous.path}, and output files are named by it; use two "
-                    f"output folders, or give the folder above both with --recursive"
+                    f"output folders, or pass their common parent folder with --recursive"
                 )
     for text in failed:
         print_error(text)
@@ -131,8 +131,8 @@ def _images_of_folder(folder: Path, recursive: bool, outputs: set[str], failed: 
     if direct:
         if len(direct) < len(images):
             print_error(
-                f"{folder}: {len(images) - len(direct)} images in its sub-folders are left out; --recursive takes "
-                f"them too"
+                f"{folder}: {len(images) - len(direct)} images in its sub-folders are left out; --recursive "
+                f"includes them"
             )
         return direct
     images = list(_images_below(folder, outputs, failed))
@@ -208,7 +208,7 @@ def png_folder(path: Path, chosen: Path | None = None, option: str | None = None
         return folder
     if chosen is not None:
         raise CommandError(f"{chosen}: no such folder")
-    hint = "" if option is None else f"; {option} names another"
+    hint = "" if option is None else f"; pass its path with {option}"
     raise CommandError(f"{path}: there is no folder {folder} with its PNGs{hint}")
 
 
@@ -292,7 +292,7 @@ def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any
         model = build_model(config, **overrides).eval()
         checkpoint = checkpoint or packaged_weights(config)
         if checkpoint is None:
-            print_error("no --checkpoint: the weights are random, so the maps mean nothing")
+            print_error("no --checkpoint: the weights are random, and so are the results")
             return model
         load_checkpoint(model, checkpoint, ema)
         return model

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         count = torch.cuda.device_count()
         devices = ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"
     except ImportError as error:
-        running, code = f"nothing ({error})", 2
+        running, code = f"no torch ({error})", 2
     try:
         level = f"{_library.cpu_level()} in use"
         _library.load()

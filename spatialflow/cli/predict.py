@@ -179,14 +179,14 @@ def run(options: argparse.Namespace) -> int:
         print_error(f"{options.output}: holds the results of an earlier run, which this one replaces")
     if done_before:
         print_error(
-            f"{options.output}: {len(done_before)} of {len(images)} images were done by a run that was interrupted; "
-            f"this one goes on"
+            f"{options.output}: {len(done_before)} of {len(images)} images were done by an interrupted run, "
+            f"which this run continues"
         )
     begin = time.perf_counter()
     try:
         times = _predict_images(predictor, output, images, done_before, failed)
     except KeyboardInterrupt as stop:
-        stop.args = (f"{len(output.done)} of {len(images)} images are done; the same command goes on with the others",)
+        stop.args = (f"{len(output.done)} of {len(images)} images are done; run the same command again for the others",)
         raise
     _report(options, output, len(output.done) - len(done_before), failed, times, time.perf_counter() - begin)
     return 1 if failed else 0
@@ -249,7 +249,7 @@ def _report(
         print_error("no image could be predicted")
     if output.left_out:
         print_error(
-            f"{options.output}: {output.left_out} more images were done by the run that was interrupted; "
+            f"{options.output}: {output.left_out} more images were done by the interrupted run; "
             f"panoptic.json does not list them, and the journal keeps them"
         )
 

@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
             trainer.run()
         except KeyboardInterrupt as stop:
             if os.path.isfile(trainer.store.path):
-                stop.args = (f"the same command goes on from {trainer.store.path}",)
+                stop.args = (f"run the same command again to continue from {trainer.store.path}",)
             raise
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None
@@ -176,10 +176,10 @@ def _print_start(options: argparse.Namespace, trainer: Trainer, data: DataSet, v
     ]:
         print_error(text)
     if trainer.store.changed_settings:
-        print_error(f"{options.output}: goes on with other settings: {', '.join(trainer.store.changed_settings)}")
+        print_error(f"{options.output}: continues with changed settings: {', '.join(trainer.store.changed_settings)}")
     if trainer.reinitialized_layers and trainer.step == 0:
         layers = ", ".join(trainer.reinitialized_layers)
-        print_error(f"{options.checkpoint}: of other classes; {layers} start from random weights")
+        print_error(f"{options.checkpoint}: has other classes; {layers} start from random weights")
 
 
 def _warn_of_random_statistics(options: argparse.Namespace, model: ModelConfig) -> None:
@@ -212,11 +212,11 @@ def _check_data_options(options: argparse.Namespace) -> None:
     """Raise CommandError for options of the data that exclude or require each other."""
     for first, second in (("images", "annotations"), ("validation_images", "validation_annotations")):
         if (getattr(options, first) is None) != (getattr(options, second) is None):
-            raise CommandError(f"--{first} and --{second} need each other".replace("_", "-"))
+            raise CommandError(f"--{first} and --{second} must be given together".replace("_", "-"))
     if (options.cityscapes is None) == (options.images is None):
-        raise CommandError("the data: give either --images and --annotations, or --cityscapes")
+        raise CommandError("the data must be either --images and --annotations, or --cityscapes")
     if options.cityscapes is not None and options.validation_images is not None:
-        raise CommandError("--cityscapes brings its own validation images; --validation-images cannot be added")
+        raise CommandError("--cityscapes and --validation-images exclude each other: the tree has its own split val")
     for folder, images in (("panoptic", "images"), ("validation_panoptic", "validation_images")):
         if getattr(options, folder) is not None and getattr(options, images) is None:
             raise CommandError(f"--{folder} needs --{images}".replace("_", "-"))
@@ -274,5 +274,5 @@ def _summary(trainer: Trainer) -> str:
         parts.append(f"{len(trainer.reporter.problems)} images or annotations could not be used")
     if trainer.reporter.count_by_rule:
         counts = ", ".join(f"{count} x {rule}" for rule, count in trainer.reporter.count_by_rule.items())
-        parts.append(f"annotations that contradict themselves: {counts} (`spatialflow validate` lists all)")
+        parts.append(f"contradictory annotations: {counts} (`spatialflow validate` lists all)")
     return "; ".join(parts)

@@ -104,7 +104,7 @@ def add_parser(commands: Subparsers) -> None:
     add(
         "--config",
         metavar="NAME",
-        help="network whose class-activation maps are drawn, of the cls sub-network and the stuff head",
+        help="also draw class-activation maps of this network: of its cls sub-network and its stuff head",
     )
     add("--checkpoint", type=path_argument, metavar="FILE", help="weights of the network, as for `predict`")
     add("--ema", action="store_true", help="use the moving average (EMA) of the weights in --checkpoint")
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
 def _check_options(options: argparse.Namespace) -> None:
     """Raise CommandError for options that do not fit together."""
     if options.checkpoint is not None and options.config is None:
-        raise CommandError("--checkpoint needs --config, the network that it fills")
+        raise CommandError("--checkpoint needs --config, the configuration of its network")
     if options.ground_truth is None and options.prediction is None and options.config is None:
         raise CommandError("nothing to show: give --ground-truth, --prediction or --config")
     if options.sheet < 1:

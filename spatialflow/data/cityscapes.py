@@ -107,7 +107,7 @@ class Cityscapes:
         except ImageError as error:
             raise SampleError(str(error)) from None
         if labels is None or labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
-            raise SampleError(f"{path}: is damaged, or no grayscale PNG of 8 or 16 bits")
+            raise SampleError(f"{path}: is damaged, or is not a grayscale PNG of 8 or 16 bits")
         return labels.astype(np.int32)
 
     def _annotation(self, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:

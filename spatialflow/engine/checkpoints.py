@@ -196,8 +196,8 @@ def _without_containers(path: Path, content: Any, ema: bool, notes: list[str]) -
             break
         if not all(_are_equal(content[keys[0]], content[key]) for key in keys[1:]):
             raise CheckpointError(
-                f"{path}: holds several sets of weights: {', '.join(map(repr, keys))}; store the one that is meant "
-                f"in a file of its own, by torch.save"
+                f"{path}: holds several sets of weights: {', '.join(map(repr, keys))}; store the intended "
+                f"one alone, with torch.save"
             )
         is_average = is_average or keys is averages
         notes.append(f"took the {'moving average' if is_average else 'weights'} under {keys[0]!r}")
@@ -228,14 +228,14 @@ def _without_wrappers(path: Path, state: dict[str, Tensor], notes: list[str]) ->
         names = {name: parts[1:] for name, parts in names.items()}
         removed.append(first)
     if removed:
-        notes.append(f"took {', '.join(repr(part + '.') for part in removed)} off the names")
+        notes.append(f"removed {', '.join(repr(part + '.') for part in removed)} from the names")
     if counters:
         notes.append(f"left out {', '.join(counters)}")
     result: dict[str, Tensor] = {}
     for name, parts in names.items():
         short = ".".join(parts)
         if short in result:
-            raise CheckpointError(f"{path}: {short} is there twice, under names of several wrappers")
+            raise CheckpointError(f"{path}: {short} occurs twice, under names of several wrappers")
         result[short] = state[name]
     is_average = any(part in EMA_NAMES for part in removed) or any(
         _is_averaging_counter(name, state) for name in counters
@@ -312,7 +312,7 @@ def _first_line(error: Exception) -> str:
 def _read_network(path: str | Path, ema: bool) -> dict[str, Tensor]:
     state = read_state(path, ema)
     if "layer1.0.conv1.weight" in state:
-        raise CheckpointError(f"{path}: holds a backbone alone; load_backbone (train --backbone) takes it")
+        raise CheckpointError(f"{path}: holds a backbone alone; load it with load_backbone (train --backbone)")
     return state
 
 
@@ -399,7 +399,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> nn.Module:
     """
     state = {name: value for name, value in read_state(path).items() if not name.startswith("fc.")}
     if "backbone.layer1.0.conv1.weight" in state:
-        raise CheckpointError(f"{path}: holds a whole network; load_checkpoint (train --checkpoint) takes it")
+        raise CheckpointError(f"{path}: holds a whole network; load it with load_checkpoint (train --checkpoint)")
     _fill(cast("nn.Module", model.backbone), state, str(path), may_miss=r"\.conv_offset\.")
     return model
 
@@ -515,7 +515,7 @@ def convert(source: str | Path, destination: str | Path, dtype: torch.dtype | No
     ]
     if unknown:
         raise CheckpointError(
-            f"{source}: {len(unknown)} entries belong to no part of the model: {shorten(unknown)}",
+            f"{source}: {len(unknown)} entries are not part of the model: {shorten(unknown)}",
             unexpected=unknown,
         )
     broken = not_finite(state)

@@ -470,7 +470,9 @@ def check_ensemble(configs: Sequence[Config]) -> None:
             first, *further = (getattr(getattr(config, section), name) for config in configs)
             for value in further:
                 if value != first:
-                    raise ValueError(f"model: those of an ensemble must agree in {name}, got {first!r} and {value!r}")
+                    raise ValueError(
+                        f"model: the models of an ensemble must agree in {name}, got {first!r} and {value!r}"
+                    )
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -170,7 +170,7 @@ class Trainer:
         steps = process_group.gather(self.step)
         if len(set(steps)) > 1:
             raise TrainingError(
-                f"{self.store.path}: the processes resume at different steps {steps}; all need to see one folder"
+                f"{self.store.path}: the processes resume at different steps {steps}; all must use the same folder"
             )
         self.log = TrainingLog(self.folder, self.step) if process_group.is_first else None
         self.reporter = ProblemReporter(self.log)
@@ -333,7 +333,7 @@ class Trainer:
 
     def _divergence_error(self, step: int, reason: str) -> TrainingError:
         path = self.store.path
-        resumption = f"; {path} is of an earlier step, and the same command with such settings resumes from it"
+        resumption = f"; {path} is of an earlier step; the same command with such settings resumes from it"
         return TrainingError(
             f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.has_checkpoint() else ''}"
         )

@@ -69,7 +69,7 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     for name, array in arrays.items():
         if tensors:
             kind = type(array).__name__
-            raise TypeError(f"{op}: {name} must be a tensor, got {kind}, as {tensors[0]} is a tensor and no array")
+            raise TypeError(f"{op}: {name} must be a tensor, got {kind}, as {tensors[0]} is a tensor, not an array")
         if _library_of(array) is not library:
             raise TypeError(
                 f"{op}: {name} must be an array of {library.__name__} as {first} is, got {type(array).__name__} of "

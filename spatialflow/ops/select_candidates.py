@@ -136,7 +136,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """Fold the mapped dimension and the batch into one dimension for the call."""
     class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level = args
     if in_dims[2] is not None:
-        raise ValueError("select_candidates: base_anchors must be the same for all that vmap maps over")
+        raise ValueError("select_candidates: base_anchors must not be mapped by vmap")
 
     def unfolded(tensor: Tensor, dim: int | None) -> Tensor:
         return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

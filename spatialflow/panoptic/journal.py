@@ -65,7 +65,7 @@ class Journal:
                 before, now = _flat(header), _flat(self._header)
                 changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise ResumeError(
-                    f"{self.path}: belongs to a run with other settings that did not end: "
+                    f"{self.path}: is the journal of an interrupted run with other settings: "
                     + ", ".join(f"{key} {before.get(key)!r:.60} -> {now.get(key)!r:.60}" for key in changed)
                 )
             self._restored = first

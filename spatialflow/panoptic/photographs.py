@@ -92,7 +92,7 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
             reason = f", neither of that id nor of the name {truth_names[image]!r:.80}"
             if wrong_id is not None:
                 reason = (
-                    f": none has its name {truth_names[image]!r:.80}, and ids do not count, because id "
+                    f": none has its name {truth_names[image]!r:.80}, and ids are ignored, because id "
                     f"{wrong_id!r:.60} is {truth_names[wrong_id]!r:.80} in the ground truth and "
                     f"{prediction_names[wrong_id]!r:.80} in the predictions"
                 )

@@ -46,7 +46,7 @@ def decode_png(data: bytes) -> np.ndarray:
     try:
         lines = deflate.zlib_decompress(_compressed_pixels(data), size)
     except deflate.DeflateError:
-        raise ValueError(f"damaged PNG: the compressed data are no {width}x{height} pixels") from None
+        raise ValueError(f"damaged PNG: the compressed data do not fit {width}x{height} pixels") from None
     if len(lines) < size:
         raise ValueError("damaged PNG: the compressed data end before the last pixel")
     try:

@@ -123,7 +123,7 @@ def _image_problems(
         size = (id_map.shape[1], id_map.shape[0])
         problems += pixel_problems(annotation["segments_info"], image, extents(id_map), unusable)
     if row is not None and size not in (None, (row["width"], row["height"])):
-        text = f"image {image}: the PNG has {size[0]}x{size[1]} pixels, images says {row['width']}x{row['height']}"
+        text = f"image {image}: the PNG has {size[0]}x{size[1]} pixels, `images` has {row['width']}x{row['height']}"
         problems.append(Problem("image-size", text, image, value=f"{size[0]}x{size[1]}"))
     if images is not None and row is not None:
         problems += _photograph_problems(image, row["file_name"], Path(images), size)

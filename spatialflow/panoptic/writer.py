@@ -370,7 +370,7 @@ class PanopticWriter:
             if owner is not None:
                 kind, value = key
                 name = row["image"]["file_name"]
-                raise PanopticFormatError(f"{name}: would get the {kind} {value}, which {owner} has already")
+                raise PanopticFormatError(f"{name}: the {kind} {value} is already used by {owner}")
 
 
 def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:

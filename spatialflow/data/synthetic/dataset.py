@@ -53,7 +53,7 @@ def synthesize(folder: str | os.PathLike[str], count: int, size: tuple[int, int]
         An iterator over the paths of the images as they are written. The JSON is complete when the iterator ends.
 
     Raises:
-        ValueError: count is not positive, a side is below 32, or `panoptic.json` exists and is not of synthetic scenes.
+        ValueError: count is not positive, a side is below 32, or `panoptic.json` was not written by this function.
         InUseError: another process writes to the folder.
         OSError: a file cannot be written.
     """
@@ -62,7 +62,7 @@ def synthesize(folder: str | os.PathLike[str], count: int, size: tuple[int, int]
     folder = Path(folder)
     json_path = folder / "panoptic.json"
     if unrelated := earlier_files(json_path, _INFO)[1]:
-        raise ValueError(f"{unrelated[0]}: would be replaced, and is not of synthetic scenes")
+        raise ValueError(f"{unrelated[0]}: would be replaced, and was not written by synthesize")
     with PanopticWriter(folder / "panoptic", json_path, CATEGORIES, info=_INFO) as writer:
         for index in range(count):
             scene = make_scene(size, seed, index)

@@ -103,8 +103,8 @@ class FusedResNet(nn.Module):
         version = state.pop("version", "an earlier version")
         if version != __version__:
             raise RuntimeError(
-                f"an optimized network was pickled by spatialflow {version}, and this is {__version__}: make it again "
-                f"from its checkpoint, by optimize_for_inference or Predictor"
+                f"an optimized network was pickled by spatialflow {version}, and this is {__version__}: create it "
+                f"again from its checkpoint, with optimize_for_inference or Predictor"
             )
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
 

@@ -134,9 +134,8 @@ def _run_onednn(
     if residual is None:
         activation = "relu" if relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, activation, [], "")
-    activation = "relu" if relu else None
     return torch.ops.mkldnn._convolution_pointwise_.binary(
-        residual, x, weight, bias, *arguments, "add", 1.0, activation, [], ""
+        residual, x, weight, bias, *arguments, "add", 1.0, "relu" if relu else None, [], ""
     )
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,12 +40,58 @@ def configs_paragraph() -> str:
     return textwrap.fill(f"Configurations of the package: {', '.join(listed)}.", 116)
 
 
-def with_examples(*lines: str) -> dict[str, Any]:
-    """Make the arguments of `add_parser` that put examples at the end of a command's help."""
-    return {
-        "epilog": "\n".join(("examples:", *(f"  spatialflow {line}" for line in lines))),
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
+def add_command(
+    commands: Subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    description: str,
+    examples: Sequence[str] = (),
+) -> argparse.ArgumentParser:
+    """Add a command to the command line.
+
+    Args:
+        commands: of the program.
+        name: of the command.
+        run: runs the command; returns the exit code.
+        help: line in the list of commands.
+        description: beginning of the command's help, with its line breaks.
+        examples: end of the command's help; commands without the program's name.
+
+    Returns:
+        The parser of the command's arguments.
+    """
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog="\n".join(("examples:", *(f"  spatialflow {line}" for line in examples))) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_path(parser: argparse.ArgumentParser, name: str, metavar: str, help: str, **options: Any) -> None:
+    """Add an argument that is one path or, by `options` of `add_argument`, several."""
+    parser.add_argument(name, type=path_argument, metavar=metavar, help=help, **options)
+
+
+def add_ema_option(parser: argparse.ArgumentParser, file: str = "--checkpoint") -> None:
+    """Add the option `--ema`, which applies to the checkpoint of the argument `file`."""
+    parser.add_argument("--ema", action="store_true", help=f"use the moving average (EMA) of the weights in {file}")
+
+
+def check_ema(ema: bool, has_checkpoint: bool) -> None:
+    """Raise CommandError if `--ema` is given without a checkpoint."""
+    if ema and not has_checkpoint:
+        raise CommandError("--ema needs --checkpoint")
+
+
+def add_workers_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--workers` of commands that read files in threads."""
+    parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
 
 
 def path_argument(text: str) -> Path:
@@ -64,6 +110,15 @@ def check_count(option: str, value: int | None, minimum: int = 1) -> None:
 def print_error(text: str) -> None:
     """Print a message on standard error, after the program's name."""
     print(f"spatialflow: {text}", file=sys.stderr)
+
+
+def set_threads(count: int | None) -> None:
+    """Set the number of torch's CPU threads to `--threads`; None keeps torch's default."""
+    import torch
+
+    check_count("--threads", count)
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 class _ErrorHandler(logging.Handler):
@@ -269,6 +324,19 @@ def path_in_oserror(path: Path | None) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextlib.contextmanager
+def as_command_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Within the block, turn exceptions of `kinds` and OSError into CommandError, except a closed standard output."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CommandError(format_error(error)) from None
+    except kinds as error:
+        raise CommandError(str(error)) from None
+
+
 def format_error(error: Exception) -> str:
     """Format an exception as a one-line message; an OSError with a file name was raised while that file was written."""
     if isinstance(error, OSError) and error.filename is not None:
@@ -304,8 +372,7 @@ def load_models(
     configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any], ema: bool = False
 ) -> list[SpatialFlow]:
     """Build the networks of an ensemble; `configs` has one configuration for all checkpoints, or one for each."""
-    if ema and not checkpoints:
-        raise CommandError("--ema needs --checkpoint")
+    check_ema(ema, bool(checkpoints))
     count = max(len(configs), len(checkpoints))
     config_per_model = list(configs) * count if len(configs) == 1 else configs
     files: Sequence[Path | None] = checkpoints or [None] * count

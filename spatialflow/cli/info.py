@@ -9,17 +9,18 @@ from pathlib import Path
 
 import spatialflow
 from spatialflow import _library
-from spatialflow.cli.common import Subparsers
+from spatialflow.cli.common import Subparsers, add_command
 
 
 def add_parser(commands: Subparsers) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
+    add_command(
+        commands,
         "info",
+        run,
         help="show versions, libraries, the instruction-set level and CUDA architectures",
         description="Show versions, libraries, the instruction-set level and CUDA architectures.",
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from spatialflow.cli.common import (
     CommandError,
     Subparsers,
+    add_command,
+    add_ema_option,
+    add_path,
     check_count,
+    check_ema,
     configs_paragraph,
-    path_argument,
     print_error,
-    with_examples,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -31,39 +34,35 @@ DataSet: TypeAlias = "Cityscapes | CocoPanoptic"
 
 def add_parser(commands: Subparsers) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "train",
+        run,
         help="train a network; with torchrun on several GPUs or machines",
         description="Train on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same "
         "command, given again,\nresumes an interrupted run from its last checkpoint. docs/training.md describes data, "
         "configurations and resuming.\n\n" + configs_paragraph(),
-        **with_examples(
+        examples=(
             "synthesize scenes --count 20 --size 256 384",
             "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
             "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
         ),
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("config", metavar="CONFIG", help="configuration of the package, or YAML file")
     add("settings", nargs="*", metavar="FIELD=VALUE", help="values of fields of the configuration, e.g. epochs=5")
-    add(
-        "--output",
-        required=True,
-        type=path_argument,
-        metavar="FOLDER",
-        help="folder for checkpoint.pt, model.safetensors, log.jsonl, curves.png, ...",
-    )
+    files = "checkpoint.pt, model.safetensors, log.jsonl, curves.png, ..."
+    add_path(parser, "--output", "FOLDER", f"folder for {files}", required=True)
     _add_data_options(parser)
-    add(
+    add_path(
+        parser,
         "--checkpoint",
-        type=path_argument,
-        metavar="FILE",
-        help="fine-tune these weights; layers whose shape depends on the classes start from random weights if the "
-        "classes differ",
+        "FILE",
+        "fine-tune these weights; layers whose shape depends on the classes start from random weights if the classes "
+        "differ",
     )
-    add("--ema", action="store_true", help="use the moving average (EMA) of the weights in --checkpoint")
-    add("--backbone", type=path_argument, metavar="FILE", help="ImageNet weights with torchvision's names")
+    add_ema_option(parser)
+    add_path(parser, "--backbone", "FILE", "ImageNet weights with torchvision's names")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--workers", type=int, default=2, metavar="N", help="data loading processes (default: %(default)s)")
@@ -72,24 +71,17 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--images", type=path_argument, metavar="FOLDER", help="photographs")
-    add("--annotations", type=path_argument, metavar="JSON", help="COCO panoptic JSON")
-    add(
-        "--panoptic",
-        type=path_argument,
-        metavar="FOLDER",
-        help="PNGs of --annotations (default: the folder beside the JSON with the same name)",
-    )
-    add("--validation-images", type=path_argument, metavar="FOLDER", help="like --images, for evaluation")
-    add("--validation-annotations", type=path_argument, metavar="JSON", help="like --annotations, for evaluation")
-    add("--validation-panoptic", type=path_argument, metavar="FOLDER", help="like --panoptic, for evaluation")
-    add(
-        "--cityscapes",
-        type=path_argument,
-        metavar="FOLDER",
-        help="tree with leftImg8bit and gtFine: train on its split train, evaluate on its split val if present",
-    )
+    for name, metavar, text in (
+        ("images", "FOLDER", "photographs"),
+        ("annotations", "JSON", "COCO panoptic JSON"),
+        ("panoptic", "FOLDER", "PNGs of --annotations (default: the folder beside the JSON with the same name)"),
+        ("validation-images", "FOLDER", "like --images, for evaluation"),
+        ("validation-annotations", "JSON", "like --annotations, for evaluation"),
+        ("validation-panoptic", "FOLDER", "like --panoptic, for evaluation"),
+    ):
+        add_path(parser, f"--{name}", metavar, text)
+    text = "tree with leftImg8bit and gtFine: train on its split train, evaluate on its split val if present"
+    add_path(parser, "--cityscapes", "FOLDER", text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -145,19 +137,16 @@ def _check_options(options: argparse.Namespace) -> None:
     import torch
 
     check_count("--workers", options.workers, minimum=0)
-    check_count("--threads", options.threads)
     if options.checkpoint is not None and options.backbone is not None:
         raise CommandError(
             "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"
         )
-    if options.ema and options.checkpoint is None:
-        raise CommandError("--ema needs --checkpoint")
+    check_ema(options.ema, options.checkpoint is not None)
     if options.device not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, got '{options.device}'")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
 
 
 def _print_start(options: argparse.Namespace, trainer: Trainer, data: DataSet, validation: DataSet | None) -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spatialflow.cli.common import (
-    CommandError,
     Subparsers,
+    add_command,
+    add_path,
+    add_workers_option,
+    as_command_errors,
     check_count,
     check_output,
-    format_error,
     panoptic_json,
-    path_argument,
     path_in_oserror,
     png_folder,
-    with_examples,
 )
 
 if TYPE_CHECKING:
@@ -30,35 +30,27 @@ EXAMPLES = 3
 
 def add_parser(commands: Subparsers) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "validate",
+        run,
         help="find errors in panoptic annotations",
         description="Check a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, missing "
         "files.\nFor every broken rule (docs/annotations.md) a table shows the effect in a ground truth and in a "
         "prediction\n(`evaluate`), and in training: the command stops, the problem is reported, the image is skipped, "
         "or there\nis no effect (-). Exit codes: 0 no problems, 1 problems found, 2 not readable.",
-        **with_examples(
+        examples=(
             "validate annotations/panoptic_val2017.json --images val2017",
             "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",
             "validate out",
         ),
     )
-    parser.set_defaults(run=run)
-    parser.add_argument(
-        "annotations",
-        type=path_argument,
-        metavar="ANNOTATIONS",
-        help="the panoptic JSON, the folder of PNGs beside it, or the output of `predict`",
-    )
-    parser.add_argument("--folder", type=path_argument, metavar="FOLDER", help="PNGs, if they are not beside the JSON")
-    parser.add_argument(
-        "--images",
-        type=path_argument,
-        metavar="FOLDER",
-        help="photographs: check that each can be read and has the size of its PNG",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
-    parser.add_argument("--output", type=path_argument, metavar="FILE", help="write all problems as JSON")
+    source = "the panoptic JSON, the folder of PNGs beside it, or the output of `predict`"
+    add_path(parser, "annotations", "ANNOTATIONS", source)
+    add_path(parser, "--folder", "FOLDER", "PNGs, if they are not beside the JSON")
+    add_path(parser, "--images", "FOLDER", "photographs: check that each can be read and has the size of its PNG")
+    add_workers_option(parser)
+    add_path(parser, "--output", "FILE", "write all problems as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,15 +62,11 @@ def run(options: argparse.Namespace) -> int:
     path = panoptic_json(options.annotations)
     folder = png_folder(path, options.folder, "--folder")
     check_output(options.output, path, folder, options.images)
-    try:
+    with as_command_errors(PanopticFormatError):
         result = validate(path, folder, options.images, workers=options.workers, progress=sys.stderr.isatty())
         if options.output is not None:
             with path_in_oserror(options.output):
                 _write(options.output, path, result)
-    except PanopticFormatError as error:
-        raise CommandError(str(error)) from None
-    except OSError as error:
-        raise CommandError(format_error(error)) from None
     print(_table(result), end="")
     count = len(result.problems)
     verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"

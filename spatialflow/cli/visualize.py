@@ -12,15 +12,18 @@ from spatialflow.cli.common import (
     CommandError,
     InputImage,
     Subparsers,
+    add_command,
+    add_ema_option,
+    add_path,
+    as_command_errors,
+    check_ema,
     format_error,
     load_model,
     panoptic_json,
-    path_argument,
     path_in_oserror,
     png_folder,
     print_error,
     resolve_images,
-    with_examples,
     without_suffix,
 )
 
@@ -69,30 +72,27 @@ class Picture(NamedTuple):
 
 def add_parser(commands: Subparsers) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "visualize",
+        run,
         help="draw ground truth, prediction and activations side by side",
         description="Draw the ground truth, the prediction and class-activation maps of photographs side by side.",
-        **with_examples("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures"),
+        examples=("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures",),
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
-    add("images", nargs="+", type=path_argument, metavar="IMAGE", help="photographs, or folders of photographs")
-    add(
+    add_path(parser, "images", "IMAGE", "photographs, or folders of photographs", nargs="+")
+    add_path(
+        parser,
         "--output",
-        required=True,
-        type=path_argument,
-        metavar="FOLDER",
-        help="folder for pictures/*.jpg and index.html; with ground truth and prediction, the pictures are sorted by "
+        "FOLDER",
+        "folder for pictures/*.jpg and index.html; with ground truth and prediction, the pictures are sorted by "
         "panoptic quality, and worst.jpg and best.jpg are written",
+        required=True,
     )
-    for name, text in (("ground-truth", "ground truth"), ("prediction", "predictions")):
-        add(
-            f"--{name}",
-            type=path_argument,
-            metavar="JSON",
-            help=f"{text}: the panoptic JSON with PNGs beside it, or the output of `predict`",
-        )
+    source = "the panoptic JSON with PNGs beside it, or the output of `predict`"
+    add_path(parser, "--ground-truth", "JSON", f"ground truth: {source}")
+    add_path(parser, "--prediction", "JSON", f"predictions: {source}")
     add(
         "--sheet",
         type=int,
@@ -106,8 +106,8 @@ def add_parser(commands: Subparsers) -> None:
         metavar="NAME",
         help="also draw class-activation maps of this network: of its cls sub-network and its stuff head",
     )
-    add("--checkpoint", type=path_argument, metavar="FILE", help="weights of the network, as for `predict`")
-    add("--ema", action="store_true", help="use the moving average (EMA) of the weights in --checkpoint")
+    add_path(parser, "--checkpoint", "FILE", "weights of the network, as for `predict`")
+    add_ema_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -122,8 +122,7 @@ def run(options: argparse.Namespace) -> int:
         folders["ground truth"] = _read_folder(options.ground_truth, TRUTH, None)
     if options.prediction is not None:
         folders["prediction"] = _read_folder(options.prediction, PREDICTION, folders.get("ground truth"))
-    if options.ema and options.checkpoint is None:
-        raise CommandError("--ema needs --checkpoint")
+    check_ema(options.ema, options.checkpoint is not None)
     model = None if options.config is None else load_model(options.config, options.checkpoint, {}, options.ema)
     pictures: list[Picture] = []
     try:
@@ -133,10 +132,8 @@ def run(options: argparse.Namespace) -> int:
         raise
     finally:
         if pictures:  # after an interrupt, the page shows the pictures drawn before it
-            try:
+            with as_command_errors():
                 _write_pages(pictures, options.output, options.sheet)
-            except OSError as error:
-                raise CommandError(format_error(error)) from None
     for folder in folders.values():
         if folder.problems:
             print_error(summary(folder.problems, str(folder.path)))

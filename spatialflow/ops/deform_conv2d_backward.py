@@ -117,6 +117,23 @@ def _saved(ctx: Any) -> _Operands:
     return _Operands(*ctx.saved_tensors)
 
 
+def _tangent_terms(
+    operands: _Operands, offset_t: Any, mask_t: Any, offset_tangent_t: Any, **tangents: Tensor | None
+) -> list[_Operands]:
+    """List the operands of each term of a tangent: one operand is replaced by its tangent.
+
+    The tangent of `offset` stands in the place of `offset_tangent`.
+    """
+    _refuse_third_derivative(operands, offset_t)
+    replaced = _replaced(
+        operands,
+        **tangents,
+        mask=_mark_non_finite(operands, mask_t),
+        offset_tangent=offset_t if offset_tangent_t is None else offset_tangent_t,
+    )
+    return list(replaced.values())
+
+
 # The operator: (input, offset, weight, bias, mask, offset_tangent, *settings) -> output.
 
 
@@ -147,15 +164,8 @@ def _jvp(
     ctx: Any, input_t: Any, offset_t: Any, weight_t: Any, bias_t: Any, mask_t: Any, offset_tangent_t: Any, *_: Any
 ) -> Tensor | None:
     operands = _saved(ctx)
-    _refuse_third_derivative(operands, offset_t)
-    changed = _replaced(
-        operands,
-        input=input_t,
-        weight=weight_t,
-        mask=_mark_non_finite(operands, mask_t),
-        offset_tangent=offset_t if offset_tangent_t is None else offset_tangent_t,
-    )
-    terms: list[Tensor | None] = [_output(term, ctx.settings) for term in changed.values()]
+    changed = _tangent_terms(operands, offset_t, mask_t, offset_tangent_t, input=input_t, weight=weight_t)
+    terms: list[Tensor | None] = [_output(term, ctx.settings) for term in changed]
     if bias_t is not None:
         size = (operands.input.shape[0], operands.weight.shape[0], *operands.offset.shape[2:])
         terms.append(bias_t[:, None, None].expand(size))
@@ -267,15 +277,8 @@ def _weight_jvp(
     ctx: Any, grad_output_t: Any, input_t: Any, offset_t: Any, mask_t: Any, offset_tangent_t: Any, *_: Any
 ) -> Tensor | None:
     operands = _saved(ctx)
-    _refuse_third_derivative(operands, offset_t)
-    changed = _replaced(
-        operands,
-        grad_output=grad_output_t,
-        input=input_t,
-        mask=_mark_non_finite(operands, mask_t),
-        offset_tangent=offset_t if offset_tangent_t is None else offset_tangent_t,
-    )
-    return _sum([_weight_gradient(term, ctx.settings, ctx.kernel) for term in changed.values()])
+    changed = _tangent_terms(operands, offset_t, mask_t, offset_tangent_t, grad_output=grad_output_t, input=input_t)
+    return _sum([_weight_gradient(term, ctx.settings, ctx.kernel) for term in changed])
 
 
 differentiable_deform_conv2d = DifferentiableOp(

@@ -164,28 +164,13 @@ def _(
 def _(
     grad_output: Tensor,
     boxes: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    strides: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    finest_scale: float,
-    batch: int,
-    channels: int,
-    heights: list[int],
-    widths: list[int],
-    channels_last: bool,
-    deterministic: bool,
+    *settings: Any,
 ) -> list[Tensor]:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    *_, batch, channels, heights, widths, channels_last, _deterministic = settings
+    options: dict[str, Any] = {"dtype": grad_output.dtype, "device": grad_output.device}
+    options["memory_format"] = torch.channels_last if channels_last else torch.contiguous_format
     return [
-        torch.empty(
-            (batch, channels, height, width),
-            dtype=grad_output.dtype,
-            device=grad_output.device,
-            memory_format=memory_format,
-        )
-        for height, width in zip(heights, widths, strict=True)
+        torch.empty((batch, channels, height, width), **options) for height, width in zip(heights, widths, strict=True)
     ]
 
 

@@ -161,20 +161,10 @@ def _(
 def _(
     grad_output: Tensor,
     boxes: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    aligned: bool,
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-    channels_last: bool,
-    deterministic: bool,
+    *settings: Any,
 ) -> Tensor:
+    *size, channels_last, _deterministic = settings[5:]  # (N, C, H, W) first
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    size = (batch, channels, height, width)
     return torch.empty(size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)
 
 

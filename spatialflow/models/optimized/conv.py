@@ -218,18 +218,8 @@ def _register_fake_cudnn() -> None:
         channels_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
         return result.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    def convolution_add_relu(
-        x: Tensor,
-        weight: Tensor,
-        z: Tensor,
-        alpha: float | None,
-        bias: Tensor | None,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-    ) -> Tensor:
-        return convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+    def convolution_add_relu(x: Tensor, weight: Tensor, z: Tensor, alpha: float | None, *arguments: Any) -> Tensor:
+        return convolution_relu(x, weight, *arguments)
 
     for fake in (convolution_relu, convolution_add_relu):
         name = f"aten::cudnn_{fake.__name__}"

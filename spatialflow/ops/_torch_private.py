@@ -8,10 +8,13 @@ imported. `tests/test_torch_private.py` tests that no other module of the packag
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 NAMES: list[str] = []
 """Full names of all objects that this module looks up."""
@@ -64,6 +67,15 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload as OpOverload
 else:
     OpOverload = _private("torch._ops.OpOverload")
+
+
+def assume_constant_result(function: Function) -> Function:
+    """Mark a function as `torch.compiler.assume_constant_result` does, without the import of torch's compiler.
+
+    That import takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch.compile
+    return function
 
 
 def is_forward_ad_active() -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, pair, require_finite
+from spatialflow.ops.conv_algorithm import CUDA_TAG, algorithm_code, check_packed_bias, packed_tag
 from spatialflow.ops.deform_conv2d_backward import differentiable_deform_conv2d
 from spatialflow.ops.differentiable import autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
-from spatialflow.ops.flow_conv2d import CUDA_TAG, algorithm_code, check_packed_bias, packed_tag
 from spatialflow.ops.layout import memory_format_of
 
 _CPU_PADDING = 32

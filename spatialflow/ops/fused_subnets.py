@@ -6,21 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.conv_algorithm import algorithm_code, check_packed_layout, pack_conv3x3_weight
 from spatialflow.ops.differentiable import autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
-from spatialflow.ops.flow_conv2d import (
-    PackedConv,
-    _pack_conv3x3,
-    algorithm_code,
-    check_packed_layout,
-    flow_conv2d,
-    pack_conv3x3,
-)
-from spatialflow.ops.layout import memory_format_of
+from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3
+from spatialflow.ops.layout import empty_levels
 from spatialflow.ops.subnet_schedule import run_subnets
 
 Conv = tuple[Tensor, Tensor | None] | PackedConv
@@ -164,7 +157,7 @@ def _packed(conv: Conv | None, code: int, like: Tensor) -> tuple[Tensor, Tensor]
     if isinstance(conv, PackedConv):
         packed, bias = conv.packed, conv.packed_bias
     else:
-        packed = _pack_conv3x3(autocast(weight), code)
+        packed = pack_conv3x3_weight(autocast(weight), code)
     return packed, weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
@@ -276,9 +269,5 @@ def _(
             continue
         # The last stage determines the channels; without stages flows are added to the levels.
         last = biases[starts[index] + counts[index] - 1].shape[0] if counts[index] else None
-        for level in inputs:
-            size = (level.shape[0], level.shape[1] if last is None else last, level.shape[2], level.shape[3])
-            outputs.append(
-                torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format_of(level))
-            )
+        outputs += empty_levels(inputs, last)
     return outputs

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow._library import build_description
-from spatialflow.ops._torch_private import addmm_activation, dispatch_has_kernel
+from spatialflow.ops._torch_private import addmm_activation, assume_constant_result, dispatch_has_kernel
 from spatialflow.ops.conv1x1 import conv1x1
 from spatialflow.ops.differentiable import autocast
 
@@ -97,13 +97,9 @@ def _has_conv1x1_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
     )
 
 
+@assume_constant_result
 def _runs_conv1x1_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and _is_built_for(device)
-
-
-# The attribute that torch.compiler.assume_constant_result sets. Calling it would import torch's compiler, which takes a
-# second.
-_runs_conv1x1_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch.compile
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from spatialflow.config import Config
 from spatialflow.data.loader import DataSet
-from spatialflow.engine.checkpoints import CheckpointError, not_finite, read_torch, save_checkpoint, shorten
+from spatialflow.engine.checkpoint_reader import CheckpointError, read_torch
+from spatialflow.engine.checkpoints import not_finite, save_checkpoint, shorten
 from spatialflow.files import atomic_write
 
 RESUMABLE_FIELDS = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")

@@ -9,23 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spatialflow.cli.common import CommandError, Subparsers, add_command, print_error
+from spatialflow.cli.common import CommandError, print_error
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "benchmark",
-        run,
-        help="time operators and their baselines",
-        description="Check every result against float64, then time it. Baselines whose packages are not installed are "
-        "skipped;\n`pip install torchvision` provides most of them. Without torchvision, nms is checked against its "
-        "reference, which\ntakes minutes.",
-        examples=("benchmark --list", "benchmark roi_align nms --seconds 2 --output results"),
-    )
+SUMMARY = "time operators and their baselines"
+DESCRIPTION = (
+    "Check every result against float64, then time it. Baselines whose packages are not installed are skipped; `pip\n"
+    "install torchvision` provides most of them. Without torchvision, nms is checked against its reference, which\n"
+    "takes minutes."
+)
+EXAMPLES = ("benchmark --list", "benchmark roi_align nms --seconds 2 --output results")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("ops", nargs="*", metavar="OP", help="operators (default: all)")
     parser.add_argument("--list", action="store_true", help="list the operators and exit")
     for name, metavar, text in (

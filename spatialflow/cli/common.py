@@ -10,18 +10,12 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
-
     from spatialflow.models.spatialflow import SpatialFlow
-
-    Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
-else:
-    Subparsers = argparse._SubParsersAction  # cannot be subscripted before Python 3.13
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -38,39 +32,6 @@ def configs_paragraph() -> str:
     names = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
     listed = [name for name in names if not name.startswith("tiny")]
     return textwrap.fill(f"Configurations of the package: {', '.join(listed)}.", 116)
-
-
-def add_command(
-    commands: Subparsers,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    *,
-    help: str,
-    description: str,
-    examples: Sequence[str] = (),
-) -> argparse.ArgumentParser:
-    """Add a command to the command line.
-
-    Args:
-        commands: of the program.
-        name: of the command.
-        run: runs the command; returns the exit code.
-        help: line in the list of commands.
-        description: beginning of the command's help, with its line breaks.
-        examples: end of the command's help; commands without the program's name.
-
-    Returns:
-        The parser of the command's arguments.
-    """
-    parser = commands.add_parser(
-        name,
-        help=help,
-        description=description,
-        epilog="\n".join(("examples:", *(f"  spatialflow {line}" for line in examples))) if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def add_path(parser: argparse.ArgumentParser, name: str, metavar: str, help: str, **options: Any) -> None:

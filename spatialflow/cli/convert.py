@@ -6,8 +6,6 @@ from __future__ import annotations
 import argparse
 
 from spatialflow.cli.common import (
-    Subparsers,
-    add_command,
     add_ema_option,
     add_path,
     as_command_errors,
@@ -15,17 +13,13 @@ from spatialflow.cli.common import (
     path_in_oserror,
 )
 
+SUMMARY = "rewrite a released checkpoint with the parameter names of this package"
+DESCRIPTION = "Rewrite a released checkpoint with the parameter names of this package."
+EXAMPLES = ("convert released.pth weights.safetensors --half",)
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "convert",
-        run,
-        help="rewrite a released checkpoint with the parameter names of this package",
-        description="Rewrite a released checkpoint with the parameter names of this package.",
-        examples=("convert released.pth weights.safetensors --half",),
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     add_path(parser, "source", "SOURCE", "released checkpoint, or a checkpoint of this package")
     parser.add_argument("--half", action="store_true", help="store float16: half the size, for inference only")
     add_ema_option(parser, "SOURCE")

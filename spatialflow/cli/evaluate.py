@@ -7,8 +7,6 @@ import argparse
 import sys
 
 from spatialflow.cli.common import (
-    Subparsers,
-    add_command,
     add_path,
     add_workers_option,
     as_command_errors,
@@ -20,22 +18,20 @@ from spatialflow.cli.common import (
     png_folder,
 )
 
+SUMMARY = "compute the panoptic quality of a folder of predictions"
+DESCRIPTION = (
+    "Print panoptic quality (PQ), segmentation quality (SQ) and recognition quality (RQ) in percent, and N, the\n"
+    "number of classes that are averaged. Images are matched by id, or by the photograph's name\n"
+    "(docs/prediction.md). Inconsistent annotations are reported or end the command (docs/annotations.md)."
+)
+EXAMPLES = (
+    "evaluate panoptic_val2017.json out",
+    "evaluate panoptic_val2017.json out --detections out/detections.json --per-class --output scores.json",
+)
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "evaluate",
-        run,
-        help="compute the panoptic quality of a folder of predictions",
-        description="Print panoptic quality (PQ), segmentation quality (SQ) and recognition quality (RQ) in percent, "
-        "and N, the number\nof classes that are averaged. Images are matched by id, or by the photograph's name "
-        "(docs/prediction.md).\nInconsistent annotations are reported or end the command (docs/annotations.md).",
-        examples=(
-            "evaluate panoptic_val2017.json out",
-            "evaluate panoptic_val2017.json out --detections out/detections.json --per-class --output scores.json",
-        ),
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     for name, text in (
         ("ground_truth", "ground truth: a Cityscapes tree (its split val), or"),
         ("prediction", "predictions:"),

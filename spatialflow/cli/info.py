@@ -9,18 +9,14 @@ from pathlib import Path
 
 import spatialflow
 from spatialflow import _library
-from spatialflow.cli.common import Subparsers, add_command
+
+SUMMARY = "show versions, libraries, the instruction-set level and CUDA architectures"
+DESCRIPTION = "Show versions, libraries, the instruction-set level and CUDA architectures."
+EXAMPLES = ()
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    add_command(
-        commands,
-        "info",
-        run,
-        help="show versions, libraries, the instruction-set level and CUDA architectures",
-        description="Show versions, libraries, the instruction-set level and CUDA architectures.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing, as the command has no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:

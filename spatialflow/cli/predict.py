@@ -14,8 +14,6 @@ import spatialflow
 from spatialflow.cli.common import (
     CommandError,
     InputImage,
-    Subparsers,
-    add_command,
     add_ema_option,
     add_path,
     configs_paragraph,
@@ -35,23 +33,22 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = "spatialflow_r50_coco"
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "predict",
-        run,
-        help="write panoptic maps and overlay pictures of images",
-        description="Write a panoptic map and an overlay picture for every image. Files that are not images are "
-        "reported and skipped.\nThe same command, given again, resumes an interrupted run. Threads decode the next "
-        "images and write the previous\nones while the network runs.\n\n" + configs_paragraph(),
-        examples=(
-            "predict photos --config demo --output out",
-            "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
-            "predict photos --recursive --config demo --output out",
-            "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
-        ),
-    )
+SUMMARY = "write panoptic maps and overlay pictures of images"
+DESCRIPTION = (
+    "Write a panoptic map and an overlay picture for every image. Files that are not images are reported and skipped.\n"
+    "The same command, given again, resumes an interrupted run. Threads decode the next images and write the previous\n"
+    "ones while the network runs.\n\n" + configs_paragraph()
+)
+EXAMPLES = (
+    "predict photos --config demo --output out",
+    "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
+    "predict photos --recursive --config demo --output out",
+    "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     _add_input_options(parser)
     _add_device_options(parser)
     _add_inference_options(parser)

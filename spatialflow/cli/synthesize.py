@@ -7,24 +7,18 @@ import argparse
 
 from spatialflow.cli.common import (
     CommandError,
-    Subparsers,
-    add_command,
     add_path,
     as_command_errors,
     path_in_oserror,
 )
 
+SUMMARY = "draw landscapes with exact panoptic ground truth"
+DESCRIPTION = "Draw synthetic landscapes and their exact ground truth in the COCO panoptic format."
+EXAMPLES = ("synthesize scenes --count 20 --size 256 384",)
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "synthesize",
-        run,
-        help="draw landscapes with exact panoptic ground truth",
-        description="Draw synthetic landscapes and their exact ground truth in the COCO panoptic format.",
-        examples=("synthesize scenes --count 20 --size 256 384",),
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     add_path(parser, "output", "FOLDER", "folder for images/, panoptic/ and panoptic.json")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="number of scenes (default: %(default)s)")
     parser.add_argument(

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from spatialflow.cli.common import (
     CommandError,
-    Subparsers,
-    add_command,
     add_ema_option,
     add_path,
     check_count,
@@ -32,22 +30,21 @@ if TYPE_CHECKING:
 DataSet: TypeAlias = "Cityscapes | CocoPanoptic"
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "train",
-        run,
-        help="train a network; with torchrun on several GPUs or machines",
-        description="Train on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same "
-        "command, given again,\nresumes an interrupted run from its last checkpoint. docs/training.md describes data, "
-        "configurations and resuming.\n\n" + configs_paragraph(),
-        examples=(
-            "synthesize scenes --count 20 --size 256 384",
-            "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
-            "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
-        ),
-    )
+SUMMARY = "train a network; with torchrun on several GPUs or machines"
+DESCRIPTION = (
+    "Train on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same command, given\n"
+    "again, resumes an interrupted run from its last checkpoint. docs/training.md describes data, configurations\n"
+    "and resuming.\n\n" + configs_paragraph()
+)
+EXAMPLES = (
+    "synthesize scenes --count 20 --size 256 384",
+    "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
+    "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     add = parser.add_argument
     add("config", metavar="CONFIG", help="configuration of the package, or YAML file")
     add("settings", nargs="*", metavar="FIELD=VALUE", help="values of fields of the configuration, e.g. epochs=5")

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spatialflow.cli.common import (
-    Subparsers,
-    add_command,
     add_path,
     add_workers_option,
     as_command_errors,
@@ -24,27 +22,26 @@ from spatialflow.cli.common import (
 if TYPE_CHECKING:
     from spatialflow.panoptic.validation import Validation
 
-EXAMPLES = 3
+SHOWN_PROBLEMS = 3
 """Number of problems that the table shows for each rule."""
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "validate",
-        run,
-        help="find errors in panoptic annotations",
-        description="Check a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, missing "
-        "files.\nFor every broken rule (docs/annotations.md) a table shows the effect in a ground truth and in a "
-        "prediction\n(`evaluate`), and in training: the command stops, the problem is reported, the image is skipped, "
-        "or there\nis no effect (-). Exit codes: 0 no problems, 1 problems found, 2 not readable.",
-        examples=(
-            "validate annotations/panoptic_val2017.json --images val2017",
-            "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",
-            "validate out",
-        ),
-    )
+SUMMARY = "find errors in panoptic annotations"
+DESCRIPTION = (
+    "Check a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, missing files.\n"
+    "For every broken rule (docs/annotations.md) a table shows the effect in a ground truth and in a prediction\n"
+    "(`evaluate`), and in training: the command stops, the problem is reported, the image is skipped, or there\n"
+    "is no effect (-). Exit codes: 0 no problems, 1 problems found, 2 not readable."
+)
+EXAMPLES = (
+    "validate annotations/panoptic_val2017.json --images val2017",
+    "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",
+    "validate out",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     source = "the panoptic JSON, the folder of PNGs beside it, or the output of `predict`"
     add_path(parser, "annotations", "ANNOTATIONS", source)
     add_path(parser, "--folder", "FOLDER", "PNGs, if they are not beside the JSON")
@@ -86,8 +83,8 @@ def _table(result: Validation) -> str:
         if texts:
             effects = f"{rule.effect(TRUTH):14}{rule.effect(PREDICTION):12}{rule.effect(TRAINING):12}"
             lines.append(f"{name:18}{len(texts):8d}  {effects}".rstrip())
-            lines += [f"    {text}" for text in texts[:EXAMPLES]]
-            lines += [f"    and {len(texts) - EXAMPLES} more"] * (len(texts) > EXAMPLES)
+            lines += [f"    {text}" for text in texts[:SHOWN_PROBLEMS]]
+            lines += [f"    and {len(texts) - SHOWN_PROBLEMS} more"] * (len(texts) > SHOWN_PROBLEMS)
     # Names in a JSON may contain unpaired surrogates, which a terminal cannot print.
     return "\n".join((*lines, "")).encode("utf-8", "backslashreplace").decode()
 

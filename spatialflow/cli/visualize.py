@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from spatialflow.cli.common import (
     CommandError,
     InputImage,
-    Subparsers,
-    add_command,
     add_ema_option,
     add_path,
     as_command_errors,
@@ -70,16 +68,13 @@ class Picture(NamedTuple):
     quality: float | None  # PQ of the image; None without ground truth or prediction
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "visualize",
-        run,
-        help="draw ground truth, prediction and activations side by side",
-        description="Draw the ground truth, the prediction and class-activation maps of photographs side by side.",
-        examples=("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures",),
-    )
+SUMMARY = "draw ground truth, prediction and activations side by side"
+DESCRIPTION = "Draw the ground truth, the prediction and class-activation maps of photographs side by side."
+EXAMPLES = ("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     add = parser.add_argument
     add_path(parser, "images", "IMAGE", "photographs, or folders of photographs", nargs="+")
     add_path(

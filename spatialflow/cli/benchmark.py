@@ -13,12 +13,11 @@ from spatialflow.cli.common import CommandError, print_error
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
-
 SUMMARY = "time operators and their baselines"
 DESCRIPTION = (
-    "Check every result against float64, then time it. Baselines whose packages are not installed are skipped; `pip\n"
-    "install torchvision` provides most of them. Without torchvision, nms is checked against its reference, which\n"
-    "takes minutes."
+    "Check every result against float64, then time it. Baselines whose packages are not installed are skipped;\n"
+    "`pip install torchvision` provides most of them. Without torchvision, nms is checked against its reference,\n"
+    "which takes minutes."
 )
 EXAMPLES = ("benchmark --list", "benchmark roi_align nms --seconds 2 --output results")
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "spatialflow_r50_coco"
 
-
 SUMMARY = "write panoptic maps and overlay pictures of images"
 DESCRIPTION = (
     "Write a panoptic map and an overlay picture for every image. Files that are not images are reported and skipped.\n"

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialflow.cli.common import CommandError, InputImage, format_error, path_in_oserror, without_suffix
+from spatialflow.cli.common import CommandError, InputImage, as_command_errors, path_in_oserror, without_suffix
 from spatialflow.threads import available_cores, map_ahead
 
 if TYPE_CHECKING:
@@ -193,28 +193,24 @@ class PredictionFolder:
         """Create the folders, so that an output path that cannot be written fails before any inference."""
         from spatialflow.panoptic import InUseError
 
-        try:
+        with as_command_errors():
             for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
                 with path_in_oserror(folder):
                     folder.mkdir(parents=True, exist_ok=True)
-            self._writer.__enter__()
-        except InUseError as error:
-            raise CommandError(f"{error}; use another --output") from None
-        except OSError as error:
-            raise CommandError(format_error(error)) from None
+            try:
+                self._writer.__enter__()
+            except InUseError as error:
+                raise CommandError(f"{error}; use another --output") from None
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            with self._write_ended, path_in_oserror(self._root):
-                self._write_ended.wait_for(lambda: self._active_writes == 0)
-                done = set(self.done)
-                if done:
-                    self._writer.write_json(image.name for image in self._images if image.name in done)
-                self.left_out = len(self._writer.left_out(image.name for image in self._images))
-                self._writer.close(keep_journal=kind is not None or self.left_out > 0)
-        except OSError as error:
-            raise CommandError(format_error(error)) from None
+        with as_command_errors(), self._write_ended, path_in_oserror(self._root):
+            self._write_ended.wait_for(lambda: self._active_writes == 0)
+            done = set(self.done)
+            if done:
+                self._writer.write_json(image.name for image in self._images if image.name in done)
+            self.left_out = len(self._writer.left_out(image.name for image in self._images))
+            self._writer.close(keep_journal=kind is not None or self.left_out > 0)
 
 
 def writers(kind: str) -> int:

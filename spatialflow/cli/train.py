@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 DataSet: TypeAlias = "Cityscapes | CocoPanoptic"
 
-
 SUMMARY = "train a network; with torchrun on several GPUs or machines"
 DESCRIPTION = (
     "Train on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same command, given\n"

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 SHOWN_PROBLEMS = 3
 """Number of problems that the table shows for each rule."""
 
-
 SUMMARY = "find errors in panoptic annotations"
 DESCRIPTION = (
     "Check a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, missing files.\n"

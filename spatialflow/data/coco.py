@@ -50,8 +50,8 @@ class CocoPanoptic:
         sizes: their (height, width) as listed, for grouping by shape without reading them.
 
     Raises:
-        PanopticFormatError: the JSON is absent or breaks a rule at which training stops (docs/annotations.md), or its
-            `categories` contradict the network's table: no id in common, or one id for a thing and for stuff.
+        PanopticFormatError: the JSON is absent; it breaks a rule at which training stops (docs/annotations.md); or its
+            `categories` contradict the network's table. They do if no id is in both, or one id is a thing and stuff.
     """
 
     def __init__(

@@ -102,10 +102,9 @@ def deform_conv2d(
 
     Note:
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
-        sample whose offset or mask is not finite, in the type it is used in, is zero and has no gradient, also none to
-        its mask. A feature that is not finite counts even with a weight, mask or kernel value of 0, which gives NaN.
-        "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty
-        result.
+        sample whose offset or mask is not finite in the type it is used in is zero. It has no gradient, not even of its
+        mask. A feature that is not finite counts even with a weight, mask or kernel value of 0, which gives NaN. "tf32"
+        turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty result.
 
         Gradients flow to all five tensors in reverse and forward mode. They exist to second order through `offset`
         (except forward over forward) and to any order through the others. At whole coordinates, where a bilinear sample

@@ -127,14 +127,14 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, naming the argument; packed weights in the order of
             another instruction set, device, dtype or version.
-        ValueError: an unknown `algorithm`, or `x` and `flow` of different structure, or bias beside a `PackedConv`, or
-            `active` without one, or a list of weights with another number of entries in `x`, with a `flow`, or of
-            unpacked weights.
+        ValueError: an unknown `algorithm`; `x` and `flow` of different structure; a bias beside a `PackedConv`;
+            `active` without a `PackedConv`; or a list of weights that are not packed, with a `flow`, or with another
+            number of entries in `x`.
 
     Note:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits; on CUDA it is, as
         tensor cores read it. With "direct" and on CUDA, a NaN in one pixel reaches its 3x3 neighborhood. With
-        "winograd" on the CPU it may reach all outputs of the 4x4 tiles whose 6x6 input tiles have the pixel, and an
+        "winograd" on the CPU it may reach all outputs of the 4x4 tiles whose 6x6 input tiles have the pixel. An
         infinity may become NaN there. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into
         NaN. On CUDA the weight gradient of a channel with such a value at the border of its map may be NaN in all taps.
         Empty maps and no levels give empty results.

@@ -44,9 +44,9 @@ def roi_align(
             box that is not finite or a batch index outside the batch.
 
     Note:
-        Samples more than one cell outside the map count as zero. A RoI with a coordinate that is not finite in the type
-        it is used in, or with a batch index outside [0, N), gives zeros and no gradient. Batch indices are truncated to
-        integers.
+        Samples more than one cell outside the map count as zero. A RoI with a batch index outside [0, N) gives zeros
+        and no gradient. So does a RoI with a coordinate that is not finite in the type it is used in. Batch indices are
+        truncated to integers.
 
         Without `aligned`, a RoI without extent or reversed (x2 < x1) becomes one cell wide. With `aligned`, a positive
         `sampling_ratio` makes the samples of such a RoI coincide or run backwards; otherwise it has no samples and

@@ -114,7 +114,7 @@ def _contradicted_id(
     listed_truth: Mapping[Any, str],
     listed_prediction: Mapping[Any, str],
 ) -> int | str | None:
-    """Find an id of both files whose names are of different images; None if there is none.
+    """Find an id of both files whose names are of different images; None if no id has such names.
 
     Args:
         truth_names: name by image id in the ground truth.

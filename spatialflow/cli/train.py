@@ -199,7 +199,7 @@ def _check_data_options(options: argparse.Namespace) -> None:
         if (getattr(options, first) is None) != (getattr(options, second) is None):
             raise CommandError(f"--{first} and --{second} must be given together".replace("_", "-"))
     if (options.cityscapes is None) == (options.images is None):
-        raise CommandError("the data must be either --images and --annotations, or --cityscapes")
+        raise CommandError("give either --images and --annotations, or --cityscapes")
     if options.cityscapes is not None and options.validation_images is not None:
         raise CommandError("--cityscapes and --validation-images exclude each other: the tree has its own split val")
     for folder, images in (("panoptic", "images"), ("validation_panoptic", "validation_images")):

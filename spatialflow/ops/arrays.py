@@ -32,6 +32,11 @@ def are_tensors(*values: object, optional: Sequence[object] = ()) -> bool:
     return True
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return the items of a list or tuple, or any other value as the only item."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """Call an operator with tensors on the memory of arrays, and return arrays on the memory of its results.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor
 
-from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
 from spatialflow.ops.conv_algorithm import (
     algorithm_code,
     check_packed_bias,
@@ -158,7 +158,7 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
     """
     if isinstance(weight, (list, tuple)) and not isinstance(weight, PackedConv):
         algorithm_code("flow_conv2d", algorithm)
-        levels = [level for entry in _as_levels(x) for level in _as_levels(entry)]
+        levels = [level for entry in as_list(x) for level in as_list(entry)]
         weights: Any = []
         biases: Any = []
         for conv in weight:
@@ -170,7 +170,7 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
         if active is not None:
             raise ValueError("flow_conv2d: active must be None when weight is a list")
         return _convolve_group(x, flow, list(weight), bias, relu)
-    levels, flows = _as_levels(x), [] if flow is None else _as_levels(flow)
+    levels, flows = as_list(x), [] if flow is None else as_list(flow)
     if isinstance(weight, PackedConv):
         weights, biases = weight[:2], (weight.bias, weight.packed_bias)
     else:
@@ -239,7 +239,7 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
     for index, conv in enumerate(weights):
         if not isinstance(conv, PackedConv):
             raise ValueError(f"flow_conv2d: weight[{index}] must be a PackedConv, got {type(conv).__name__}")
-    entries = [_as_levels(entry) for entry in x]
+    entries = [as_list(entry) for entry in x]
     maps = [autocast(level) for entry in entries for level in entry]
     parameters = [t for conv in weights for t in (conv.weight, conv.bias)]
     if not entries or not all(entries) or needs_gradient([*maps, *parameters]):
@@ -258,10 +258,6 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
     )
     results = [[next(outputs) for _ in entry] for entry in entries]
     return [result[0] if isinstance(entry, Tensor) else result for entry, result in zip(x, results, strict=True)]
-
-
-def _as_levels(x: Any) -> list[Any]:
-    return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
 def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
 from spatialflow.ops.checking import is_checking, items, number, numbers, pair, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
-from spatialflow.ops.roi_align import _as_list, _as_rows
+from spatialflow.ops.roi_align import as_rows
 
 
 def multilevel_roi_align(
@@ -73,13 +73,13 @@ def multilevel_roi_align(
     SingleRoIExtractor. torchvision's MultiScaleRoIAlign adds its 1e-6 after the logarithm, and keeps the scales that it
     inferred from the first image.
     """
-    if not are_tensors(*_as_list(features), *_as_list(boxes)):
+    if not are_tensors(*as_list(features), *as_list(boxes)):
         return with_arrays(multilevel_roi_align, locals())
     if isinstance(features, Tensor) or len(features) == 0:
         got = f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "none"
         raise ValueError(f"multilevel_roi_align: features must be a sequence of at least one level, got {got}")
     height, width = pair("multilevel_roi_align", "output_size", output_size)
-    boxes = _as_rows("multilevel_roi_align", boxes, features[0])
+    boxes = as_rows("multilevel_roi_align", boxes, features[0])
     strides = numbers("multilevel_roi_align", "strides", strides)
     pooled = _multilevel_roi_align(
         [autocast(feature) for feature in features],

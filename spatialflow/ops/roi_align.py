@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
 from spatialflow.ops.checking import is_checking, number, pair, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
@@ -71,10 +71,10 @@ def roi_align(
 
     Source: He et al., Mask R-CNN (2017), section 3; signature and result of torchvision.ops.roi_align.
     """
-    if not are_tensors(input, *_as_list(boxes)):
+    if not are_tensors(input, *as_list(boxes)):
         return with_arrays(roi_align, locals())
     height, width = pair("roi_align", "output_size", output_size)
-    boxes = _as_rows("roi_align", boxes, input)
+    boxes = as_rows("roi_align", boxes, input)
     spatial_scale = number("roi_align", "spatial_scale", spatial_scale)
     pooled = _roi_align(autocast(input), boxes, height, width, spatial_scale, sampling_ratio, bool(aligned))
     if is_checking():  # values; the operator has checked the shapes
@@ -118,11 +118,7 @@ class RoIAlign(nn.Module):
         )
 
 
-def _as_list(x: Any) -> list[Any]:
-    return list(x) if isinstance(x, (list, tuple)) else [x]
-
-
-def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
+def as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
     """Return boxes as (K, 5) rows of (batch index, x1, y1, x2, y2)."""
     if isinstance(boxes, Tensor):
         return boxes

@@ -234,10 +234,10 @@ class TestPredict:
         few = [argument for argument in arguments if argument != str(photographs)]
         few.insert(1, str(photographs / "f.jpg"))
         assert main([*few, "--output", str(stopped)]) == 0
-        said = "3 more images were done by the run that was interrupted; panoptic.json does not list them, and the"
+        said = "3 more images were done by the interrupted run; panoptic.json does not list them, and the"
         assert sentences(capsys) == [f"{stopped}: {said} journal keeps them"]
         assert main([*arguments, "--output", str(stopped)]) == 0
-        assert sentences(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by a run that was interrupted")
+        assert sentences(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by an interrupted run")
         assert contents(stopped) == uninterrupted
 
     def test_the_handlers_are_put_back(self, arguments, stopped):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # the names that `__getattr__` resolves, for type checkers an
     from spatialflow.models.build import build_model
     from spatialflow.models.optimized.inference import optimize_for_inference
 
-_HOMES = {
+_MODULE_BY_NAME = {
     "CheckpointError": "spatialflow.engine.checkpoints",
     "ConfigError": "spatialflow.config",
     "ImageError": "spatialflow.images",
@@ -49,7 +49,7 @@ _HOMES = {
 }
 _SUBPACKAGES = ("data", "engine", "models", "ops", "panoptic")
 
-__all__ = [  # written out, because type checkers do not evaluate `sorted(_HOMES)`
+__all__ = [  # written out, because type checkers do not evaluate `sorted(_MODULE_BY_NAME)`
     "CheckpointError",
     "ConfigError",
     "ImageError",
@@ -69,12 +69,12 @@ __all__ = [  # written out, because type checkers do not evaluate `sorted(_HOMES
 def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOMES:
+    if name not in _MODULE_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULE_BY_NAME[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOMES) | set(_SUBPACKAGES))
+    return sorted(set(globals()) | set(_MODULE_BY_NAME) | set(_SUBPACKAGES))

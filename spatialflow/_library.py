@@ -35,6 +35,7 @@ BUILD = _PACKAGE.parent / "build" / _BACKEND.build / "package" if _BACKEND.build
 """Folder of the compiled files: this package, or the output of a build with sanitizers."""
 
 FOLDER = BUILD / "lib"
+"""Folder of the compiled libraries."""
 
 # Levels, best first, by torch's name of the processor's capability, which ATEN_CPU_CAPABILITY may lower.
 _LEVELS = {
@@ -55,7 +56,7 @@ def built_libraries() -> list[str]:
 
 
 def build_description() -> dict[str, str]:
-    """Read what the libraries were built with: torch, compiler, CUDA architectures and compiler; empty if not built."""
+    """Read the build description of the libraries: torch, compilers, CUDA architectures; empty if not built."""
     try:
         description: dict[str, str] = json.loads((FOLDER / "build.json").read_text())
     except (OSError, ValueError):
@@ -116,8 +117,8 @@ def backend_library() -> str:
     The environment variable SPATIALFLOW_BACKEND selects the back end of tests. The value "simt" replaces the CPU
     kernels by interpreted CUDA kernels (docs/simt.md). The values "cpu_sanitized", "simt_sanitized" and
     "cpu_thread_sanitized" are builds with sanitizers (docs/sanitizers.md). The value "cpu_coverage" counts executed
-    lines (`make coverage`). The value "cuda" selects the CPU library
-    too, but requires the CUDA library; the tests then create their tensors on the GPU.
+    lines (`make coverage`). The value "cuda" selects the CPU library too, but requires the CUDA library; the tests then
+    create their tensors on the GPU.
 
     Raises:
         ImportError: SPATIALFLOW_BACKEND is not the name of a back end, its library is missing, or there is no CPU

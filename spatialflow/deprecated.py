@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Old public names that keep working for one release, with a DeprecationWarning that tells the new name."""
+"""Old public names that keep working for one release, with a DeprecationWarning that names the new one."""
 
 from __future__ import annotations
 

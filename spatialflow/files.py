@@ -46,12 +46,12 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
 
     Args:
         path: the file to create or replace.
-        content: what `json.dump` accepts.
+        content: JSON-serializable.
         indent: spaces per nesting level; None writes one line.
 
     Raises:
         OSError: the file cannot be written.
-        TypeError: `content` has an object that JSON has no form for.
+        TypeError: an object in `content` is not JSON-serializable.
     """
     with atomic_write(path, "w") as file:
         json.dump(content, file, indent=indent)

@@ -17,7 +17,7 @@ class ImageError(ValueError):
 
 
 class ImageWarning(DataWarning):
-    """A defect of an image file that was read all the same; the message names the file and the defect."""
+    """A defect of an image file that did not prevent reading it; the message names the file and the defect."""
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -40,7 +40,7 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ImageError(f"{path}: is empty")
     image = decode_image(path, content)
     if image is None and _lacks_only_the_end_marker(content):
-        warnings.warn(f"{path}: has no end marker; all its pixels are there", ImageWarning, stacklevel=2)
+        warnings.warn(f"{path}: has no end marker, but all pixels", ImageWarning, stacklevel=2)
         image = decode_image(path, content.rstrip(b"\xff") + _JPEG_END)
     if image is None and _has_known_header(content):
         raise ImageError(f"{path}: is truncated or damaged")
@@ -52,25 +52,29 @@ def read_image(path: str | Path) -> np.ndarray:
 def _is_too_short_for_its_header(content: bytes) -> bool:
     """Tell whether a PNG or JPEG is much too short for its size; decoders would first allocate the memory."""
     if content.startswith(_PNG_BEGIN):
-        at = len(_PNG_BEGIN)
-        while at + 8 <= len(content):
-            length = int.from_bytes(content[at : at + 4], "big")
+        position = len(_PNG_BEGIN)
+        while position + 8 <= len(content):
+            length = int.from_bytes(content[position : position + 4], "big")
             if length > len(content):
                 return True
-            if content[at + 4 : at + 8] == b"IEND":  # decoders stop here
+            if content[position + 4 : position + 8] == b"IEND":  # decoders stop here
                 break
-            at += 12 + length
-        width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
-        depth, color = (int.from_bytes(content[at : at + 1], "big") for at in (24, 25))
+            position += 12 + length
+        width, height = (int.from_bytes(content[position : position + 4], "big") for position in (16, 20))
+        depth, color = (int.from_bytes(content[position : position + 1], "big") for position in (24, 25))
         line = width * {2: 3, 4: 2, 6: 4}.get(color, 1) * depth // 8
         return height * line > 1032 * len(content)  # largest compression ratio of DEFLATE
     if content.startswith(_JPEG_BEGIN):
-        at = len(_JPEG_BEGIN)
-        while at + 9 <= len(content) and content[at] == 0xFF:
-            if content[at + 1] in (0xC0, 0xC1, 0xC2):  # Huffman-coded frames: at least one bit per 8x8 block
-                height, width = (int.from_bytes(content[start : start + 2], "big") for start in (at + 5, at + 7))
+        position = len(_JPEG_BEGIN)
+        while position + 9 <= len(content) and content[position] == 0xFF:
+            if content[position + 1] in (0xC0, 0xC1, 0xC2):  # Huffman-coded frames: at least one bit per 8x8 block
+                height, width = (
+                    int.from_bytes(content[start : start + 2], "big") for start in (position + 5, position + 7)
+                )
                 return height * width > 8 * 64 * len(content)
-            at += 1 if content[at + 1] == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+            position += (
+                1 if content[position + 1] == 0xFF else 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+            )
     return False
 
 
@@ -107,8 +111,8 @@ def _lacks_only_the_end_marker(content: bytes) -> bool:
     pixels = _decode_with_pillow(content + _JPEG_END)
     if pixels is None:
         return False
-    others = (_decode_with_pillow(content + tail + _JPEG_END) for tail in _continuations())
-    return all(other is not None and np.array_equal(pixels, other) for other in others)
+    continued = (_decode_with_pillow(content + tail + _JPEG_END) for tail in _continuations())
+    return all(image is not None and np.array_equal(pixels, image) for image in continued)
 
 
 def _continuations() -> Iterator[bytes]:

@@ -22,8 +22,8 @@ def leave_cores_to_others() -> None:
     """Let torch's OpenMP threads sleep while they wait for each other, unless OMP_WAIT_POLICY is set.
 
     On a CPU, torch uses one thread per core. While other threads decode and write, one of torch's threads waits for a
-    core. By default the rest would spin until that thread runs, which makes everything several times as slow. The
-    setting has an effect only before torch is imported; after that the function does nothing.
+    core. By default torch's other threads would spin until that thread runs, which makes everything several times as
+    slow. The setting has an effect only before torch is imported; after that the function does nothing.
     """
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

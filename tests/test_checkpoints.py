@@ -121,25 +121,28 @@ class TestWrappers:
     """Prefixes and containers that trainers add to weights are removed by rule and reported."""
 
     WRAPPED = {
-        "compiled": (lambda s: named("_orig_mod.", s), "took '_orig_mod.' off the names"),
-        "parallel and compiled": (lambda s: named("module._orig_mod.", s), "took '_orig_mod.', 'module.' off"),
+        "compiled": (lambda s: named("_orig_mod.", s), "removed '_orig_mod.' from the names"),
+        "parallel and compiled": (lambda s: named("module._orig_mod.", s), "removed '_orig_mod.', 'module.' from"),
         "twice parallel": (
             lambda s: {"model_state_dict": named("module.module.", s)},
-            "took the weights under 'model_state_dict'; took 'module.' off the names",
+            "took the weights under 'model_state_dict'; removed 'module.' from the names",
         ),
         "a part compiled": (
             lambda s: {name.replace("backbone.", "backbone._orig_mod."): value for name, value in s.items()},
-            "took '_orig_mod.' off the names",
+            "removed '_orig_mod.' from the names",
         ),
-        "Lightning": (lambda s: {"state_dict": named("model.", s), "epoch": 3}, "took 'model.' off the names"),
-        "nested": (lambda s: {"net": {"state_dict": named("net.model.", s)}}, "took 'net.', 'model.' off the names"),
+        "Lightning": (lambda s: {"state_dict": named("model.", s), "epoch": 3}, "removed 'model.' from the names"),
+        "nested": (
+            lambda s: {"net": {"state_dict": named("net.model.", s)}},
+            "removed 'net.', 'model.' from the names",
+        ),
         "averaged": (
             lambda s: named("module.", s) | {"n_averaged": torch.tensor(9)},
-            "took 'module.' off the names; left out n_averaged",
+            "removed 'module.' from the names; left out n_averaged",
         ),
         "attribute averaged": (
             lambda s: named("ema_model.", named("module.", s) | {"n_averaged": torch.tensor(9)}),
-            "took 'module.', 'ema_model.' off the names; left out ema_model.n_averaged",
+            "removed 'module.', 'ema_model.' from the names; left out ema_model.n_averaged",
         ),
         "timm": (lambda s: {"state_dict_ema": named("module.", s)}, "took the moving average under 'state_dict_ema'"),
         "both": (
@@ -229,7 +232,7 @@ class TestWrappers:
             with pytest.raises(CheckpointError, match=f"weights.pth: holds several sets of weights: {choices}; store"):
                 load_checkpoint(small_model(), path, ema)
         torch.save(named("module.", state) | plus_one(state), path)
-        with pytest.raises(CheckpointError, match="is there twice, under names of several wrappers"):
+        with pytest.raises(CheckpointError, match="occurs twice, under names of several wrappers"):
             load_checkpoint(small_model(), path)
 
     def test_commands_report_it(self, tmp_path, capsys):
@@ -237,7 +240,9 @@ class TestWrappers:
         state, files = small_model().state_dict(), (str(tmp_path / "weights.pth"), str(tmp_path / "ours.safetensors"))
         torch.save({"state_dict": named("_orig_mod.", plus_one(state)), "ema": named("module.", state)}, files[0])
         assert main(["convert", *files]) == 0
-        said = "weights.pth: took the weights under 'state_dict'; left out the moving average under 'ema'; took '_orig_"
+        said = (
+            "weights.pth: took the weights under 'state_dict'; left out the moving average under 'ema'; removed '_orig_"
+        )
         assert capsys.readouterr().err.count(said) == 1
         assert main(["convert", "--ema", *files]) == 0
         assert_equal_states(load_checkpoint(small_model(), files[1]), small_model_of(state))
@@ -329,7 +334,7 @@ def test_convert_gives_own_names(tmp_path):
     )
     assert_equal_states(load_checkpoint(small_model(), tmp_path / "ours.safetensors"), source)
     torch.save({"bbox_head.fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="1 entries belong to no part of the model: bbox_head.fc.weight"):
+    with pytest.raises(CheckpointError, match="1 entries are not part of the model: bbox_head.fc.weight"):
         convert(tmp_path / "other.pth", tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
 

@@ -179,7 +179,7 @@ class TestOutput:
     def test_a_ground_truth_of_others_is_not_replaced(self, tmp_path, capsys):
         (tmp_path / "panoptic.json").write_text('{"images": []}')
         assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "48", "64"]) == 2
-        said = f"{tmp_path / 'panoptic.json'}: would be replaced, and is not of synthetic scenes"
+        said = f"{tmp_path / 'panoptic.json'}: would be replaced, and was not written by synthesize"
         assert sentences(capsys) == [said] and [path.name for path in tmp_path.iterdir()] == ["panoptic.json"]
 
 

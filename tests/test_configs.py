@@ -96,7 +96,7 @@ def test_config_is_frozen():
         (dict(thing_stages=-1), "model.thing_stages: must lie in 0..4, got -1"),
         (dict(flow_source="thing"), "model.flow_source: must be 'reg', 'cls' or null, got 'thing'"),
         (dict(backbone_depth=34), "model.backbone_depth: must be 50 or 101, got 34"),
-        (dict(deformable_thing_stages=[1]), "model.deformable_thing_stages: may name the stages 0..0"),
+        (dict(deformable_thing_stages=[1]), "model.deformable_thing_stages: must be among the stages 0..0"),
         (dict(deformable_cls_stages=[0], head_channels=64), "model.head_channels: must equal fpn_channels (256)"),
         (dict(thing_head=False), "model.thing_stages: must be 0 without a thing head"),
         (dict(score_threshold=1.5), "test.score_threshold: must lie in 0..1, got 1.5"),
@@ -104,7 +104,7 @@ def test_config_is_frozen():
         (dict(size_divisor=48), "data.size_divisor: must be a multiple of 32 up to 16777216, got 48"),
         (dict(size_divisor=2**25), "data.size_divisor: must be a multiple of 32 up to 16777216, got 33554432"),
         (dict(mixed_precision="fp8"), "training.mixed_precision: must be 'fp16', 'bf16' or null, got 'fp8'"),
-        ({"data.fpn_channels": 3}, "override 'data.fpn_channels' names no setting"),
+        ({"data.fpn_channels": 3}, "override 'data.fpn_channels': no such field"),
         (dict(stuff_area_threshold=10**30), "test.stuff_area_threshold: must lie between -2 ** 63 and 2 ** 63"),
         ({"seed": 1 << 64}, "seed: must lie between -2 ** 63 and 2 ** 63, got 18446744073709551616"),
     ],
@@ -125,7 +125,7 @@ def test_bad_settings_name_field_rule_and_value(override, words):
         ("model: {a: [", "is not YAML"),
         ("[" * 10_000, "is not YAML"),
         ("base: nowhere", "must be a path ending in .yaml or one of"),
-        ("base: own.yaml", "leads back to itself"),
+        ("base: own.yaml", "refers back to itself"),
     ],
 )
 def test_bad_files(tmp_path, content, words):

@@ -138,12 +138,12 @@ class TestPredict:
             assert rows - 1 <= done <= rows  # the signal may come right after the row of the current image
             assert [image["file_name"] for image in content["images"]] == NAMES[:done]
             word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
-            assert f"{word}: {done} of 6 images are done; the same command goes on with the others" in said
+            assert f"{word}: {done} of 6 images are done; run the same command again for the others" in said
             assert len(json.loads((tmp_path / "detections.json").read_text())) > 0
         first = (tmp_path / "panoptic" / "a.png").stat().st_mtime_ns
         assert main(command) == 0
         (said,) = sentences(capsys)
-        resumed = [f"{n} of 6 images were done by a run that was interrupted; this one goes on" for n in possible]
+        resumed = [f"{n} of 6 images were done by an interrupted run, which this run continues" for n in possible]
         assert said.removeprefix(f"{tmp_path}: ") in resumed
         assert (tmp_path / "panoptic" / "a.png").stat().st_mtime_ns == first
         assert contents(tmp_path) == uninterrupted
@@ -170,7 +170,7 @@ class TestPredict:
         capsys.readouterr()
         assert main([*arguments, "--output", str(stopped), *change]) == 2
         (sentence,) = sentences(capsys)
-        assert "belongs to a run with other settings that did not end: " + said.split(" ")[0] in sentence
+        assert "is the journal of an interrupted run with other settings: " + said.split(" ")[0] in sentence
         assert sentence.endswith("use another --output, or start over with --restart")
         assert contents(stopped) == before
 
@@ -234,10 +234,10 @@ class TestPredict:
         few = [argument for argument in arguments if argument != str(photographs)]
         few.insert(1, str(photographs / "f.jpg"))
         assert main([*few, "--output", str(stopped)]) == 0
-        said = "3 more images were done by the run that was interrupted; panoptic.json does not list them, and the"
+        said = "3 more images were done by the interrupted run; panoptic.json does not list them, and the"
         assert sentences(capsys) == [f"{stopped}: {said} journal keeps them"]
         assert main([*arguments, "--output", str(stopped)]) == 0
-        assert sentences(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by a run that was interrupted")
+        assert sentences(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by an interrupted run")
         assert contents(stopped) == uninterrupted
 
     def test_the_handlers_are_put_back(self, arguments, stopped):
@@ -324,7 +324,7 @@ def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
         "0",
     ]
     assert main(command) == 143
-    assert sentences(capsys)[-1] == f"terminated: the same command goes on from {run / 'checkpoint.pt'}"
+    assert sentences(capsys)[-1] == f"terminated: run the same command again to continue from {run / 'checkpoint.pt'}"
     monkeypatch.undo()
     assert main(command) == 0
     assert "step 2 of 4" in capsys.readouterr().out

@@ -38,7 +38,7 @@ def test_type_checkers_see_the_same_names():
     tree = ast.parse(Path(spatialflow.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names if node.module != "spatialflow"}
-    assert seen == spatialflow._HOMES and sorted(seen) == spatialflow.__all__
+    assert seen == spatialflow._MODULE_BY_NAME and sorted(seen) == spatialflow.__all__
 
 
 def test_unknown_names_are_attribute_errors():

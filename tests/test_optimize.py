@@ -226,7 +226,7 @@ def test_another_version_is_refused(monkeypatch):
     """Other versions may arrange the weights differently."""
     content = pickle.dumps(optimize_for_inference(random_model("tiny")))
     monkeypatch.setattr(optimized_backbone, "__version__", "9.9")
-    with pytest.raises(RuntimeError, match="was pickled by spatialflow .*, and this is 9.9: make it again"):
+    with pytest.raises(RuntimeError, match="was pickled by spatialflow .*, and this is 9.9: create it again"):
         pickle.loads(content)
 
 

@@ -84,7 +84,7 @@ def test_box_head_on_a_gpu():
     assert head.class_logits.out_channels == 720 and head.box_deltas.out_channels == 36
     levels = [torch.randn(1, 256, side, side, dtype=torch.float64, requires_grad=True) for side in (4, 2)]
     arranged = TrainingBoxHead(head, on_cuda=True)
-    assert arranged.at_once == [False, True]
+    assert arranged.is_fused == [False, True]
     for outputs, expected in zip(arranged(levels, levels), head(levels, levels)):
         inputs = [*levels, *head.parameters()]
         wanted = torch.autograd.grad(sum(level.sum() for level in expected), inputs, allow_unused=True)

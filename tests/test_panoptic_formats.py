@@ -140,7 +140,10 @@ def test_damaged_png_is_refused(tmp_path, goldens):
         (with_checksums(data[:16] + b"\x7f\xff\xff\xff\x7f\xff\xff\xff" + data[24:]), "too short for its image"),
         (with_checksums(data[:16] + bytes(8) + data[24:]), "no pixels"),
         (with_checksums(data[:28] + b"\x01" + data[29:]), "interlaced"),
-        (with_checksums(data[:23] + bytes([data[23] ^ 3]) + data[24:]), "are no 640x480 pixels|before the last pixel"),
+        (
+            with_checksums(data[:23] + bytes([data[23] ^ 3]) + data[24:]),
+            "do not fit 640x480 pixels|before the last pixel",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             decode_png(damaged)
@@ -217,11 +220,13 @@ def test_writer(tmp_path):
         assert writer.add(3, "x/street.jpg", ids, segments) == tmp_path / "out" / "street.png"
         with pytest.raises(PanopticFormatError, match=r"image 4: segments must list every id of the map once"):
             writer.add(4, "b.jpg", ids, segments[:1])
-        with pytest.raises(PanopticFormatError, match="y/street.png: would get the PNG street.png, which x/street.jpg"):
+        with pytest.raises(
+            PanopticFormatError, match="y/street.png: the PNG street.png is already used by x/street.jpg"
+        ):
             writer.add(4, "y/street.png", ids, segments)
-        with pytest.raises(PanopticFormatError, match="b.jpg: would get the id 3"):
+        with pytest.raises(PanopticFormatError, match="b.jpg: the id 3 is already used"):
             writer.add(3, "b.jpg", ids, segments)
-        with pytest.raises(PanopticFormatError, match="would get the id 3"):
+        with pytest.raises(PanopticFormatError, match="the id 3 is already used"):
             writer.extend(writer.rows())
     content = read_panoptic_json(tmp_path / "out.json", with_categories=True)
     assert content["images"] == [{"id": 3, "file_name": "x/street.jpg", "height": 2, "width": 2}]

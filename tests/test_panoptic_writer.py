@@ -174,7 +174,7 @@ class TestWriter:
         with PanopticWriter(tmp_path / "maps", resume=True) as writer:
             assert len(writer) == 3
             writer.add(1, "new.jpg", 2 * ids, [{"id": 2, "category_id": 1}])  # replaces 1.jpg, which has the same id
-            with pytest.raises(PanopticFormatError, match="other.jpg: would get the id 1, which new.jpg has already"):
+            with pytest.raises(PanopticFormatError, match="other.jpg: the id 1 is already used by new.jpg"):
                 writer.add(1, "other.jpg", ids, segments)
         names = [image["file_name"] for image in json.loads((tmp_path / "maps.json").read_text())["images"]]
         assert names == ["0.jpg", "2.jpg", "new.jpg"]
@@ -513,7 +513,7 @@ class TestThreads:
             with PanopticWriter(tmp_path / str(full)) as writer, ThreadPoolExecutor(1) as pool:
                 first = pool.submit(writer.add, 1, "a", np.ones((2, 3), int), [{"id": 1, "category_id": 1}])
                 assert begun.wait(30)
-                with pytest.raises(PanopticFormatError, match=f"{name}: would get the {kind} .*, which a has already"):
+                with pytest.raises(PanopticFormatError, match=f"{name}: the {kind} .* is already used by a"):
                     writer.add(*second, png_name=png)
                 resume.set()
                 monkeypatch.setattr(writer_module, "write_id_map", write)

@@ -21,7 +21,7 @@ from spatialflow import images
 from spatialflow.cli import prediction_folder
 from spatialflow.cli.common import resolve_images
 from spatialflow.cli.main import main
-from spatialflow.cli.prediction_folder import HELD, PredictionFolder
+from spatialflow.cli.prediction_folder import MAX_UNWRITTEN, PredictionFolder
 from spatialflow.engine import predict
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
@@ -87,7 +87,7 @@ class TestPredict:
         (tmp_path / "a.jpg").write_bytes((photographs / "plain.jpg").read_bytes()[:-2])
         command = ["predict", str(tmp_path / "a.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
         assert main(command) == 0
-        assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker; all its pixels are there"]
+        assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker, but all pixels"]
 
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
         """Images that are done at an interrupt (Ctrl-C) are complete, and the JSON lists them."""
@@ -144,7 +144,7 @@ class TestPredict:
 
         def slow(path, ids):
             deadline = time.monotonic() + 30
-            while len(most) < 10 and len(predicted) - len(most) < HELD and time.monotonic() < deadline:
+            while len(most) < 10 and len(predicted) - len(most) < MAX_UNWRITTEN and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.02)  # time for further results
             most.append(len(predicted) - len(most))
@@ -154,7 +154,7 @@ class TestPredict:
         monkeypatch.setattr(Pipeline, "__call__", lambda *args: (predicted.append(0), run(*args))[1])
         command = ["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(tmp_path / "out"), *FAST]
         assert main(command) == 0
-        assert len(most) == 20 and max(most) == HELD
+        assert len(most) == 20 and max(most) == MAX_UNWRITTEN
 
     @pytest.mark.parametrize("place", ["network", "writing"])
     def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):
@@ -226,7 +226,7 @@ class TestPredict:
             assert read_id_map(output / "panoptic" / annotation["file_name"]).shape
             assert (output / "overlays" / name).with_suffix(".jpg").is_file()
         assert main(command) == 0
-        left_out = "2 images in its sub-folders are left out; --recursive takes them too"
+        left_out = "2 images in its sub-folders are left out; --recursive includes them"
         assert sentences(capsys) == [f"{tmp_path}: {left_out}", replaces]
         assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]
 
@@ -255,7 +255,7 @@ class TestPredict:
         names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "loop.jpg", "other/b.png"]
         assert [image.name for image in images] == names and not failed
         resolve_images([tmp_path / "in"])
-        left_out = "2 images in its sub-folders are left out; --recursive takes them too"  # links are not followed
+        left_out = "2 images in its sub-folders are left out; --recursive includes them"  # links are not followed
         assert sentences(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
 
     def test_a_folder_that_cannot_be_read(self, tmp_path, monkeypatch, capsys):
@@ -319,7 +319,7 @@ class TestPredict:
 
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
-        assert sentences(capsys) == ["no --checkpoint: the weights are random, so the maps mean nothing"]
+        assert sentences(capsys) == ["no --checkpoint: the weights are random, and so are the results"]
         assert not (tmp_path / "overlays").exists()
 
     @pytest.mark.parametrize(

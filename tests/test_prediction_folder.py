@@ -19,7 +19,7 @@ from helpers.scenes import CATEGORIES, contents, make_scene
 
 from spatialflow.cli import prediction_folder
 from spatialflow.cli.common import InputImage
-from spatialflow.cli.prediction_folder import HELD, PredictionFolder, writers
+from spatialflow.cli.prediction_folder import MAX_UNWRITTEN, PredictionFolder, writers
 from spatialflow.engine.predict import Outcome
 from spatialflow.panoptic import PanopticFormatError, formats, journal, overlay, writer
 
@@ -227,7 +227,7 @@ def test_few_images_are_held(tmp_path, monkeypatch, photographs, outcomes, threa
 
     monkeypatch.setattr(writer, "write_id_map", slow)
     run(tmp_path, photographs, Counted(outcomes), threads)
-    assert len(most) == COUNT and max(most) == HELD + threads - 1
+    assert len(most) == COUNT and max(most) == MAX_UNWRITTEN + threads - 1
 
 
 def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, photographs, outcomes):

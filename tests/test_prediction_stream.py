@@ -437,7 +437,7 @@ def test_copies_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch, "empty", logged_empty)
     link = Transfers(torch.device("cpu"))
     link._is_gpu = True
-    assert link.queued == 1
+    assert link.max_queued == 1
     image = picture(7, 9)[:, ::-1]
     staged = link.stage(image)
     assert staged is pinned[0]

@@ -145,7 +145,7 @@ class TestSelectCandidates(OpMatrix):
         by_scale = torch.func.vmap(lambda s: tuple(sample.op(logits, deltas, base, valid, s, **sample.options)))
         twice = by_scale(torch.stack([scale, 2 * scale]))[0]
         assert torch.equal(twice[0], 2 * twice[1])
-        with pytest.raises(ValueError, match="base_anchors must be the same for all"):
+        with pytest.raises(ValueError, match="base_anchors must not be mapped"):
             torch.func.vmap(lambda b: tuple(sample.op(logits, deltas, b, valid, scale, **sample.options)))(base[None])
 
 

@@ -196,7 +196,7 @@ class TestFinetuning:
         assert main(["train", "tiny", *settings, *(str(part) for pair in files.items() for part in pair)]) == 0
         said = capsys.readouterr().err
         layers = "box_head.class_logits, thing_head.logits"
-        assert f"donor.safetensors: of other classes; {layers} start from random weights" in said
+        assert f"donor.safetensors: has other classes; {layers} start from random weights" in said
 
     def test_other_layers_must_fit(self, data, tmp_path):
 

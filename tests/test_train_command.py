@@ -15,7 +15,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--annotations", "x.json"], "need each other"),
+            (["--annotations", "x.json"], "must be given together"),
             ([], "give either"),
             (["--images", "x", "--annotations", "absent.json"], "absent.json"),
             (["--cityscapes", "absent"], "no such folder"),

@@ -526,7 +526,7 @@ class TestCommand:
             ["evaluate", "{}", str(scenes), "--ground-truth-folder", folder],
             ["evaluate", str(scenes), "{}", "--prediction-folder", folder],
         ):
-            for option, hint in (([], ""), (command[-2:], f"; {command[-2]} names another")):
+            for option, hint in (([], ""), (command[-2:], f"; pass its path with {command[-2]}")):
                 ends = os.pipe()
                 os.write(ends[1], content)
                 os.close(ends[1])
@@ -541,7 +541,7 @@ class TestCommand:
                 os.close(ends[0])
         (tmp_path / "annotations").write_bytes(content)
         assert main(["validate", str(tmp_path / "annotations")]) == 2
-        assert "with its PNGs; --folder names another" in capsys.readouterr().err
+        assert "with its PNGs; pass its path with --folder" in capsys.readouterr().err
 
     def test_a_negative_area_of_a_segment_without_pixels(self, scenes, folder, capsys):
         broken = Broken(folder)
@@ -878,7 +878,7 @@ class TestJoin:
         truth = [(1, "a.jpg", "a.png"), (2, "b.jpg", "b.png")]
         with pytest.raises(PanopticFormatError) as error:
             join_images(listed(truth), listed([(1, "other_1.jpg", "1.png"), (2, "other_2.jpg", "2.png")]))
-        assert "ids do not count, because id 1 is 'a.jpg' in the ground truth and 'other_1.jpg'" in str(error.value)
+        assert "ids are ignored, because id 1 is 'a.jpg' in the ground truth and 'other_1.jpg'" in str(error.value)
         with pytest.raises(PanopticFormatError, match="because id 2 is 'b.jpg'"):
             join_images(listed(truth), listed([(1, "a.jpg", "1.png"), (2, "c.jpg", "2.png")]))
         for names in (("val/a.jpg", "b.png"), (None, None), ("a_leftImg8bit.png", None)):
@@ -899,9 +899,9 @@ class TestJoin:
             prediction = listed([(i, name, f"{i}.png") for i, name in enumerate(names, 1)])
             assert join_images(listed(truth), prediction) == joined
             assert join_images(prediction, listed(truth)) == joined
-        with pytest.raises(PanopticFormatError, match="ids do not count"):
+        with pytest.raises(PanopticFormatError, match="ids are ignored"):
             join_images(listed(truth), listed([(1, "all/b/x.jpg", "1.png"), (2, "all/a/x.jpg", "2.png")]))
-        with pytest.raises(PanopticFormatError, match="ids do not count"):  # a/x.jpg has another id there
+        with pytest.raises(PanopticFormatError, match="ids are ignored"):  # a/x.jpg has another id there
             join_images(listed(truth), listed([(1, "c/x.jpg", "1.png"), (7, "a/x.jpg", "7.png")]))
 
     def test_a_prediction_serves_one_image(self):

@@ -9,22 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spatialflow.cli.common import CommandError, Subparsers, print_error, with_examples
+from spatialflow.cli.common import CommandError, print_error
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
+SUMMARY = "time operators and their baselines"
+DESCRIPTION = (
+    "Check every result against float64, then time it. Baselines whose packages are not installed are skipped;\n"
+    "`pip install torchvision` provides most of them. Without torchvision, nms is checked against its reference,\n"
+    "which takes minutes."
+)
+EXAMPLES = ("benchmark --list", "benchmark roi_align nms --seconds 2 --output results")
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "benchmark",
-        help="time operators and their baselines",
-        description="Check every result against float64, then time it. Baselines whose packages are not installed are "
-        "skipped;\n`pip install torchvision` provides most of them. Without torchvision, nms is checked against its "
-        "reference, which\ntakes minutes.",
-        **with_examples("benchmark --list", "benchmark roi_align nms --seconds 2 --output results"),
-    )
-    parser.set_defaults(run=run)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("ops", nargs="*", metavar="OP", help="operators (default: all)")
     parser.add_argument("--list", action="store_true", help="list the operators and exit")
     for name, metavar, text in (
@@ -40,13 +39,13 @@ def run(options: argparse.Namespace) -> int:
     """Run the scripts of the chosen operators; return the exit code."""
     folder = _benchmark_folder()
     scripts = [path for path in folder.glob("*.py")]
-    known = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8"))
+    available = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8"))
     if options.list:
-        print("\n".join(known))
+        print("\n".join(available))
         return 0
-    unknown = [op for op in options.ops if op not in known]
+    unknown = [op for op in options.ops if op not in available]
     if unknown:
-        raise CommandError(f"no benchmark named {', '.join(unknown)}; there are {', '.join(known)}")
+        raise CommandError(f"no benchmark named {', '.join(unknown)}; available are {', '.join(available)}")
     arguments = [
         f"--{name}={getattr(options, name)}"
         for name in ("device", "threads", "seconds", "output")
@@ -56,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         arguments.append(f"--output={Path('benchmarks', 'results')}")  # not into the installed package
     failed = [
         op
-        for op in options.ops or known
+        for op in options.ops or available
         if subprocess.run([sys.executable, "-u", str(folder / f"{op}.py"), *arguments]).returncode != 0
     ]
     if failed:

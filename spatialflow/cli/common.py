@@ -15,13 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
-
     from spatialflow.models.spatialflow import SpatialFlow
-
-    Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
-else:
-    Subparsers = argparse._SubParsersAction  # cannot be subscripted before Python 3.13
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -40,12 +34,25 @@ def configs_paragraph() -> str:
     return textwrap.fill(f"Configurations of the package: {', '.join(listed)}.", 116)
 
 
-def with_examples(*lines: str) -> dict[str, Any]:
-    """Make the arguments of `add_parser` that put examples at the end of a command's help."""
-    return {
-        "epilog": "\n".join(("examples:", *(f"  spatialflow {line}" for line in lines))),
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
+def add_path(parser: argparse.ArgumentParser, name: str, metavar: str, help: str, **options: Any) -> None:
+    """Add an argument that is one path or, by `options` of `add_argument`, several."""
+    parser.add_argument(name, type=path_argument, metavar=metavar, help=help, **options)
+
+
+def add_ema_option(parser: argparse.ArgumentParser, file: str = "--checkpoint") -> None:
+    """Add the option `--ema`, which applies to the checkpoint of the argument `file`."""
+    parser.add_argument("--ema", action="store_true", help=f"use the moving average (EMA) of the weights in {file}")
+
+
+def check_ema(ema: bool, has_checkpoint: bool) -> None:
+    """Raise CommandError if `--ema` is given without a checkpoint."""
+    if ema and not has_checkpoint:
+        raise CommandError("--ema needs --checkpoint")
+
+
+def add_workers_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--workers` of commands that read files in threads."""
+    parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
 
 
 def path_argument(text: str) -> Path:
@@ -64,6 +71,15 @@ def check_count(option: str, value: int | None, minimum: int = 1) -> None:
 def print_error(text: str) -> None:
     """Print a message on standard error, after the program's name."""
     print(f"spatialflow: {text}", file=sys.stderr)
+
+
+def set_threads(count: int | None) -> None:
+    """Set the number of torch's CPU threads to `--threads`; None keeps torch's default."""
+    import torch
+
+    check_count("--threads", count)
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 class _ErrorHandler(logging.Handler):
@@ -113,11 +129,11 @@ def resolve_images(
         for image in (
             _images_of_folder(path, recursive, outputs, failed) if is_folder else [InputImage(path, path.name)]
         ):
-            known = images.setdefault(without_suffix(image.name), image)
-            if known != image and known.path.resolve() != image.path.resolve():
+            previous = images.setdefault(without_suffix(image.name), image)
+            if previous != image and previous.path.resolve() != image.path.resolve():
                 raise CommandError(
-                    f"{image.path}: has the same name as {known.path}, and output files are named by it; use two "
-                    f"output folders, or give the folder above both with --recursive"
+                    f"{image.path}: has the same name as {previous.path}, and output files are named by it; use two "
+                    f"output folders, or pass their common parent folder with --recursive"
                 )
     for text in failed:
         print_error(text)
@@ -131,8 +147,8 @@ def _images_of_folder(folder: Path, recursive: bool, outputs: set[str], failed: 
     if direct:
         if len(direct) < len(images):
             print_error(
-                f"{folder}: {len(images) - len(direct)} images in its sub-folders are left out; --recursive takes "
-                f"them too"
+                f"{folder}: {len(images) - len(direct)} images in its sub-folders are left out; --recursive "
+                f"includes them"
             )
         return direct
     images = list(_images_below(folder, outputs, failed))
@@ -190,9 +206,8 @@ def panoptic_json(path: Path) -> Path:
     """Find a panoptic JSON: `path` itself, the one in the output of `predict`, or the one beside a folder of PNGs."""
     candidates = [path]
     if os.path.isdir(path):
-        folder = (
-            path.resolve() if path.name in ("", "..") else path
-        )  # "." has no name, and that of ".." is not the folder's
+        # "." has no name, and ".." is not the name of its folder.
+        folder = path.resolve() if path.name in ("", "..") else path
         candidates = [path / "panoptic.json", folder.parent / f"{folder.name}.json"]
     for candidate in candidates:
         if os.path.exists(candidate) and not os.path.isdir(candidate):  # includes pipes
@@ -209,7 +224,7 @@ def png_folder(path: Path, chosen: Path | None = None, option: str | None = None
         return folder
     if chosen is not None:
         raise CommandError(f"{chosen}: no such folder")
-    hint = "" if option is None else f"; {option} names another"
+    hint = "" if option is None else f"; pass its path with {option}"
     raise CommandError(f"{path}: there is no folder {folder} with its PNGs{hint}")
 
 
@@ -270,8 +285,21 @@ def path_in_oserror(path: Path | None) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextlib.contextmanager
+def as_command_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Within the block, turn exceptions of `kinds` and OSError into CommandError, except a closed standard output."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CommandError(format_error(error)) from None
+    except kinds as error:
+        raise CommandError(str(error)) from None
+
+
 def format_error(error: Exception) -> str:
-    """Format an exception as a one-line message; an OSError with a file name is about writing that file."""
+    """Format an exception as a one-line message; an OSError with a file name was raised while that file was written."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: cannot be written: {error.strerror}"
     return str(error)
@@ -293,7 +321,7 @@ def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any
         model = build_model(config, **overrides).eval()
         checkpoint = checkpoint or packaged_weights(config)
         if checkpoint is None:
-            print_error("no --checkpoint: the weights are random, so the maps mean nothing")
+            print_error("no --checkpoint: the weights are random, and so are the results")
             return model
         load_checkpoint(model, checkpoint, ema)
         return model
@@ -305,8 +333,7 @@ def load_models(
     configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any], ema: bool = False
 ) -> list[SpatialFlow]:
     """Build the networks of an ensemble; `configs` has one configuration for all checkpoints, or one for each."""
-    if ema and not checkpoints:
-        raise CommandError("--ema needs --checkpoint")
+    check_ema(ema, bool(checkpoints))
     count = max(len(configs), len(checkpoints))
     config_per_model = list(configs) * count if len(configs) == 1 else configs
     files: Sequence[Path | None] = checkpoints or [None] * count

@@ -7,60 +7,49 @@ import argparse
 import sys
 
 from spatialflow.cli.common import (
-    CommandError,
-    Subparsers,
+    add_path,
+    add_workers_option,
+    as_command_errors,
     check_count,
     check_output,
-    format_error,
     ground_truth_json,
     panoptic_json,
-    path_argument,
     path_in_oserror,
     png_folder,
-    with_examples,
+)
+
+SUMMARY = "compute the panoptic quality of a folder of predictions"
+DESCRIPTION = (
+    "Print panoptic quality (PQ), segmentation quality (SQ) and recognition quality (RQ) in percent, and N, the\n"
+    "number of classes that are averaged. Images are matched by id, or by the photograph's name\n"
+    "(docs/prediction.md). Inconsistent annotations are reported or end the command (docs/annotations.md)."
+)
+EXAMPLES = (
+    "evaluate panoptic_val2017.json out",
+    "evaluate panoptic_val2017.json out --detections out/detections.json --per-class --output scores.json",
 )
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="compute the panoptic quality of a folder of predictions",
-        description="Print panoptic quality (PQ), segmentation quality (SQ) and recognition quality (RQ) in percent, "
-        "and N, the number\nof classes that are averaged. Images are matched by id, or by the photograph's name "
-        "(docs/prediction.md).\nInconsistent annotations are reported or end the command (docs/annotations.md).",
-        **with_examples(
-            "evaluate panoptic_val2017.json out",
-            "evaluate panoptic_val2017.json out --detections out/detections.json --per-class --output scores.json",
-        ),
-    )
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     for name, text in (
         ("ground_truth", "ground truth: a Cityscapes tree (its split val), or"),
         ("prediction", "predictions:"),
     ):
-        parser.add_argument(
-            name,
-            type=path_argument,
-            metavar=name.upper(),
-            help=f"{text} the panoptic JSON, the folder of PNGs beside it, or the output of `predict`",
-        )
+        source = "the panoptic JSON, the folder of PNGs beside it, or the output of `predict`"
+        add_path(parser, name, name.upper(), f"{text} {source}")
     for name in ("ground-truth", "prediction"):
-        parser.add_argument(
-            f"--{name}-folder",
-            type=path_argument,
-            metavar="FOLDER",
-            help=f"PNGs of {name.upper().replace('-', '_')} if they are not beside the JSON",
-        )
-    parser.add_argument("--output", type=path_argument, metavar="FILE", help="write all numbers as JSON")
-    parser.add_argument(
+        argument = name.upper().replace("-", "_")
+        add_path(parser, f"--{name}-folder", "FOLDER", f"PNGs of {argument} if they are not beside the JSON")
+    add_path(parser, "--output", "FILE", "write all numbers as JSON")
+    add_path(
+        parser,
         "--detections",
-        type=path_argument,
-        metavar="FILE",
-        help="COCO results, as written by `predict --detections`: also compute box and mask AP",
+        "FILE",
+        "COCO results, as written by `predict --detections`: also compute box and mask AP",
     )
     parser.add_argument("--per-class", action="store_true", help="add a line for every class to the table")
-    parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
+    add_workers_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_count("--workers", options.workers)
     prediction = panoptic_json(options.prediction)
-    try:
+    with as_command_errors(PanopticFormatError):
         truth, failed = ground_truth_json(options.ground_truth, prediction.parent)
         truth_folder = png_folder(truth, options.ground_truth_folder, "--ground-truth-folder")
         prediction_folder = png_folder(prediction, options.prediction_folder, "--prediction-folder")
@@ -87,10 +76,4 @@ def run(options: argparse.Namespace) -> int:
                 workers=options.workers,
                 progress=sys.stderr.isatty(),
             )
-    except PanopticFormatError as error:
-        raise CommandError(str(error)) from None
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise CommandError(format_error(error)) from None
     return 1 if failed else 0

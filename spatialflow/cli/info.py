@@ -9,17 +9,14 @@ from pathlib import Path
 
 import spatialflow
 from spatialflow import _library
-from spatialflow.cli.common import Subparsers
+
+SUMMARY = "show versions, libraries, the instruction-set level and CUDA architectures"
+DESCRIPTION = "Show versions, libraries, the instruction-set level and CUDA architectures."
+EXAMPLES = ()
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "info",
-        help="show versions, libraries, the instruction-set level and CUDA architectures",
-        description="Show versions, libraries, the instruction-set level and CUDA architectures.",
-    )
-    parser.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing, as the command has no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         count = torch.cuda.device_count()
         devices = ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"
     except ImportError as error:
-        running, code = f"nothing ({error})", 2
+        running, code = f"no torch ({error})", 2
     try:
         level = f"{_library.cpu_level()} in use"
         _library.load()

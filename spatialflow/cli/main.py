@@ -22,7 +22,9 @@ from spatialflow.cli import benchmark, convert, evaluate, info, predict, synthes
 from spatialflow.cli.common import CommandError, print_error, show_log
 from spatialflow.errors import DataWarning
 
-_COMMANDS = (predict, evaluate, validate, train, visualize, synthesize, convert, benchmark, info)
+_COMMANDS: tuple[Any, ...] = (predict, evaluate, validate, train, visualize, synthesize, convert, benchmark, info)
+"""Modules with SUMMARY (in the list of commands), DESCRIPTION and EXAMPLES (in the command's help), `add_arguments` and
+`run`, which returns the exit code."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -81,7 +83,17 @@ def _parser() -> argparse.ArgumentParser:
         description="`spatialflow COMMAND --help` describes a command",
     )
     for command in _COMMANDS:
-        command.add_parser(commands)
+        command_parser = commands.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.SUMMARY,
+            description=command.DESCRIPTION,
+            epilog="\n".join(("examples:", *(f"  spatialflow {line}" for line in command.EXAMPLES)))
+            if command.EXAMPLES
+            else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command_parser.set_defaults(run=command.run)
+        command.add_arguments(command_parser)
     return parser
 
 

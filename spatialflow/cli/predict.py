@@ -14,15 +14,14 @@ import spatialflow
 from spatialflow.cli.common import (
     CommandError,
     InputImage,
-    Subparsers,
-    check_count,
+    add_ema_option,
+    add_path,
     configs_paragraph,
     format_error,
     load_models,
-    path_argument,
     print_error,
     resolve_images,
-    with_examples,
+    set_threads,
 )
 from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
 from spatialflow.threads import leave_cores_to_others
@@ -33,23 +32,22 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "spatialflow_r50_coco"
 
+SUMMARY = "write panoptic maps and overlay pictures of images"
+DESCRIPTION = (
+    "Write a panoptic map and an overlay picture for every image. Files that are not images are reported and skipped.\n"
+    "The same command, given again, resumes an interrupted run. Threads decode the next images and write the previous\n"
+    "ones while the network runs.\n\n" + configs_paragraph()
+)
+EXAMPLES = (
+    "predict photos --config demo --output out",
+    "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
+    "predict photos --recursive --config demo --output out",
+    "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
+)
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "predict",
-        help="write panoptic maps and overlay pictures of images",
-        description="Write a panoptic map and an overlay picture for every image. Files that are not images are "
-        "reported and skipped.\nThe same command, given again, resumes an interrupted run. Threads decode the next "
-        "images and write the previous\nones while the network runs.\n\n" + configs_paragraph(),
-        **with_examples(
-            "predict photos --config demo --output out",
-            "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
-            "predict photos --recursive --config demo --output out",
-            "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
-        ),
-    )
-    parser.set_defaults(run=run)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     _add_input_options(parser)
     _add_device_options(parser)
     _add_inference_options(parser)
@@ -57,30 +55,25 @@ def add_parser(commands: Subparsers) -> None:
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("images", nargs="+", type=path_argument, metavar="IMAGE", help="image files, or folders of images")
-    add(
-        "--output",
-        required=True,
-        type=path_argument,
-        metavar="FOLDER",
-        help="folder for panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg",
-    )
+    add_path(parser, "images", "IMAGE", "image files, or folders of images", nargs="+")
+    files = "panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg"
+    add_path(parser, "--output", "FOLDER", f"folder for {files}", required=True)
     add(
         "--config",
         action="append",
         metavar="NAME",
         help=f"configuration of the package, or YAML file (default: {DEFAULT_CONFIG})",
     )
-    add(
+    add_path(
+        parser,
         "--checkpoint",
+        "FILE",
+        "weights: safetensors, torch, or a released checkpoint (default: the weights that the package has for the "
+        "configuration, such as demo; random weights if it has none). Repeat the option for an ensemble, with one "
+        "--config for all checkpoints or one for each",
         action="append",
-        type=path_argument,
-        metavar="FILE",
-        help="weights: safetensors, torch, or a released checkpoint (default: the weights that the package has for "
-        "the configuration, such as demo; random weights if it has none). Repeat the option for an ensemble, with "
-        "one --config for all checkpoints or one for each",
     )
-    add("--ema", action="store_true", help="use the moving average (EMA) of the weights in --checkpoint")
+    add_ema_option(parser)
     add("--detections", action="store_true", help="also write detections.json (COCO results)")
     add("--no-overlay", action="store_true", help="do not write overlay pictures")
     add("--recursive", action="store_true", help="include images in sub-folders; the output has the same sub-folders")
@@ -175,18 +168,18 @@ def run(options: argparse.Namespace) -> int:
         resume=not options.restart,
     )
     done_before = set(output.done)
-    if output.replaces:
+    if output.replaces_results:
         print_error(f"{options.output}: holds the results of an earlier run, which this one replaces")
     if done_before:
         print_error(
-            f"{options.output}: {len(done_before)} of {len(images)} images were done by a run that was interrupted; "
-            f"this one goes on"
+            f"{options.output}: {len(done_before)} of {len(images)} images were done by an interrupted run, "
+            f"which this run continues"
         )
     begin = time.perf_counter()
     try:
         times = _predict_images(predictor, output, images, done_before, failed)
     except KeyboardInterrupt as stop:
-        stop.args = (f"{len(output.done)} of {len(images)} images are done; the same command goes on with the others",)
+        stop.args = (f"{len(output.done)} of {len(images)} images are done; run the same command again for the others",)
         raise
     _report(options, output, len(output.done) - len(done_before), failed, times, time.perf_counter() - begin)
     return 1 if failed else 0
@@ -249,7 +242,7 @@ def _report(
         print_error("no image could be predicted")
     if output.left_out:
         print_error(
-            f"{options.output}: {output.left_out} more images were done by the run that was interrupted; "
+            f"{options.output}: {output.left_out} more images were done by the interrupted run; "
             f"panoptic.json does not list them, and the journal keeps them"
         )
 
@@ -260,9 +253,7 @@ def _make_predictor(options: argparse.Namespace) -> tuple[Predictor, dict[str, A
 
     from spatialflow.engine.predict import Predictor, usable_device
 
-    check_count("--threads", options.threads)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     try:
         device = usable_device(options.device)
     except ValueError as error:

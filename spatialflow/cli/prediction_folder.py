@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialflow.cli.common import CommandError, InputImage, format_error, path_in_oserror, without_suffix
+from spatialflow.cli.common import CommandError, InputImage, as_command_errors, path_in_oserror, without_suffix
 from spatialflow.threads import available_cores, map_ahead
 
 if TYPE_CHECKING:
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 WRITERS = {"cpu": 1, "cuda": 8}
 """Largest number of threads that write files, by type of device. On the CPU the network needs the cores."""
 
-HELD = 4
-"""Images in memory until their files are written, with one thread; each further thread adds one."""
+MAX_UNWRITTEN = 4
+"""Largest number of images in memory whose files are not written yet, with one thread; each further thread adds one."""
 
 RESULTS = ("panoptic", "overlays")
 """Folders of pictures in the output folder."""
 
-_INFO = {
-    "description": "written by spatialflow predict"
-}  # without a version, as files of another version may be replaced
+# Without a version, as files of another version may be replaced.
+_INFO = {"description": "written by spatialflow predict"}
 
 
 class PredictionFolder:
@@ -78,7 +77,7 @@ class PredictionFolder:
         self._active_writes = 0
         self._write_ended = threading.Condition()
         try:
-            self.replaces = self._replaces()
+            self.replaces_results = self._check_replaced_files()
             self._writer = PanopticWriter(
                 self.folder,
                 root / "panoptic.json",
@@ -96,7 +95,7 @@ class PredictionFolder:
             raise CommandError(f"{error.filename}: cannot be read: {error.strerror}") from None
         self.done = [image.name for image in images if self._is_done(image)]
 
-    def _replaces(self) -> bool:
+    def _check_replaced_files(self) -> bool:
         """Tell whether the folder has the results of an earlier run that was completed.
 
         Raises:
@@ -105,11 +104,11 @@ class PredictionFolder:
         """
         from spatialflow.panoptic.writer import earlier_files
 
-        results, others = earlier_files(self._root / "panoptic.json", _INFO)
-        if not results and not others:
-            others = [self._root / "detections.json"] * self._detections + [*map(self._map_path, self._images)]
-            others += map(self._overlay_path, self._images) if self._overlays else ()
-        for path in others:
+        results, unrelated = earlier_files(self._root / "panoptic.json", _INFO)
+        if not results and not unrelated:
+            unrelated = [self._root / "detections.json"] * self._detections + [*map(self._map_path, self._images)]
+            unrelated += map(self._overlay_path, self._images) if self._overlays else ()
+        for path in unrelated:
             if os.path.lexists(path):
                 raise CommandError(f"{path}: would be replaced, and is not a result of `predict`; use another --output")
         return [path.name for path in results] == ["panoptic.json"]
@@ -133,14 +132,16 @@ class PredictionFolder:
         Args:
             images: one image per outcome.
             outcomes: the outcomes of `Predictor.outcomes`, requested in the caller's thread while fewer than
-                `HELD + threads - 1` images are not written yet.
+                `MAX_UNWRITTEN + threads - 1` images are not written yet.
             threads: images that are written at once, see `writers`.
 
         Yields:
             A future per image, in order, of the seconds by stage, including "write". The future raises ImageError for
             an image that could not be read, and OSError or PanopticFormatError for one that cannot be written.
         """
-        return map_ahead(self._add_outcome, zip(images, outcomes, strict=True), threads, ahead=HELD + threads - 1)
+        return map_ahead(
+            self._add_outcome, zip(images, outcomes, strict=True), threads, ahead=MAX_UNWRITTEN + threads - 1
+        )
 
     def _add_outcome(self, pair: tuple[InputImage, Outcome]) -> dict[str, float]:
         image, (result, pixels, error) = pair
@@ -192,32 +193,28 @@ class PredictionFolder:
         """Create the folders, so that an output path that cannot be written fails before any inference."""
         from spatialflow.panoptic import InUseError
 
-        try:
+        with as_command_errors():
             for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
                 with path_in_oserror(folder):
                     folder.mkdir(parents=True, exist_ok=True)
-            self._writer.__enter__()
-        except InUseError as error:
-            raise CommandError(f"{error}; use another --output") from None
-        except OSError as error:
-            raise CommandError(format_error(error)) from None
+            try:
+                self._writer.__enter__()
+            except InUseError as error:
+                raise CommandError(f"{error}; use another --output") from None
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            with self._write_ended, path_in_oserror(self._root):
-                self._write_ended.wait_for(lambda: self._active_writes == 0)
-                done = set(self.done)
-                if done:
-                    self._writer.write_json(image.name for image in self._images if image.name in done)
-                self.left_out = len(self._writer.left_out(image.name for image in self._images))
-                self._writer.close(keep_journal=kind is not None or self.left_out > 0)
-        except OSError as error:
-            raise CommandError(format_error(error)) from None
+        with as_command_errors(), self._write_ended, path_in_oserror(self._root):
+            self._write_ended.wait_for(lambda: self._active_writes == 0)
+            done = set(self.done)
+            if done:
+                self._writer.write_json(image.name for image in self._images if image.name in done)
+            self.left_out = len(self._writer.left_out(image.name for image in self._images))
+            self._writer.close(keep_journal=kind is not None or self.left_out > 0)
 
 
 def writers(kind: str) -> int:
-    """Number of threads for `PredictionFolder.add_all` by type of device; one core is left for the network's thread."""
+    """Choose the number of threads for `PredictionFolder.add_all` by type of device; leave one core to the network."""
     return max(1, min(WRITERS[kind], available_cores() - 1))
 
 

@@ -7,26 +7,19 @@ import argparse
 
 from spatialflow.cli.common import (
     CommandError,
-    Subparsers,
-    format_error,
-    path_argument,
+    add_path,
+    as_command_errors,
     path_in_oserror,
-    with_examples,
 )
 
+SUMMARY = "draw landscapes with exact panoptic ground truth"
+DESCRIPTION = "Draw synthetic landscapes and their exact ground truth in the COCO panoptic format."
+EXAMPLES = ("synthesize scenes --count 20 --size 256 384",)
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "synthesize",
-        help="draw landscapes with exact panoptic ground truth",
-        description="Draw synthetic landscapes and their exact ground truth in the COCO panoptic format.",
-        **with_examples("synthesize scenes --count 20 --size 256 384"),
-    )
-    parser.set_defaults(run=run)
-    parser.add_argument(
-        "output", type=path_argument, metavar="FOLDER", help="folder for images/, panoptic/ and panoptic.json"
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_path(parser, "output", "FOLDER", "folder for images/, panoptic/ and panoptic.json")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="number of scenes (default: %(default)s)")
     parser.add_argument(
         "--size",
@@ -49,13 +42,8 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"--seed must not be negative, got {options.seed}")
     if min(options.size) < 32:
         raise CommandError(f"--size must be at least 32 x 32, got {options.size[0]} x {options.size[1]}")
-    try:
-        with path_in_oserror(options.output):
-            scenes = synthesize(options.output, options.count, tuple(options.size), options.seed)
-            count = sum(1 for _ in tqdm(scenes, desc="synthesize", unit="scene", total=options.count, disable=None))
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-    except OSError as error:
-        raise CommandError(format_error(error)) from None
+    with as_command_errors(ValueError), path_in_oserror(options.output):
+        scenes = synthesize(options.output, options.count, tuple(options.size), options.seed)
+        count = sum(1 for _ in tqdm(scenes, desc="synthesize", unit="scene", total=options.count, disable=None))
     print(f"{count} scenes: {options.output / 'images'}/, {options.output / 'panoptic.json'}")
     return 0

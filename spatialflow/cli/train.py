@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from spatialflow.cli.common import (
     CommandError,
-    Subparsers,
+    add_ema_option,
+    add_path,
     check_count,
+    check_ema,
     configs_paragraph,
-    path_argument,
     print_error,
-    with_examples,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -28,42 +29,36 @@ if TYPE_CHECKING:
 
 DataSet: TypeAlias = "Cityscapes | CocoPanoptic"
 
+SUMMARY = "train a network; with torchrun on several GPUs or machines"
+DESCRIPTION = (
+    "Train on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same command, given\n"
+    "again, resumes an interrupted run from its last checkpoint. docs/training.md describes data, configurations\n"
+    "and resuming.\n\n" + configs_paragraph()
+)
+EXAMPLES = (
+    "synthesize scenes --count 20 --size 256 384",
+    "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
+    "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
+)
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "train",
-        help="train a network; with torchrun on several GPUs or machines",
-        description="Train on COCO panoptic data (--images, --annotations) or Cityscapes (--cityscapes). The same "
-        "command, given again,\nresumes an interrupted run from its last checkpoint. docs/training.md describes data, "
-        "configurations and resuming.\n\n" + configs_paragraph(),
-        **with_examples(
-            "synthesize scenes --count 20 --size 256 384",
-            "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
-            "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
-        ),
-    )
-    parser.set_defaults(run=run)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     add = parser.add_argument
     add("config", metavar="CONFIG", help="configuration of the package, or YAML file")
     add("settings", nargs="*", metavar="FIELD=VALUE", help="values of fields of the configuration, e.g. epochs=5")
-    add(
-        "--output",
-        required=True,
-        type=path_argument,
-        metavar="FOLDER",
-        help="folder for checkpoint.pt, model.safetensors, log.jsonl, curves.png, ...",
-    )
+    files = "checkpoint.pt, model.safetensors, log.jsonl, curves.png, ..."
+    add_path(parser, "--output", "FOLDER", f"folder for {files}", required=True)
     _add_data_options(parser)
-    add(
+    add_path(
+        parser,
         "--checkpoint",
-        type=path_argument,
-        metavar="FILE",
-        help="fine-tune these weights; layers whose shape depends on the classes start from random weights if the "
-        "classes differ",
+        "FILE",
+        "fine-tune these weights; layers whose shape depends on the classes start from random weights if the classes "
+        "differ",
     )
-    add("--ema", action="store_true", help="use the moving average (EMA) of the weights in --checkpoint")
-    add("--backbone", type=path_argument, metavar="FILE", help="ImageNet weights with torchvision's names")
+    add_ema_option(parser)
+    add_path(parser, "--backbone", "FILE", "ImageNet weights with torchvision's names")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--workers", type=int, default=2, metavar="N", help="data loading processes (default: %(default)s)")
@@ -72,24 +67,17 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--images", type=path_argument, metavar="FOLDER", help="photographs")
-    add("--annotations", type=path_argument, metavar="JSON", help="COCO panoptic JSON")
-    add(
-        "--panoptic",
-        type=path_argument,
-        metavar="FOLDER",
-        help="PNGs of --annotations (default: the folder beside the JSON with the same name)",
-    )
-    add("--validation-images", type=path_argument, metavar="FOLDER", help="like --images, for evaluation")
-    add("--validation-annotations", type=path_argument, metavar="JSON", help="like --annotations, for evaluation")
-    add("--validation-panoptic", type=path_argument, metavar="FOLDER", help="like --panoptic, for evaluation")
-    add(
-        "--cityscapes",
-        type=path_argument,
-        metavar="FOLDER",
-        help="tree with leftImg8bit and gtFine: train on its split train, evaluate on its split val if present",
-    )
+    for name, metavar, text in (
+        ("images", "FOLDER", "photographs"),
+        ("annotations", "JSON", "COCO panoptic JSON"),
+        ("panoptic", "FOLDER", "PNGs of --annotations (default: the folder beside the JSON with the same name)"),
+        ("validation-images", "FOLDER", "like --images, for evaluation"),
+        ("validation-annotations", "JSON", "like --annotations, for evaluation"),
+        ("validation-panoptic", "FOLDER", "like --panoptic, for evaluation"),
+    ):
+        add_path(parser, f"--{name}", metavar, text)
+    text = "tree with leftImg8bit and gtFine: train on its split train, evaluate on its split val if present"
+    add_path(parser, "--cityscapes", "FOLDER", text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -124,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
             trainer.run()
         except KeyboardInterrupt as stop:
             if os.path.isfile(trainer.store.path):
-                stop.args = (f"the same command goes on from {trainer.store.path}",)
+                stop.args = (f"run the same command again to continue from {trainer.store.path}",)
             raise
     except (TrainingError, CheckpointError, SampleError, PanopticFormatError) as error:
         raise CommandError(str(error)) from None
@@ -145,24 +133,21 @@ def _check_options(options: argparse.Namespace) -> None:
     import torch
 
     check_count("--workers", options.workers, minimum=0)
-    check_count("--threads", options.threads)
     if options.checkpoint is not None and options.backbone is not None:
         raise CommandError(
             "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"
         )
-    if options.ema and options.checkpoint is None:
-        raise CommandError("--ema needs --checkpoint")
+    check_ema(options.ema, options.checkpoint is not None)
     if options.device not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, got '{options.device}'")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise CommandError(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
 
 
 def _print_start(options: argparse.Namespace, trainer: Trainer, data: DataSet, validation: DataSet | None) -> None:
     """Print the size of the run and messages about settings that have no effect or may be unintended."""
-    from spatialflow.engine.trainer import idle_settings
+    from spatialflow.engine.trainer import settings_without_effect
 
     print(
         f"{len(data)} images, {trainer.schedule.steps_per_epoch} steps per epoch, step {trainer.step} of "
@@ -170,13 +155,16 @@ def _print_start(options: argparse.Namespace, trainer: Trainer, data: DataSet, v
         flush=True,
     )
     _warn_of_random_statistics(options, trainer.config.model)
-    for text in [*idle_settings(trainer.config.training, trainer.total_steps), *_without_pycocotools(validation)]:
+    for text in [
+        *settings_without_effect(trainer.config.training, trainer.total_steps),
+        *_without_pycocotools(validation),
+    ]:
         print_error(text)
     if trainer.store.changed_settings:
-        print_error(f"{options.output}: goes on with other settings: {', '.join(trainer.store.changed_settings)}")
+        print_error(f"{options.output}: continues with changed settings: {', '.join(trainer.store.changed_settings)}")
     if trainer.reinitialized_layers and trainer.step == 0:
         layers = ", ".join(trainer.reinitialized_layers)
-        print_error(f"{options.checkpoint}: of other classes; {layers} start from random weights")
+        print_error(f"{options.checkpoint}: has other classes; {layers} start from random weights")
 
 
 def _warn_of_random_statistics(options: argparse.Namespace, model: ModelConfig) -> None:
@@ -209,11 +197,11 @@ def _check_data_options(options: argparse.Namespace) -> None:
     """Raise CommandError for options of the data that exclude or require each other."""
     for first, second in (("images", "annotations"), ("validation_images", "validation_annotations")):
         if (getattr(options, first) is None) != (getattr(options, second) is None):
-            raise CommandError(f"--{first} and --{second} need each other".replace("_", "-"))
+            raise CommandError(f"--{first} and --{second} must be given together".replace("_", "-"))
     if (options.cityscapes is None) == (options.images is None):
-        raise CommandError("the data: give either --images and --annotations, or --cityscapes")
+        raise CommandError("give either --images and --annotations, or --cityscapes")
     if options.cityscapes is not None and options.validation_images is not None:
-        raise CommandError("--cityscapes brings its own validation images; --validation-images cannot be added")
+        raise CommandError("--cityscapes and --validation-images exclude each other: the tree has its own split val")
     for folder, images in (("panoptic", "images"), ("validation_panoptic", "validation_images")):
         if getattr(options, folder) is not None and getattr(options, images) is None:
             raise CommandError(f"--{folder} needs --{images}".replace("_", "-"))
@@ -271,5 +259,5 @@ def _summary(trainer: Trainer) -> str:
         parts.append(f"{len(trainer.reporter.problems)} images or annotations could not be used")
     if trainer.reporter.count_by_rule:
         counts = ", ".join(f"{count} x {rule}" for rule, count in trainer.reporter.count_by_rule.items())
-        parts.append(f"annotations that contradict themselves: {counts} (`spatialflow validate` lists all)")
+        parts.append(f"contradictory annotations: {counts} (`spatialflow validate` lists all)")
     return "; ".join(parts)

@@ -9,56 +9,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spatialflow.cli.common import (
-    CommandError,
-    Subparsers,
+    add_path,
+    add_workers_option,
+    as_command_errors,
     check_count,
     check_output,
-    format_error,
     panoptic_json,
-    path_argument,
     path_in_oserror,
     png_folder,
-    with_examples,
 )
 
 if TYPE_CHECKING:
     from spatialflow.panoptic.validation import Validation
 
-EXAMPLES = 3
+SHOWN_PROBLEMS = 3
 """Number of problems that the table shows for each rule."""
 
+SUMMARY = "find errors in panoptic annotations"
+DESCRIPTION = (
+    "Check a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, missing files.\n"
+    "For every broken rule (docs/annotations.md) a table shows the effect in a ground truth and in a prediction\n"
+    "(`evaluate`), and in training: the command stops, the problem is reported, the image is skipped, or there\n"
+    "is no effect (-). Exit codes: 0 no problems, 1 problems found, 2 not readable."
+)
+EXAMPLES = (
+    "validate annotations/panoptic_val2017.json --images val2017",
+    "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",
+    "validate out",
+)
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "validate",
-        help="find errors in panoptic annotations",
-        description="Check a panoptic JSON, its PNGs and photographs: ids, areas, boxes, categories, sizes, missing "
-        "files.\nFor every broken rule (docs/annotations.md) a table shows the effect in a ground truth and in a "
-        "prediction\n(`evaluate`), and in training: the command stops, the problem is reported, the image is skipped, "
-        "or there\nis no effect (-). Exit codes: 0 no problems, 1 problems found, 2 not readable.",
-        **with_examples(
-            "validate annotations/panoptic_val2017.json --images val2017",
-            "validate gtFine/cityscapes_panoptic_val.json --images leftImg8bit/val --output problems.json",
-            "validate out",
-        ),
-    )
-    parser.set_defaults(run=run)
-    parser.add_argument(
-        "annotations",
-        type=path_argument,
-        metavar="ANNOTATIONS",
-        help="the panoptic JSON, the folder of PNGs beside it, or the output of `predict`",
-    )
-    parser.add_argument("--folder", type=path_argument, metavar="FOLDER", help="PNGs, if they are not beside the JSON")
-    parser.add_argument(
-        "--images",
-        type=path_argument,
-        metavar="FOLDER",
-        help="photographs: check that each can be read and has the size of its PNG",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
-    parser.add_argument("--output", type=path_argument, metavar="FILE", help="write all problems as JSON")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    source = "the panoptic JSON, the folder of PNGs beside it, or the output of `predict`"
+    add_path(parser, "annotations", "ANNOTATIONS", source)
+    add_path(parser, "--folder", "FOLDER", "PNGs, if they are not beside the JSON")
+    add_path(parser, "--images", "FOLDER", "photographs: check that each can be read and has the size of its PNG")
+    add_workers_option(parser)
+    add_path(parser, "--output", "FILE", "write all problems as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,41 +58,37 @@ def run(options: argparse.Namespace) -> int:
     path = panoptic_json(options.annotations)
     folder = png_folder(path, options.folder, "--folder")
     check_output(options.output, path, folder, options.images)
-    try:
-        found = validate(path, folder, options.images, workers=options.workers, progress=sys.stderr.isatty())
+    with as_command_errors(PanopticFormatError):
+        result = validate(path, folder, options.images, workers=options.workers, progress=sys.stderr.isatty())
         if options.output is not None:
             with path_in_oserror(options.output):
-                _write(options.output, path, found)
-    except PanopticFormatError as error:
-        raise CommandError(str(error)) from None
-    except OSError as error:
-        raise CommandError(format_error(error)) from None
-    print(_table(found), end="")
-    count = len(found.problems)
+                _write(options.output, path, result)
+    print(_table(result), end="")
+    count = len(result.problems)
     verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
-    print(f"{path}: {found.images} images, {found.segments} segments: {verdict}")
-    return 1 if found.problems else 0
+    print(f"{path}: {result.images} images, {result.segments} segments: {verdict}")
+    return 1 if result.problems else 0
 
 
-def _table(found: Validation) -> str:
+def _table(result: Validation) -> str:
     """Make a table with a line for every broken rule and its first examples below."""
     from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH
 
-    if not found.problems:
+    if not result.problems:
         return ""
     lines = [f"{'rule':18}{'count':>8}  {'ground truth':14}{'prediction':12}{'training':12}"]
     for name, rule in RULES.items():
-        texts = [problem.text for problem in found.problems if problem.rule == name]
+        texts = [problem.text for problem in result.problems if problem.rule == name]
         if texts:
             effects = f"{rule.effect(TRUTH):14}{rule.effect(PREDICTION):12}{rule.effect(TRAINING):12}"
             lines.append(f"{name:18}{len(texts):8d}  {effects}".rstrip())
-            lines += [f"    {text}" for text in texts[:EXAMPLES]]
-            lines += [f"    and {len(texts) - EXAMPLES} more"] * (len(texts) > EXAMPLES)
+            lines += [f"    {text}" for text in texts[:SHOWN_PROBLEMS]]
+            lines += [f"    and {len(texts) - SHOWN_PROBLEMS} more"] * (len(texts) > SHOWN_PROBLEMS)
     # Names in a JSON may contain unpaired surrogates, which a terminal cannot print.
     return "\n".join((*lines, "")).encode("utf-8", "backslashreplace").decode()
 
 
-def _write(output: Path, annotations: Path, found: Validation) -> None:
+def _write(output: Path, annotations: Path, result: Validation) -> None:
     """Write all problems as JSON."""
     from spatialflow.files import write_json
     from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH
@@ -119,7 +103,7 @@ def _write(output: Path, annotations: Path, found: Validation) -> None:
             "text": problem.text,
             **{name: RULES[problem.rule].effect(use) for name, use in uses.items()},
         }
-        for problem in found.problems
+        for problem in result.problems
     ]
-    content = {"annotations": str(annotations), "images": found.images, "segments": found.segments}
+    content = {"annotations": str(annotations), "images": result.images, "segments": result.segments}
     write_json(output, {**content, "problems": problems}, indent=1)

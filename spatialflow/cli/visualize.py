@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from spatialflow.cli.common import (
     CommandError,
     InputImage,
-    Subparsers,
+    add_ema_option,
+    add_path,
+    as_command_errors,
+    check_ema,
     format_error,
     load_model,
     panoptic_json,
-    path_argument,
     path_in_oserror,
     png_folder,
     print_error,
     resolve_images,
-    with_examples,
     without_suffix,
 )
 
@@ -67,32 +68,26 @@ class Picture(NamedTuple):
     quality: float | None  # PQ of the image; None without ground truth or prediction
 
 
-def add_parser(commands: Subparsers) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
-        "visualize",
-        help="draw ground truth, prediction and activations side by side",
-        description="Draw the ground truth, the prediction and class-activation maps of photographs side by side.",
-        **with_examples("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures"),
-    )
-    parser.set_defaults(run=run)
+SUMMARY = "draw ground truth, prediction and activations side by side"
+DESCRIPTION = "Draw the ground truth, the prediction and class-activation maps of photographs side by side."
+EXAMPLES = ("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     add = parser.add_argument
-    add("images", nargs="+", type=path_argument, metavar="IMAGE", help="photographs, or folders of photographs")
-    add(
+    add_path(parser, "images", "IMAGE", "photographs, or folders of photographs", nargs="+")
+    add_path(
+        parser,
         "--output",
-        required=True,
-        type=path_argument,
-        metavar="FOLDER",
-        help="folder for pictures/*.jpg and index.html; with ground truth and prediction, the pictures are sorted by "
+        "FOLDER",
+        "folder for pictures/*.jpg and index.html; with ground truth and prediction, the pictures are sorted by "
         "panoptic quality, and worst.jpg and best.jpg are written",
+        required=True,
     )
-    for name, text in (("ground-truth", "ground truth"), ("prediction", "predictions")):
-        add(
-            f"--{name}",
-            type=path_argument,
-            metavar="JSON",
-            help=f"{text}: the panoptic JSON with PNGs beside it, or the output of `predict`",
-        )
+    source = "the panoptic JSON with PNGs beside it, or the output of `predict`"
+    add_path(parser, "--ground-truth", "JSON", f"ground truth: {source}")
+    add_path(parser, "--prediction", "JSON", f"predictions: {source}")
     add(
         "--sheet",
         type=int,
@@ -104,10 +99,10 @@ def add_parser(commands: Subparsers) -> None:
     add(
         "--config",
         metavar="NAME",
-        help="network whose class-activation maps are drawn, of the cls sub-network and the stuff head",
+        help="also draw class-activation maps of this network: of its cls sub-network and its stuff head",
     )
-    add("--checkpoint", type=path_argument, metavar="FILE", help="weights of the network, as for `predict`")
-    add("--ema", action="store_true", help="use the moving average (EMA) of the weights in --checkpoint")
+    add_path(parser, "--checkpoint", "FILE", "weights of the network, as for `predict`")
+    add_ema_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -122,8 +117,7 @@ def run(options: argparse.Namespace) -> int:
         folders["ground truth"] = _read_folder(options.ground_truth, TRUTH, None)
     if options.prediction is not None:
         folders["prediction"] = _read_folder(options.prediction, PREDICTION, folders.get("ground truth"))
-    if options.ema and options.checkpoint is None:
-        raise CommandError("--ema needs --checkpoint")
+    check_ema(options.ema, options.checkpoint is not None)
     model = None if options.config is None else load_model(options.config, options.checkpoint, {}, options.ema)
     pictures: list[Picture] = []
     try:
@@ -133,10 +127,8 @@ def run(options: argparse.Namespace) -> int:
         raise
     finally:
         if pictures:  # after an interrupt, the page shows the pictures drawn before it
-            try:
+            with as_command_errors():
                 _write_pages(pictures, options.output, options.sheet)
-            except OSError as error:
-                raise CommandError(format_error(error)) from None
     for folder in folders.values():
         if folder.problems:
             print_error(summary(folder.problems, str(folder.path)))
@@ -150,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
 def _check_options(options: argparse.Namespace) -> None:
     """Raise CommandError for options that do not fit together."""
     if options.checkpoint is not None and options.config is None:
-        raise CommandError("--checkpoint needs --config, the network that it fills")
+        raise CommandError("--checkpoint needs --config, the configuration of its network")
     if options.ground_truth is None and options.prediction is None and options.config is None:
         raise CommandError("nothing to show: give --ground-truth, --prediction or --config")
     if options.sheet < 1:
@@ -197,8 +189,8 @@ def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> Panoptic
     try:
         content = load_json(path)
         with_categories = use == TRUTH or (truth is None and isinstance(content, dict) and "categories" in content)
-        known = None if truth is None else {row["id"] for row in truth.categories}
-        problems = check_panoptic(content, str(path), with_categories=with_categories, use=use, categories=known)
+        category_ids = None if truth is None else {row["id"] for row in truth.categories}
+        problems = check_panoptic(content, str(path), with_categories=with_categories, use=use, categories=category_ids)
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     categories = content.get("categories", []) if truth is None else truth.categories

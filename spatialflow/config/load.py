@@ -45,7 +45,7 @@ def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, An
     """Read the settings of one file, which replace those of its `base`; `chain` has the files that led here."""
     path = _locate(config, chain[-1].parent if chain else None)
     if path in chain:
-        raise ConfigError(f"{path}: base: leads back to itself ({' -> '.join(p.name for p in (*chain, path))})")
+        raise ConfigError(f"{path}: base: refers back to itself ({' -> '.join(p.name for p in (*chain, path))})")
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

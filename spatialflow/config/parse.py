@@ -82,7 +82,7 @@ def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if section_by_field.get(name) != section:
             similar = difflib.get_close_matches(name, section_by_field, n=3)
             hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
-            raise ConfigError(f"override {short_repr(key)} names no setting{hint}")
+            raise ConfigError(f"override {short_repr(key)}: no such field{hint}")
         placed.setdefault(section, {})[name] = value
     return placed
 

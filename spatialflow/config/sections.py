@@ -27,7 +27,7 @@ MAX_SIZE_DIVISOR = 2**24
 
 _SHARE = within(0, 1)
 _FLOWS_FROM_SOURCE = ("flow_to_detection", "flow_to_stuff", "flow_to_thing")
-_BACKBONE_STAGES = Rule("may name the stages 2, 3 and 4", lambda stages: set(stages) <= {2, 3, 4})
+_BACKBONE_STAGES = Rule("must be among the stages 2, 3 and 4", lambda stages: set(stages) <= {2, 3, 4})
 _SHORT_EDGES = Rule(
     "must be one positive size or a range of two", lambda edges: len(edges) in (1, 2) and min(edges) > 0
 )
@@ -142,7 +142,7 @@ class ModelConfig:
             name = f"deformable_{subnet}_stages"
             stages = getattr(self, name)
             exist = all(0 <= stage < count for stage in stages)
-            require(self, name, exist, f"may name the stages 0..{count - 1} of the {subnet} sub-network")
+            require(self, name, exist, f"must be among the stages 0..{count - 1} of the {subnet} sub-network")
             is_deformable |= bool(stages)
         channels_fit = not is_deformable or self.fpn_channels == self.head_channels
         rule = f"must equal fpn_channels ({self.fpn_channels}) where a sub-network is deformable"
@@ -168,7 +168,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Section `test`: from the network's outputs to detections, masks and the panoptic map (paper, IV-B2)."""
+    """Section `test`: input sizes, and postprocessing to detections, masks and the panoptic map (paper, IV-B2)."""
 
     candidates_per_level: int = setting(
         1000, "highest-scoring anchors of each level that are decoded; 0 = all", NOT_NEGATIVE

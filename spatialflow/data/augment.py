@@ -66,7 +66,7 @@ def augment(sample: Sample, config: DataConfig, rng: np.random.Generator) -> Tra
 
 
 def _random_size(size: tuple[int, int], config: DataConfig, rng: np.random.Generator) -> tuple[int, int]:
-    """The size (H, W) to which an image of `size` is scaled."""
+    """Draw the size (H, W) to which an image of `size` is scaled."""
     short = config.train_short_edges[0]
     if len(config.train_short_edges) == 2:
         short = int(rng.integers(min(config.train_short_edges), max(config.train_short_edges) + 1))
@@ -81,7 +81,7 @@ def _random_size(size: tuple[int, int], config: DataConfig, rng: np.random.Gener
 def _random_window(
     size: tuple[int, int], crop: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The (top, left) corner and the size of a random window of at most `crop` inside `size`."""
+    """Draw a window of at most `crop` inside `size`; return its (top, left) corner and its size."""
     window = (min(size[0], crop[0]), min(size[1], crop[1]))
     return (int(rng.integers(size[0] - window[0] + 1)), int(rng.integers(size[1] - window[1] + 1))), window
 
@@ -91,7 +91,7 @@ def _drop_cropped_out(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Remove things without pixels, or with less than a pixel of a side left, and renumber the others."""
     pixels = np.bincount(instances.ravel(), minlength=len(boxes) + 1)[1:]
-    kept = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1) & (pixels > 0)
+    keep = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1) & (pixels > 0)
     number = np.zeros(len(boxes) + 1, np.int32)
-    number[1:][kept] = np.arange(1, kept.sum() + 1)
-    return boxes[kept], labels[kept], number[instances]
+    number[1:][keep] = np.arange(1, keep.sum() + 1)
+    return boxes[keep], labels[keep], number[instances]

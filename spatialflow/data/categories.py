@@ -90,7 +90,7 @@ class Categories:
         return np.array([0 if row is None else row.id for row in self.stuff], dtype=np.int64)
 
     def semantic_index(self, category_id: int) -> int:
-        """Semantic index of a category: for a thing that of "other"; 255 where there is none."""
+        """Return the semantic index of a category, for a thing that of "other"; 255 if it has no index."""
         if category_id in self.stuff_index:
             return self.stuff_index[category_id]
         if category_id in self.thing_label and self.other_index is not None:
@@ -107,7 +107,7 @@ class Categories:
 def load_categories(
     table: str | Path | None, num_things: int, num_stuff: int, has_stuff_head: bool = True
 ) -> Categories:
-    """The categories of a network.
+    """Load the categories of a network.
 
     Args:
         table: "coco", "cityscapes", a JSON file (a COCO category list, or a COCO or panoptic file with
@@ -140,7 +140,7 @@ def load_categories(
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The category rows of a JSON file: a list of them, or a mapping with the list under `categories`.
+    """Read the category rows of a JSON file: a list of them, or a mapping with the list under `categories`.
 
     Raises:
         CategoryError: the file cannot be read or holds no such rows.
@@ -161,21 +161,21 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _make_row(row: Any, where: str) -> Category:
-    """A category from a row of a table; CategoryError, which begins with `where`, for an invalid row."""
+def _make_row(row: Any, location: str) -> Category:
+    """Make a category from a row of a table; raise CategoryError, which begins with `location`, for an invalid row."""
     if not isinstance(row, Mapping) or type(row.get("id")) is not int or row.get("isthing") not in (0, 1):
-        raise CategoryError(f'{where} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
+        raise CategoryError(f'{location} must be a mapping with an integer "id" and "isthing" 0 or 1, got {row!r:.80}')
     if not -(2**63) <= row["id"] < 2**63:
-        raise CategoryError(f"{where}: id must fit 64 bits, got {row['id']!r:.80}")
+        raise CategoryError(f"{location}: id must fit 64 bits, got {row['id']!r:.80}")
     color = row.get("color") or _default_color(row["id"])
     if not is_color(color):
-        raise CategoryError(f'{where}: "color" must be three numbers from 0 to 255, got {color!r:.80}')
+        raise CategoryError(f'{location}: "color" must be three numbers from 0 to 255, got {color!r:.80}')
     red, green, blue = (int(c) for c in color)
     name = str(row.get("name", f"category {row['id']}"))
     return Category(row["id"], name, bool(row["isthing"]), (red, green, blue))
 
 
 def _default_color(category_id: int) -> tuple[int, int, int]:
-    """A color derived from the id, for tables without colors."""
+    """Derive a color from the id, for tables without colors."""
     red, green, blue = np.random.RandomState(category_id % 2**32).randint(40, 220, 3).tolist()
     return red, green, blue

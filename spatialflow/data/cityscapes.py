@@ -81,7 +81,7 @@ class Cityscapes:
         return make_sample(str(self.paths[index]), image, *self._annotation(index), self.categories)
 
     def _is_written(self, json_path: Path) -> bool:
-        """True if the file has these images and categories, and is newer than every label file."""
+        """Return whether the file has these images and categories, and is newer than every label file."""
         if not os.path.isfile(json_path):
             return False
         content = read_panoptic_json(json_path, with_categories=True, use=TRUTH)
@@ -107,16 +107,16 @@ class Cityscapes:
         except ImageError as error:
             raise SampleError(str(error)) from None
         if labels is None or labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
-            raise SampleError(f"{path}: is damaged, or no grayscale PNG of 8 or 16 bits")
+            raise SampleError(f"{path}: is damaged, or is not a grayscale PNG of 8 or 16 bits")
         return labels.astype(np.int32)
 
     def _annotation(self, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """The id map, (H, W) int32, and the segments. Ids are the pixel values; labels outside the table are 0."""
+        """Make the id map, (H, W) int32, and the segments. Ids are the pixel values, 0 for labels outside the table."""
         id_map = self._read_labels(index)
-        known = {row.id: row for row in self.categories.rows}
+        category_by_id = {row.id: row for row in self.categories.rows}
         segments = []
         for value, extent in extents(id_map).items():
-            category = known.get(value // 1000 if value >= 1000 else value)
+            category = category_by_id.get(value // 1000 if value >= 1000 else value)
             if value > 0 and category is not None:
                 crowd = int(category.isthing and value < 1000)
                 segment: dict[str, Any] = {"id": value, "category_id": category.id, "iscrowd": crowd}
@@ -130,7 +130,7 @@ class Cityscapes:
         Nothing is written if the files exist and no label file has changed since.
 
         Args:
-            folder: gets `cityscapes_<split>.json` and, beside it, the folder of PNGs.
+            folder: for `cityscapes_<split>.json` and, beside it, the folder of PNGs.
 
         Returns:
             Paths of the JSON and of the folder of PNGs. Images whose label file is absent or damaged are left out.
@@ -152,7 +152,7 @@ class Cityscapes:
 
 
 def _png_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the header of a PNG; (1, 1) for an absent or damaged file, which reading then reports."""
+    """Read (height, width) from the header of a PNG; (1, 1) if the file is absent or damaged, which reading reports."""
     try:
         with open(path, "rb") as file:
             head = file.read(24)

@@ -17,9 +17,9 @@ from spatialflow.panoptic.rules import TRAINING, TRUTH, PanopticFormatError
 
 
 class _JsonList(Sequence[dict[str, Any]]):
-    """Mappings stored as JSON, and parsed on access.
+    """Mappings stored as JSON texts, which are parsed on access.
 
-    Every worker process has a copy of the data set, and as objects the annotations of COCO take four times the memory.
+    Every worker process has a copy of the data set. As Python objects, COCO's annotations take four times the memory.
     """
 
     def __init__(self, items: Iterable[Mapping[str, Any]]) -> None:
@@ -50,8 +50,8 @@ class CocoPanoptic:
         sizes: their (height, width) as listed, for grouping by shape without reading them.
 
     Raises:
-        PanopticFormatError: the JSON is absent or breaks a rule at which training stops (docs/annotations.md), or its
-            `categories` contradict the network's table: no id in common, or one id for a thing and for stuff.
+        PanopticFormatError: the JSON is absent; it breaks a rule at which training stops (docs/annotations.md); or its
+            `categories` contradict the network's table. They do if no id is in both, or one id is a thing and stuff.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class CocoPanoptic:
         return make_sample(str(path), image, id_map, annotation["segments_info"], self.categories)
 
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
-        """The JSON and the PNG folder of the ground truth, for scoring.
+        """Return the JSON and the PNG folder of the ground truth, for scoring.
 
         Args:
             folder: unused; other data sets write these files there.

@@ -52,11 +52,11 @@ class Batch(NamedTuple):
     notes: list[Problem]  # where annotations contradict their pixels; the pixels were used
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory; DataLoader calls this method where `pin_memory` is set."""
+        """Copy the batch to page-locked memory; DataLoader calls this method if `pin_memory` is set."""
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; copies of pinned tensors are asynchronous."""
+        """Copy the batch to `device`; copies of pinned tensors are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
         return Batch(*(apply(value) for value in self))
 
     def truth(self) -> GroundTruth:
-        """The ground truth, with one mask per thing."""
+        """Make the ground truth, with one mask per thing."""
         masks = [
             instances[None]
             == torch.arange(1, len(labels) + 1, device=instances.device, dtype=instances.dtype)[:, None, None]
@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The images of every step of a training run, a pure function of the fields: a run can resume at any step.
+    """The images of every step of a training run: a pure function of the fields, so that a run can resume at any step.
 
     In each epoch every image appears once, in random order. All images of a batch are landscape or all are portrait,
     which keeps padding small. The last batch of an orientation is completed with its first images.
@@ -117,7 +117,7 @@ class Schedule:
     def batches(
         self, first_step: int, last_step: int, rank: int, world_size: int, accumulation: int
     ) -> Iterator[list[SampleRequest]]:
-        """The batches of one process, `accumulation` per step.
+        """Yield the batches of one process, `accumulation` per step.
 
         The images of a step are split first over accumulation steps, then over ranks.
 

@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     boxes: np.ndarray  # (K, 4) float32, (x1, y1, x2, y2) in pixels; things except crowds
     labels: np.ndarray  # (K,) int64 thing labels
     instances: np.ndarray  # (H, W) int32: k + 1 on the pixels of box k, 0 elsewhere
-    semantic: np.ndarray  # (H, W) uint8 semantic indices, 255 where there is none
+    semantic: np.ndarray  # (H, W) uint8 semantic indices, 255 for pixels without one
     notes: tuple[Problem, ...] = ()  # where the annotation contradicts its pixels; the pixels were used
 
 
@@ -55,8 +55,8 @@ def make_sample(
         the box of the mask. `notes` has the last two cases.
 
     Raises:
-        SampleError: image and map differ in size, no listed segment has pixels, an id is 0 or not unique, or a box does
-            not consist of four finite numbers.
+        SampleError: image and map differ in size; no listed segment has pixels; an id is 0 or not unique; or a box is
+            not four finite numbers.
     """
     if image.shape[:2] != id_map.shape:
         raise SampleError(f"{name}: image of {_size(image)} pixels, but annotation of {_size(id_map)}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resize, normalization and padding of images in numpy, with the released arithmetic.
+"""Resize, normalization and padding of images in numpy, with the arithmetic of the released code.
 
-Training calls the steps one by one, between its other transforms. Inference calls `spatialflow.ops.preprocess_images`,
-which does them in one pass with equal results.
+Training calls the steps separately, between its other transforms. Inference calls `spatialflow.ops.preprocess_images`,
+which does all of them in one pass with equal results.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ LARGEST_SIDE = 2**24
 
 
 class ResizeGeometry(NamedTuple):
-    """Sizes and scale of an image on its way into the network."""
+    """Sizes and scale factors of an image that is resized and padded for the network."""
 
     valid_size: tuple[int, int]  # (H, W) of the resized image
     padded_size: tuple[int, int]  # (H, W) with the padding at the right and bottom
@@ -40,7 +40,7 @@ def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
 
 
 def compute_resized_size(size: tuple[int, int], short_edge: int, long_edge: float) -> tuple[int, int]:
-    """The size (H, W) scaled to the largest one within `short_edge` and `long_edge`.
+    """Compute the largest size (H, W) of the same aspect ratio within `short_edge` and `long_edge`.
 
     Each side is int(x * factor + 0.5) and at least 1.
     """
@@ -50,12 +50,12 @@ def compute_resized_size(size: tuple[int, int], short_edge: int, long_edge: floa
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear resize to (H, W) with half-pixel centers, without antialiasing, by OpenCV."""
+    """Resize bilinearly to (H, W) with half-pixel centers, without antialiasing, by OpenCV."""
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
 
 
 def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest-neighbor resize of a label map to (H, W), as OpenCV's INTER_NEAREST.
+    """Resize a label map to (H, W) by nearest neighbor, as OpenCV's INTER_NEAREST.
 
     The source index is floor(i * source / target).
     """
@@ -69,7 +69,7 @@ def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalize an image: (H, W, 3) uint8 BGR to (3, H, W) float32 RGB.
 
-    The value is (x - mean) * (1 / std), in the released order of roundings.
+    The value is (x - mean) * (1 / std), with the roundings of the released code.
     """
     rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
     shift: Any = (*np.asarray(mean, np.float64), 0.0)  # a scalar of cv2, which its stubs do not allow
@@ -86,7 +86,7 @@ def pad(image: np.ndarray, divisor: int) -> np.ndarray:
 
 
 def compute_resize(size: tuple[int, int], short_edge: int, long_edge: float, divisor: int = 32) -> ResizeGeometry:
-    """The geometry of an image of `size` (H, W) that `spatialflow.ops.preprocess_images` resizes and pads.
+    """Compute the geometry of an image of `size` (H, W) that `spatialflow.ops.preprocess_images` resizes and pads.
 
     Args:
         size: (H, W) of the image.

@@ -16,7 +16,7 @@ from spatialflow.ops import preprocess_images
 
 
 class ActivationMaps(NamedTuple):
-    """Responses, scaled to 0 (least of the image) .. 1 (largest)."""
+    """Class-activation maps, each scaled to the range from 0 (its minimum) to 1 (its maximum)."""
 
     things: np.ndarray  # (H, W) float32
     stuff: np.ndarray | None  # (H, W) float32; None without a stuff head
@@ -36,10 +36,10 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
         of "other", all things together, where the network has that class, else of the class with the most pixels.
 
     Note:
-        The map of class c is sum_k w[c, k] f[k], features weighted by the classifier's weights: a convolutional
-        classifier's logits without their bias. Levels are brought to the size of the image by bilinear interpolation
-        before the maximum is taken. The paper does not say how its maps are normalized; these go from minimum to
-        maximum.
+        The map of class c is sum_k w[c, k] f[k], the features weighted by the classifier's weights. For a convolutional
+        classifier these are the logits without the bias. Levels are resized to the image by bilinear interpolation
+        before the maximum is taken. The paper does not say how its maps are normalized; here each is scaled from its
+        minimum to its maximum.
 
     Source: Zhou et al., Learning Deep Features for Discriminative Localization (2016), equation 2.
     """
@@ -55,7 +55,7 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
         valid = whole[..., : geometry.valid_size[0], : geometry.valid_size[1]]
         return F.interpolate(valid, size=geometry.original_size, mode="bilinear", align_corners=False)[0, 0]
 
-    network: Any = model  # its heads are of the plain classes
+    network: Any = model  # its heads are of the plain classes, whose attributes nn.Module does not declare
     bias = network.box_head.class_logits.bias[:, None, None]
     things = torch.stack([to_image((logits[0] - bias).amax(dim=0)) for logits in output.class_logits]).amax(dim=0)
     if output.stuff_logits is None:
@@ -75,7 +75,7 @@ def _scaled(response: Tensor) -> np.ndarray:
 
 
 def heat_picture(image: np.ndarray, activation: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """A map over its photograph, blue for 0 to red for 1.
+    """Blend a map, colored from blue (0) to red (1), over its photograph.
 
     Args:
         image: (H, W, 3) uint8 BGR.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint of a training run: everything from which the run resumes bit by bit."""
+"""The checkpoint of a training run: the full state, from which the run resumes with bit-identical results."""
 
 import hashlib
 import json
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from spatialflow.config import Config
 from spatialflow.data.loader import DataSet
-from spatialflow.engine.checkpoints import CheckpointError, not_finite, read_torch, save_checkpoint, shorten
+from spatialflow.engine.checkpoint_reader import CheckpointError, read_torch
+from spatialflow.engine.checkpoints import not_finite, save_checkpoint, shorten
 from spatialflow.files import atomic_write
 
 RESUMABLE_FIELDS = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
@@ -44,7 +45,7 @@ class CheckpointStore:
     """Saves and restores the state of a training run in its folder.
 
     Args:
-        folder: of the run. It gets `checkpoint.pt` and `model.safetensors`.
+        folder: of the run; for `checkpoint.pt` and `model.safetensors`.
         network: the network in training.
         optimizer: with one parameter group.
         scaler: the loss scaler.
@@ -74,7 +75,7 @@ class CheckpointStore:
         return self.folder / "checkpoint.pt"
 
     def has_checkpoint(self) -> bool:
-        """True if there is a checkpoint file."""
+        """Return whether there is a checkpoint file."""
         return os.path.isfile(self.path)
 
     def discard(self) -> None:
@@ -109,7 +110,7 @@ class CheckpointStore:
         save_checkpoint(self.network, self.folder / "model.safetensors")
 
     def copy_before_divergence(self) -> Path | None:
-        """Copy the checkpoint to `checkpoint_before_divergence.pt`; None where there is no checkpoint."""
+        """Copy the checkpoint to `checkpoint_before_divergence.pt` and return that path; None without a checkpoint."""
         if not self.has_checkpoint():
             return None
         copy = self.path.with_name("checkpoint_before_divergence.pt")
@@ -124,7 +125,7 @@ class CheckpointStore:
             Steps done.
 
         Raises:
-            TrainingError: the checkpoint belongs to another run.
+            TrainingError: the checkpoint was written by a run with other settings or images.
             CheckpointError: the file is damaged or incomplete, or holds values that are not finite.
         """
         content = read_torch(self.path)
@@ -136,7 +137,7 @@ class CheckpointStore:
             raise CheckpointError(f"{self.path}: is not a complete checkpoint of a training run") from None
 
     def _load(self, state: Any) -> int:
-        """Load the content of a checkpoint file; raises any exception where it is something else."""
+        """Load the content of a checkpoint file; content of another form may raise any exception."""
         self._check_identity(json.loads(state["identity"]))
         self.network.load_state_dict(state["model"])
         settings = self.optimizer.state_dict()["param_groups"]  # those of the configuration, not of the file
@@ -166,7 +167,7 @@ class CheckpointStore:
             raise TrainingError(f"{self.path}: belongs to a run on other images; use another folder, or start over")
 
     def not_finite(self) -> list[str]:
-        """Names of the weights, statistics and momenta that hold NaN or infinity."""
+        """List the names of the weights, statistics and momenta that hold NaN or infinity."""
         return not_finite(self.network.state_dict() | self._momenta())
 
     def _momenta(self) -> dict[str, Tensor]:
@@ -180,10 +181,10 @@ class CheckpointStore:
 
 
 def run_identity(config: Config, data: DataSet) -> dict[str, Any]:
-    """The settings and the images of a run, by which a checkpoint is matched to it.
+    """Collect the settings and the images of a run, by which a checkpoint is matched to it.
 
     Args:
-        config: its name has no influence.
+        config: its name is not part of the identity.
         data: a hash of the names, the order and the sizes of its images is stored.
     """
     sections = {section: vars(getattr(config, section)) for section in ("model", "test", "data", "training")}
@@ -192,7 +193,7 @@ def run_identity(config: Config, data: DataSet) -> dict[str, Any]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """Field -> "field old -> new" for every field that differs and influences training."""
+    """Map each field that differs and influences training to "field old -> new"."""
     return {
         field: f"{field} {old[section].get(field)} -> {value}"
         for section in new

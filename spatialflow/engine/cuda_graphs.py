@@ -19,7 +19,7 @@ _capturing = threading.Lock()
 
 
 def _kernel_settings() -> tuple[Any, ...]:
-    """The settings of torch that choose kernels, and so the contents of a graph."""
+    """Collect the settings of torch that choose kernels, and so the contents of a graph."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
         cudnn.enabled,
@@ -59,11 +59,13 @@ class GraphCache:
         self.lock = threading.Lock()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._pool: Any = None
-        self._side: Any = None  # stream of all captures: a pool reuses memory only within the stream that allocated it
-        self._stream: Any = None  # of the last call
+        self._capture_stream: Any = (
+            None  # stream of all captures: a pool reuses memory only within the stream that allocated it
+        )
+        self._last_stream: Any = None  # of the last call
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the graphs, which belong to this process."""
+        """Return the state without the graphs, which are valid in this process only."""
         return {"device": self.device, "limit": self.limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,13 +86,13 @@ class GraphCache:
             The output tensors of the capture, with the values for these inputs.
         """
         stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None and stream != self._stream:
-            stream.wait_stream(self._stream)  # the graphs' memory is in use there
-        self._stream = stream
+        if self._last_stream is not None and stream != self._last_stream:
+            stream.wait_stream(self._last_stream)  # the graphs' memory is in use there
+        self._last_stream = stream
         key = (key, _kernel_settings())
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self._capture_with_room(make, inputs)
+            captured = self._captured[key] = self._capture_or_drop_others(make, inputs)
             if len(self._captured) > self.limit:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
@@ -99,8 +101,10 @@ class GraphCache:
         captured.graph.replay()
         return captured.output
 
-    def _capture_with_room(self, make: Callable[[], Callable[[list[Tensor]], Any]], inputs: list[Tensor]) -> _Captured:
-        """Capture a graph; where the memory is not enough, drop all other graphs and capture again."""
+    def _capture_or_drop_others(
+        self, make: Callable[[], Callable[[list[Tensor]], Any]], inputs: list[Tensor]
+    ) -> _Captured:
+        """Capture a graph; if it does not fit into memory, drop all other graphs and capture again."""
         try:
             return self._capture(make(), inputs)
         except torch.OutOfMemoryError:
@@ -113,7 +117,7 @@ class GraphCache:
     def _capture(self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor]) -> _Captured:
         with _capturing, torch.cuda.device(self.device):
             static = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in inputs]
-            stream = self._side = self._side or torch.cuda.Stream()
+            stream = self._capture_stream = self._capture_stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process and the number of all; a single process where torchrun did not start it.
+    """Rank and device of this process, and the number of processes; 1 if torchrun did not start this one.
 
     Attributes:
         rank: of this process, 0-based.
@@ -31,7 +31,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def average(self, tensor: Tensor) -> Tensor:
-        """The mean of a tensor over all processes."""
+        """Average a tensor over all processes."""
         if self.size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
@@ -44,7 +44,7 @@ class ProcessGroup:
             dist.barrier()
 
     def gather(self, item: Any) -> list[Any]:
-        """The items of all processes, in the order of ranks, on each process."""
+        """Gather one item of each process, in the order of ranks, on all processes."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
@@ -93,8 +93,8 @@ def end(process_group: ProcessGroup) -> None:
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that in training mode computes its statistics over the batches of all processes.
 
-    Every process must call it, forward and backward, in the same order. Unlike torch's SyncBatchNorm it works on every
-    device.
+    Every process must call these modules, forward and backward, in the same order. Unlike torch's SyncBatchNorm they
+    run on every device.
     """
 
     momentum: float
@@ -103,7 +103,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     num_batches_tracked: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same shape; N, H and W may differ from process to process."""
+        """Normalize `x`, (N, C, H, W); N, H and W may differ from process to process."""
         if not self.training:
             return super().forward(x)
         upcast = x.to(self.weight.dtype)  # from the dtype of mixed precision

@@ -65,14 +65,14 @@ def evaluate_network(
     Args:
         predictor: the network.
         data: images with ground truth.
-        folder: gets `panoptic.json`, `panoptic/` (PNGs), `detections.json` (COCO results) and `scores.json`.
+        folder: for `panoptic.json`, `panoptic/` (PNGs), `detections.json` (COCO results) and `scores.json`.
         process_group: the processes.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        The scores of `panoptic.evaluate`, the same on every process; under "detection" those of `average_precision`
-        (None where pycocotools is missing); under "problems" messages about images and annotations that cannot be read
-        and are left out.
+        The scores of `panoptic.evaluate`, the same on every process. "detection" has those of `average_precision`, or
+        None if pycocotools is missing. "problems" has messages about images and annotations that cannot be read and
+        are left out.
 
     Raises:
         PanopticFormatError: the ground truth breaks the format, or no image can be scored.

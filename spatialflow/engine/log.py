@@ -65,13 +65,13 @@ class TrainingLog:
         """Write `curves.png`: losses, learning rate and panoptic quality over steps.
 
         Returns:
-            False where matplotlib is missing or there are no steps.
+            Whether the file was written; False if matplotlib is missing or there are no steps.
         """
         return plot_curves(self.rows, self.path.with_name("curves.png"))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log up to its first incomplete line, which a killed process may leave."""
+    """Read the rows of a log up to its first incomplete line, which a killed process may leave."""
     if not os.path.isfile(path):
         return []
     rows = []
@@ -86,7 +86,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _tensorboard(folder: Path, steps_done: int) -> Any:
-    """A TensorBoard writer; None where TensorBoard is not installed."""
+    """Make a TensorBoard writer; None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -98,7 +98,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:
     """Plot the rows of a log.
 
     Returns:
-        False where matplotlib is missing or there are no steps; no file is written then.
+        Whether the file was written; False if matplotlib is missing or there are no steps.
     """
     steps = [row for row in rows if row["kind"] == "step"]
     try:
@@ -133,7 +133,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
-    """The running mean over the last `width` values."""
+    """Compute the running mean over the last `width` values."""
     total, result = 0.0, []
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0.0)

@@ -37,7 +37,7 @@ from spatialflow.ops.checking import is_checking
 
 
 class TestTimeView(NamedTuple):
-    """One form, by short edge and mirroring, in which a batch of B images is the input of the networks."""
+    """A view of a batch of B images for test-time augmentation: resized to one short edge, mirrored or not."""
 
     mirrored: bool
     geometries: tuple[ResizeGeometry, ...]  # of each image
@@ -47,7 +47,7 @@ class TestTimeView(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors in which images of one padded size differ."""
+        """Tensors in which images of one padded size differ."""
         return tuple(getattr(self, name) for name in VIEW_TENSORS)
 
 
@@ -56,13 +56,16 @@ VIEW_TENSORS = ("valid_sizes", "scales", "widths")
 
 
 class Recognized(NamedTuple):
-    """Detections, masks and stuff logits of a batch. Shapes depend on no original size; padding rows have label -1."""
+    """Detections, masks and stuff logits of a batch. Padding rows have label -1.
+
+    Shapes do not depend on the original sizes of the images.
+    """
 
     boxes: Tensor  # (B, D, 4) float32, original scale
     scores: Tensor  # (B, D) float32, descending
     labels: Tensor  # (B, D) int64
     counts: Tensor  # (B,) int64
-    merge_boxes: Tensor  # (B, D, 4), the boxes; NaN, at which nothing is pasted, for those that the merge leaves out
+    merge_boxes: Tensor  # (B, D, 4) boxes of the candidates of the merge; NaN for other rows: nothing is pasted there
     mask_logits: Tensor | None  # (B, D, 28, 28) float32, unspecified where not needed; None without a thing head
     stuff_logits: list[Tensor | None]  # per view (B, num_stuff, H/4, W/4); None without a stuff head
 
@@ -112,12 +115,12 @@ class Pipeline:
         self._base_anchors = [postprocess.pyramid_base_anchors(network.config.model, device) for network in networks]
 
     def geometries(self, size: tuple[int, int]) -> tuple[ResizeGeometry, ...]:
-        """The resize geometry of an image of `size` (H, W) for every short edge of the configuration."""
+        """Compute the resize geometry of an image of `size` (H, W) for every short edge of the configuration."""
         divisor = self.config.data.size_divisor
         return tuple(compute_resize(size, short, long, divisor) for short, long in self.config.test.test_edges)
 
     def plan(self, geometries: Sequence[tuple[ResizeGeometry, ...]]) -> list[TestTimeView]:
-        """The views of a batch, which a call takes.
+        """Make the views of a batch, an argument of `__call__`.
 
         Args:
             geometries: of each image, from `geometries`. Images of a batch have one padded size per short edge.
@@ -143,7 +146,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def __call__(self, pixels: list[Tensor], plan: list[TestTimeView]) -> list[FixedResult]:
-        """Run a batch. Each part of it is a `stage` of `stage_times`.
+        """Run a batch; each part is timed as a `stage` of `stage_times`.
 
         Args:
             pixels: B images (H, W, 3) uint8 in BGR order, on the device.
@@ -173,7 +176,7 @@ class Pipeline:
         return results
 
     def _network_input(self, pixels: list[Tensor], view: TestTimeView) -> Tensor:
-        """The network's input (B, 3, H, W), of the padded size."""
+        """Preprocess the images to the network's input (B, 3, H, W), of the padded size."""
         data, valid = self.config.data, [geometry.valid_size for geometry in view.geometries]
         pixels = [image.flip(1) for image in pixels] if view.mirrored else pixels
         return preprocess_images(pixels, valid, data.image_mean, data.image_std, data.size_divisor, self.dtype)
@@ -199,7 +202,7 @@ class Pipeline:
         return graphs(key, make, tensors)
 
     def _recognize(self, images: list[Tensor], plan: list[TestTimeView]) -> Recognized:
-        """Detections, masks and stuff logits of a batch.
+        """Compute detections, masks and stuff logits of a batch.
 
         Args:
             images: the networks' input (B, 3, H, W) of each view.
@@ -233,7 +236,7 @@ class Pipeline:
         return Recognized(boxes, scores, labels, detections.count, merge_boxes, mask_logits, stuff_logits)
 
     def _candidates(self, view: TestTimeView, base_anchors: Tensor, output: NetworkOutput) -> Candidates:
-        """The best boxes of one network in one view, at original scale, not mirrored."""
+        """Select the best boxes of one network in one view; they are at original scale, not mirrored."""
         candidates = select_candidates(
             output.class_logits,
             output.box_deltas,
@@ -255,7 +258,7 @@ class Pipeline:
         labels: Tensor,
         needed: Tensor | None,
     ) -> Tensor:
-        """Logits (B, D, 28, 28) of the mean mask probability over views and networks; see `_mask_logits`."""
+        """Compute the logits (B, D, 28, 28) of the mean mask probability over views and networks, by `_mask_logits`."""
         parts = [
             self._mask_logits(view, network, cast("list[Tensor]", output.thing_features), boxes, labels, needed)
             for view, view_outputs in zip(plan, outputs, strict=True)
@@ -272,7 +275,7 @@ class Pipeline:
         labels: Tensor,
         needed: Tensor | None,
     ) -> Tensor:
-        """Mask logits of one network in one view.
+        """Compute the mask logits of one network in one view.
 
         Args:
             view: the view of `features`.
@@ -293,7 +296,7 @@ class Pipeline:
         return logits.flip(-1) if view.mirrored else logits
 
     def _stuff_labels(self, image: int, plan: list[TestTimeView], stuff_logits: list[Tensor | None]) -> Tensor:
-        """Stuff labels (H, W) of one image; zeros without a stuff head, void because the merge then has no stuff.
+        """Compute the stuff labels (H, W) of one image; without a stuff head zeros, which the merge treats as void.
 
         Args:
             image: index within the batch.
@@ -341,15 +344,15 @@ class Pipeline:
             )
 
     def _is_merged(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """(..., D) bool: detections that are candidates of the merge; padding is not."""
+        """Mark detections that are candidates of the merge, (..., D) bool; padding is not marked."""
         return (labels >= 0) & (scores >= self.config.test.instance_score_threshold)
 
     def _without_trailing_nan(self, boxes: Tensor) -> Tensor:
-        """The leading rows of boxes (..., D, 4) that hold all without NaN; all D where counts are not read."""
+        """Keep the leading rows of boxes (..., D, 4), which are without NaN; all D rows where counts are not read."""
         return boxes[..., : self._leading(~boxes[..., 0].isnan()), :] if self.reads_counts else boxes
 
     def _leading(self, needed: Tensor) -> int:
-        """The number of leading rows that hold all needed ones, (..., D) bool; D where counts are not read."""
+        """Return the largest number of needed rows, (..., D) bool, which come first; D where counts are not read."""
         return int(needed.sum(-1).max()) if self.reads_counts else needed.shape[-1]
 
 

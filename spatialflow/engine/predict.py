@@ -94,7 +94,7 @@ class PanopticResult:
 
     @property
     def image_id(self) -> int | str:
-        """See `image_id_of`."""
+        """Id of the image, derived from its name by `image_id_of`."""
         return image_id_of(self.image_name)
 
     def save(self, folder: str | Path) -> Path:
@@ -127,7 +127,7 @@ class PanopticResult:
 
 
 def image_id_of(image_name: str) -> int | str:
-    """The image id from a file name: its stem, as an integer for COCO, without "_leftImg8bit" for Cityscapes."""
+    """Derive the image id from a file name: its stem, as an integer for COCO, without "_leftImg8bit" for Cityscapes."""
     stem = Path(image_name).stem.removesuffix("_leftImg8bit")
     return int(stem) if stem.isascii() and stem.isdigit() else stem
 
@@ -225,9 +225,9 @@ class Predictor:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         graphs = graph_cache(self.device, cuda_graph)
         self.config: Config = load_config(models[0].config, **overrides)
-        shape = self.config.model
+        model_config = self.config.model
         self.categories: Categories = load_categories(
-            self.config.data.categories, shape.num_things, shape.num_stuff, shape.stuff_head
+            self.config.data.categories, model_config.num_things, model_config.num_stuff, model_config.stuff_head
         )
         networks = [
             optimize_for_inference(model, self.device, dtype)
@@ -322,7 +322,7 @@ class Predictor:
             for batch in batches:
                 if batch:
                     running.append(self._queue(batch))
-                while len(running) > (self._transfers.queued if batch else 0):
+                while len(running) > (self._transfers.max_queued if batch else 0):
                     done |= self._finish(running.popleft())
                 while next_position in done:
                     outcome = done.pop(next_position)
@@ -339,15 +339,14 @@ class Predictor:
 
         Args:
             images: as for `stream`.
-            failed: gets the outcomes, by position, of images that cannot be read.
+            failed: receives the outcomes, by position, of images that cannot be read.
 
         Yields:
             A batch; or an empty list if the running batches should be finished first. That is the case while the next
             image is not decoded, and at the end.
         """
-        waiting: dict[
-            tuple[tuple[int, int], ...], list[_Item]
-        ] = {}  # by padded sizes; the group of the earliest image is first
+        # By padded sizes; the group of the earliest image is first.
+        waiting: dict[tuple[tuple[int, int], ...], list[_Item]] = {}
         threads, error = DECODERS[self.device.type], None
         with closing(map_ahead(self._load, _with_positions(images), threads, 2 * threads + self.batch_size)) as loads:
             try:
@@ -374,9 +373,9 @@ class Predictor:
             finally:
                 del error  # the error refers to this frame
 
-    def _load(self, place: tuple[int, Image]) -> _Item:
-        """Read an image; in a worker thread, if it is one of many."""
-        position, image = place
+    def _load(self, numbered_image: tuple[int, Image]) -> _Item:
+        """Read an image; called in a worker thread for one image of many."""
+        position, image = numbered_image
         times = zero_times()
         name = Path(image).name if isinstance(image, (str, Path)) else f"image {position}"
         with record_stages(times), stage("decode"):
@@ -403,7 +402,7 @@ class Predictor:
                     return _Running(items, pixels, self._transfers.download(results), times)
 
     def _finish(self, batch: _Running) -> dict[int, Outcome]:
-        """Wait for a batch; returns the outcomes by position."""
+        """Wait for a batch; return the outcomes by position."""
         with record_stages(batch.times), stage("merge"):
             results = batch.download.wait()
         outcomes = {}
@@ -414,7 +413,7 @@ class Predictor:
         return outcomes
 
     def _result(self, item: _Item, result: FixedResult) -> PanopticResult:
-        """The result of an image, without the padding rows of its detections."""
+        """Make the result of an image, without the padding rows of its detections."""
         count = int(result.count)
         return PanopticResult(
             result.merged.id_map.numpy(),
@@ -430,23 +429,23 @@ class Predictor:
         )
 
 
-def graph_cache(device: torch.device, wanted: bool | None) -> GraphCache | None:
-    """A cache of CUDA graphs for a Predictor, or None to use no graphs.
+def graph_cache(device: torch.device, enabled: bool | None) -> GraphCache | None:
+    """Make the cache of CUDA graphs of a Predictor; None: it uses no graphs.
 
     Args:
         device: of the Predictor.
-        wanted: its argument `cuda_graph`; None: on a CUDA device.
+        enabled: its argument `cuda_graph`; None: on a CUDA device.
 
     Raises:
-        ValueError: graphs are wanted on another kind of device.
+        ValueError: graphs are enabled on another kind of device.
     """
-    if wanted and device.type != "cuda":
+    if enabled and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a CUDA device, got device {device}")
-    return GraphCache(device) if device.type == "cuda" and wanted is not False else None
+    return GraphCache(device) if device.type == "cuda" and enabled is not False else None
 
 
 def _models_of(model: SpatialFlow | Sequence[SpatialFlow]) -> list[SpatialFlow]:
-    """The networks of a Predictor; TypeError unless all are SpatialFlow networks."""
+    """List the networks of a Predictor; raise TypeError unless all are SpatialFlow networks."""
     rule = "model: must be a SpatialFlow network or a sequence of them"
     if isinstance(model, SpatialFlow):
         return [model]
@@ -459,7 +458,7 @@ def _models_of(model: SpatialFlow | Sequence[SpatialFlow]) -> list[SpatialFlow]:
 
 
 def check_ensemble(configs: Sequence[Config]) -> None:
-    """ValueError unless there is a configuration, and all have the same input format and the same classes."""
+    """Raise ValueError unless there is a configuration, and all have the same input format and the same classes."""
     if not configs:
         raise ValueError("model: an ensemble needs at least one model, got none")
     shared = {
@@ -468,14 +467,16 @@ def check_ensemble(configs: Sequence[Config]) -> None:
     }
     for section, names in shared.items():
         for name in names:
-            first, *others = (getattr(getattr(config, section), name) for config in configs)
-            for value in others:
+            first, *further = (getattr(getattr(config, section), name) for config in configs)
+            for value in further:
                 if value != first:
-                    raise ValueError(f"model: those of an ensemble must agree in {name}, got {first!r} and {value!r}")
+                    raise ValueError(
+                        f"model: the models of an ensemble must agree in {name}, got {first!r} and {value!r}"
+                    )
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device by name; ValueError unless it is a CPU or an existing CUDA device."""
+    """Return the device by name; raise ValueError unless it is a CPU or an existing CUDA device."""
     try:
         usable = torch.device(device)
     except RuntimeError:

@@ -14,7 +14,7 @@ from spatialflow.engine.log import TrainingLog
 from spatialflow.panoptic.rules import Problem
 
 DIVERGENCE_FACTOR = 100.0
-"""Growth of the loss, over the minimum of the first steps, or of the largest weight, from which a run is reported."""
+"""Growth at which a run is reported: of the loss, over its minimum in the first steps, or of the largest weight."""
 
 REMEDIES = "a lower learning_rate, a longer warm-up (warmup_iterations) or gradient_clip_norm"
 

@@ -78,8 +78,8 @@ def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> 
     return rate
 
 
-def idle_settings(training: TrainingConfig, total_steps: int) -> list[str]:
-    """Messages about settings of the learning rate schedule that a run of `total_steps` ends too early for."""
+def settings_without_effect(training: TrainingConfig, total_steps: int) -> list[str]:
+    """List messages about settings of the learning rate that have no effect in a run as short as `total_steps`."""
     messages = []
     late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]
     if late:
@@ -106,9 +106,9 @@ class _PendingLosses(NamedTuple):
 class Trainer:
     """A training run in a folder.
 
-    The folder gets `checkpoint.pt`, the full state of the run, from which weights can be loaded too. After each epoch
-    that takes more than a few seconds it gets the weights, `model.safetensors`. Further files are `log.jsonl`,
-    `curves.png`, `tensorboard/` and `evaluation/`.
+    The folder contains `checkpoint.pt`, the full state of the run, from which weights can be loaded too. The weights
+    alone, `model.safetensors`, are written after each epoch that takes more than a few seconds. Further files are
+    `log.jsonl`, `curves.png`, `tensorboard/` and `evaluation/`.
 
     Args:
         config: the network and the settings of training.
@@ -127,8 +127,8 @@ class Trainer:
         reinitialized_layers: layers of other classes than the file of initial weights, initialized at random.
 
     Raises:
-        TrainingError: the processes cannot share the batch, the folder's checkpoint belongs to another run, or not all
-            processes see it.
+        TrainingError: the processes cannot share the batch; the folder's checkpoint was written by a run with other
+            settings or images; or not all processes see it.
         CheckpointError: weights cannot be read or do not fit.
     """
 
@@ -170,7 +170,7 @@ class Trainer:
         steps = process_group.gather(self.step)
         if len(set(steps)) > 1:
             raise TrainingError(
-                f"{self.store.path}: the processes resume at different steps {steps}; all need to see one folder"
+                f"{self.store.path}: the processes resume at different steps {steps}; all must use the same folder"
             )
         self.log = TrainingLog(self.folder, self.step) if process_group.is_first else None
         self.reporter = ProblemReporter(self.log)
@@ -230,7 +230,7 @@ class Trainer:
                 self._end_epoch(self.step // per_epoch, save_weights=save)
 
     def _batches(self) -> Iterator[Batch]:
-        """The batches of this process from the present step to the last one."""
+        """Load the batches of this process from the current step to the last one."""
         group = self.process_group
         requests = self.schedule.batches(
             self.step, self.total_steps, group.rank, group.size, self.config.training.accumulation_steps
@@ -326,14 +326,14 @@ class Trainer:
             bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
 
     def _loss_by_name(self, row: Sequence[float]) -> dict[str, float]:
-        """The total and the terms of a step; tasks without a head are left out."""
+        """Map the total and the terms of a step by name; tasks without a head are left out."""
         has_term = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
         names = ("total", *Losses._fields)
         return {name: value for name, value, present in zip(names, row, has_term, strict=True) if present}
 
     def _divergence_error(self, step: int, reason: str) -> TrainingError:
         path = self.store.path
-        resumption = f"; {path} is of an earlier step, and the same command with such settings resumes from it"
+        resumption = f"; {path} is of an earlier step; the same command with such settings resumes from it"
         return TrainingError(
             f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.has_checkpoint() else ''}"
         )
@@ -391,7 +391,7 @@ class Trainer:
             )
 
     def _is_evaluated(self) -> bool:
-        """True, in every process, if the log has an evaluation of the present step."""
+        """Return, in every process, whether the log has an evaluation of the current step."""
         rows = () if self.log is None else self.log.rows
         in_log = any(row["kind"] == "evaluation" and row["step"] == self.step for row in rows)
         return any(self.process_group.gather(in_log))
@@ -405,7 +405,7 @@ class Trainer:
 def _check_sizes(
     training: TrainingConfig, process_group: ProcessGroup, data: DataSet, validation: ScoredData | None
 ) -> None:
-    """TrainingError unless the processes can share a step's images, and no data set is empty."""
+    """Raise TrainingError unless the processes can share a step's images, and no data set is empty."""
     if training.images_per_step % (process_group.size * training.accumulation_steps):
         raise TrainingError(
             f"images_per_step ({training.images_per_step}) must be a multiple of processes x accumulation_steps "
@@ -417,7 +417,7 @@ def _check_sizes(
 
 
 def _initial_network(config: Config, weights: InitialWeights) -> tuple[SpatialFlow, list[str]]:
-    """A network with its initial weights, and the layers that the files do not fill as their classes differ."""
+    """Build a network with its initial weights; also return the layers that no file fills, as the classes differ."""
     network = build_model(config)
     if weights.checkpoint is not None:
         return network, load_matching(network, weights.checkpoint, CLASS_LAYERS, weights.ema)

@@ -42,16 +42,16 @@ class Transfers:
         self._uploads: Any = None  # a stream, so that an upload does not wait for work queued earlier
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the stream, which belongs to this process."""
+        """Return the state without the stream, which is valid in this process only."""
         return vars(self) | {"_uploads": None}
 
     @property
-    def queued(self) -> int:
+    def max_queued(self) -> int:
         """Number of batches that may be queued or running while the host prepares the next one."""
         return 1 if self._is_gpu else 0
 
     def stage(self, pixels: np.ndarray) -> Tensor:
-        """Copy an image to memory from which `upload` reads. May be called in any thread.
+        """Copy an image to the memory that `upload` reads; may be called in any thread.
 
         Args:
             pixels: (H, W, 3) uint8 of any strides.
@@ -69,9 +69,8 @@ class Transfers:
         """
         if not self._is_gpu:
             return list(staged)
-        stream = self._uploads = self._uploads or torch.cuda.Stream(
-            self.device
-        )  # a race between two threads makes two streams, which is harmless
+        # A race between two threads makes two streams, which is harmless.
+        stream = self._uploads = self._uploads or torch.cuda.Stream(self.device)
         with torch.cuda.stream(stream):
             uploaded = [tensor.to(self.device, non_blocking=True) for tensor in staged]
         torch.cuda.current_stream(self.device).wait_stream(stream)

@@ -78,7 +78,7 @@ def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
-    """Loss and gradient of one image in one pass, band by band; of image size only the labels are held.
+    """Loss and gradient of one image in one pass, band by band; only the labels have the size of the image.
 
     Upsampling is a matrix product along either axis, and so is its adjoint.
     """
@@ -153,8 +153,8 @@ class Criterion:
         Args:
             output: of the network, for N images.
             targets: of a `TargetAssigner`.
-            mask_logits: (K, M, M) of the RoIs in `targets.things`; without any RoI the (1, M, M) of any one, which
-                keeps the thing head in the graph. None without a thing head.
+            mask_logits: (K, M, M) of the RoIs in `targets.things`. Without RoIs: the (1, M, M) logits of an arbitrary
+                RoI, which keep the thing head in the graph. None without a thing head.
 
         Returns:
             Losses. A batch without ground-truth boxes has a thing loss of zero with zero gradients.
@@ -181,9 +181,8 @@ class Criterion:
         """Compute the focal and L1 sums over all levels."""
         training, num_things = self.config.training, self.config.model.num_things
         batch = len(targets.labels)
-        logits = [
-            level.permute(0, 2, 3, 1).reshape(batch, -1, num_things) for level in output.class_logits
-        ]  # (N, A_l, C)
+        # (N, A_l, C) per level
+        logits = [level.permute(0, 2, 3, 1).reshape(batch, -1, num_things) for level in output.class_logits]
         labels = targets.labels.split([level.shape[1] for level in logits], dim=1)
         cls = torch.stack(
             [
@@ -191,9 +190,8 @@ class Criterion:
                 for level, target in zip(logits, labels, strict=True)
             ]
         ).sum()
-        deltas = torch.cat(
-            [level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in output.box_deltas], dim=1
-        )  # (N, A, 4)
+        # (N, A, 4)
+        deltas = torch.cat([level.permute(0, 2, 3, 1).reshape(batch, -1, 4) for level in output.box_deltas], dim=1)
         return cls, l1_loss_sum(deltas[targets.positive[:, 0], targets.positive[:, 1]], targets.deltas)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spatialflow.ops import deform_conv2d
 
 Geometry: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""Stride, padding and dilation of a convolution, for rows and columns each; torch annotates them less exactly."""
+"""Stride, padding and dilation of a convolution, for rows and columns each; torch's annotations are less exact."""
 
 OFFSETS, OFFSET_CHANNELS = 18, 27
 """18 offsets, (dy, dx) per tap, taps row-major; with the 9 mask logits behind them 27 channels."""
@@ -25,7 +25,7 @@ class FlowOffsetDeformConv2d(nn.Conv2d):
     def forward(  # type: ignore[override]  # takes the offsets, too
         self, x: Tensor, prediction: Tensor
     ) -> Tensor:
-        """Convolve `x` (N, C, H, W) at the points that `prediction` (N, 27, H', W') gives."""
+        """Convolve `x` (N, C, H, W) with the offsets and mask in `prediction` (N, 27, H', W')."""
         offset, mask = split_offsets(prediction)  # (N, 18, H', W'), (N, 9, H', W')
         geometry = cast("Geometry", (self.stride, self.padding, self.dilation))
         return deform_conv2d(x, offset, self.weight, self.bias, *geometry, mask=mask)

@@ -32,9 +32,8 @@ class FPN(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Compute the pyramid from C3, C4 and C5."""
-        merged = [
-            lateral(f) for lateral, f in zip(self.lateral, features, strict=True)
-        ]  # (N, channels, H/8..H/32, ...)
+        # (N, channels, H/8..H/32, ...)
+        merged = [lateral(f) for lateral, f in zip(self.lateral, features, strict=True)]
         for i in range(len(merged) - 1, 0, -1):
             merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
         p6 = self.p6(features[-1])  # (N, channels, H/64, W/64)

@@ -20,7 +20,7 @@ SUBNETS = ("cls", "reg", "stuff", "thing")
 
 
 class SubnetFeatures(NamedTuple):
-    """Inputs of the heads: final features of the four sub-networks, for an absent one those of the FPN."""
+    """Inputs of the heads: final features of the four sub-networks; for an absent sub-network the FPN's features."""
 
     cls: list[Tensor]  # 5 x (N, C, H, W)
     reg: list[Tensor]  # 5 x (N, C, H, W)
@@ -39,8 +39,8 @@ class Subnets(nn.Module):
     deformable convolution reads the feature alone (equation 4). A deformable stage without a flow predicts them from
     its input.
 
-    A segmentation sub-network without stages receives its flows directly: P + flow(source). So act the flows on the
-    paper's naive model.
+    The output of a segmentation sub-network without stages is the level plus its flow, P + flow(source), as in the
+    paper's naive model with flows.
 
     Args:
         in_channels: channels of the FPN levels.
@@ -48,12 +48,12 @@ class Subnets(nn.Module):
         detection_stages: stages of cls and reg.
         stuff_stages: stages of stuff, at most detection_stages.
         thing_stages: stages of thing.
-        flow_source: "reg", "cls" or None for none of the flows into detection, stuff and thing.
+        flow_source: "reg" or "cls"; None: no flows into detection, stuff and thing.
         flow_to_detection: flow from the source into the other detection sub-network.
         flow_to_stuff: flow from the source into stuff.
         flow_to_thing: flow from the source into thing.
         flow_stuff_to_thing: the semantic flow, from the final stuff feature into thing; it needs no source.
-        segmentation: the tasks beside detection, of "stuff" and "thing".
+        segmentation: the segmentation tasks, any of "stuff" and "thing".
         deformable: indices of the deformable stages, by name of the sub-network.
         init_std: standard deviation of the initial weights; narrow networks trained from scratch need more than 0.01.
     """
@@ -128,7 +128,7 @@ class Subnets(nn.Module):
         return {name: cast("nn.ModuleList", self.get_submodule(name)) for name in SUBNETS}
 
     def flows(self) -> dict[str, nn.ModuleList]:
-        """Flow convolutions into each sub-network, by name, without the source; "semantic": those from stuff to thing.
+        """Flow convolutions into each sub-network except the source, by name; "semantic": those from stuff to thing.
 
         The list of a sub-network without flows is empty.
         """
@@ -136,7 +136,7 @@ class Subnets(nn.Module):
         return flows | {"semantic": self.semantic_flow}
 
     def fused_parameters(self, convert: Callable[[nn.Conv2d], Conv] | None = None) -> SubnetParameters:
-        """The parameters of the operator `fused_subnets`, for a network without deformable stages.
+        """Collect the parameters of the operator `fused_subnets`, for a network without deformable stages.
 
         Args:
             convert: makes the operator's argument from a convolution; None: (weight, bias), which have gradients.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Target assignment: matches ground truth to anchors and proposals."""
+"""Target assignment: matching of ground truth to anchors and proposals, and their targets."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -158,7 +158,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, assigned: Tensor, size: int, at_o
         boxes: (P, 4) float32 in pixels of the masks, to which they are clipped.
         assigned: (P,) int64 mask of each box.
         size: side of the result.
-        at_once: masks held as float32 at a time; bounds the memory.
+        at_once: number of masks that are float32 at a time; bounds the memory.
 
     Returns:
         (P, size, size) float32 of 0 and 1: RoIAlign (aligned, adaptive sampling) of the mask, `>= 0.5`.

@@ -11,9 +11,8 @@ does not raise: detectors produce such boxes.
 Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Code that uses them by name, such as a
 loaded `torch.export` archive, must import it first; `import spatialflow` alone does not.
 
-If a process has run operators on several threads, each child that it forks is set to one thread by
-`torch.set_num_threads(1)`, like the workers of a `DataLoader`. Torch would hang there otherwise. Start children that
-need more threads by `spawn`.
+If a process has run operators on several threads, `torch.set_num_threads(1)` is called in each child that it forks, as
+in the workers of a `DataLoader`. Torch would hang there otherwise. Start children that need more threads by `spawn`.
 """
 
 from typing import Any
@@ -89,7 +88,7 @@ _RENAMED = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return what an old name of version 0.1 stands for."""
+    """Return the object that had the name in version 0.1, with a DeprecationWarning."""
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warn_renamed(f"spatialflow.ops.{name}", f"spatialflow.ops.{_RENAMED[name]}")

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """All private names of torch that the package uses.
 
-Torch gives no public access to what these names do and may rename them in any release. They are looked up when this
-module is imported. `tests/test_torch_private.py` tests that no other module of the package uses such a name.
+These names have no public equivalent, and torch may rename them in any release. They are looked up when this module is
+imported. `tests/test_torch_private.py` tests that no other module of the package uses such a name.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 NAMES: list[str] = []
 """Full names of all objects that this module looks up."""
@@ -25,20 +28,20 @@ def _private(name: str) -> Any:
     """
     NAMES.append(name)
     path = name.split(".")
-    found: Any = torch
+    value: Any = torch
     for index, part in enumerate(path[1:], 2):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             try:
                 importlib.import_module(".".join(path[:index]))
             except ImportError:
                 pass
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ImportError(
                 f"spatialflow: torch {torch.__version__} has no {name}, a private name that it needs; "
                 "install a version of torch that this version of spatialflow supports (docs/install.md)"
             )
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 # Autograd and forward mode: for kernels that the dispatcher calls at the Autograd key.
@@ -64,6 +67,15 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload as OpOverload
 else:
     OpOverload = _private("torch._ops.OpOverload")
+
+
+def assume_constant_result(function: Function) -> Function:
+    """Mark a function as `torch.compiler.assume_constant_result` does, without the import of torch's compiler.
+
+    That import takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch.compile
+    return function
 
 
 def is_forward_ad_active() -> bool:

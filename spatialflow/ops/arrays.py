@@ -32,11 +32,16 @@ def are_tensors(*values: object, optional: Sequence[object] = ()) -> bool:
     return True
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return the items of a list or tuple, or any other value as the only item."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """Call an operator with tensors on the memory of arrays, and return arrays on the memory of its results.
 
     Args:
-        function: the operator. Its annotations tell which arguments are tensors.
+        function: the operator; its annotations determine which arguments are tensors.
         values: its arguments by name, and any other names. Lists and named tuples may have arrays as items.
 
     Returns:
@@ -63,21 +68,20 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     for name, value in arguments.items():
         _map(classify, name, value)
     if not arrays:
-        error = _no_tensor(_annotations(function), arguments)
+        error = _type_error(_annotations(function), arguments)
         raise TypeError(f"{op}: {error or 'lists must hold tensors, and be nested no deeper than the arguments say'}")
     first, library = next((name, _library_of(array)) for name, array in arrays.items())
     for name, array in arrays.items():
         if tensors:
             kind = type(array).__name__
-            raise TypeError(f"{op}: {name} must be a tensor, got {kind}, as {tensors[0]} is a tensor and no array")
+            raise TypeError(f"{op}: {name} must be a tensor, got {kind}, as {tensors[0]} is a tensor, not an array")
         if _library_of(array) is not library:
             raise TypeError(
                 f"{op}: {name} must be an array of {library.__name__} as {first} is, got {type(array).__name__} of "
                 f"{_library_of(array).__name__}"
             )
-    sources: dict[
-        int, tuple[Tensor, Any]
-    ] = {}  # id of a tensor -> tensor, array; keeping the tensor keeps its id unique
+    # id of a tensor -> tensor, array; a reference to the tensor keeps its id unique.
+    sources: dict[int, tuple[Tensor, Any]] = {}
 
     def to_tensor(name: str, value: Any) -> Any:
         if name not in arrays:
@@ -149,14 +153,14 @@ def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
         ) from problem
 
 
-def _no_tensor(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
+def _type_error(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
     """Return an error message for the first of `values` that is annotated as a tensor and is not one, else None."""
     for name, annotation in kinds.items():
         value, kind = values[name], str(annotation)  # ForwardRef in a named tuple
         if hasattr(value, "_fields"):
             if type(value).__name__ not in kind:
                 return f"{prefix}{name} must be {kind}, got {type(value).__name__}"
-            if error := _no_tensor(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
+            if error := _type_error(type(value).__annotations__, value._asdict(), f"{prefix}{name}."):
                 return error
             continue
         if "Tensor" not in kind or (value is None and "None" in kind):

@@ -24,9 +24,9 @@ def checked() -> Iterator[None]:
     """Return a context in which a bad value raises ValueError instead of being ignored.
 
     Bad values are: a box, delta, offset, mask, score, or logit of a candidate that is not finite, and a batch index
-    outside the batch. Outside this context they mean the same on every back end (zeros, no gradient, never kept) at no
-    cost. Inside it each call waits for the device to check its values, so it is for debugging, not for production.
-    Calls being traced by `torch.compile` are not checked.
+    outside the batch. Outside this context they have the same effect on every back end (zeros, no gradient, never
+    kept) at no cost. Inside it each call waits for the device to check its values, so it is for debugging, not for
+    production. Calls being traced by `torch.compile` are not checked.
     """
     token = _checking.set(True)
     try:
@@ -93,8 +93,8 @@ def require_finite(op: str, name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError naming the first entry of `tensor` that is not finite."""
     bad = ~torch.isfinite(tensor.detach())
     if bool(bad.any()):
-        where = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{op}: {name} must be finite, got {tensor[where].item()} at index {where}")
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{op}: {name} must be finite, got {tensor[index].item()} at index {index}")
 
 
 def require_batch_indices(op: str, name: str, indices: torch.Tensor, batch: int) -> None:
@@ -102,9 +102,9 @@ def require_batch_indices(op: str, name: str, indices: torch.Tensor, batch: int)
     indices = indices.detach()
     bad = ~((indices >= 0) & (indices < batch))
     if bool(bad.any()):
-        where = int(bad.nonzero()[0])
+        index = int(bad.nonzero()[0])
         raise ValueError(
-            f"{op}: {name} must have batch indices in [0, {batch}), got {indices[where].item()} in row {where}"
+            f"{op}: {name} must have batch indices in [0, {batch}), got {indices[index].item()} in row {index}"
         )
 
 
@@ -112,5 +112,5 @@ def require_labels(op: str, name: str, labels: torch.Tensor, classes: int) -> No
     """Raise ValueError naming the first label that is not a class, background (`classes`) or ignored (-1)."""
     bad = (labels < -1) | (labels > classes)
     if bool(bad.any()):
-        where = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{op}: {name} must be in [-1, {classes}], got {labels[where].item()} at index {where}")
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{op}: {name} must be in [-1, {classes}], got {labels[index].item()} at index {index}")

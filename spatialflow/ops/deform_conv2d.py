@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
 from spatialflow.ops.checking import is_checking, pair, require_finite
+from spatialflow.ops.conv_algorithm import CUDA_TAG, algorithm_code, check_packed_bias, packed_tag
 from spatialflow.ops.deform_conv2d_backward import differentiable_deform_conv2d
 from spatialflow.ops.differentiable import autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
-from spatialflow.ops.flow_conv2d import CUDA_TAG, algorithm_code, check_packed_bias, packed_tag
 from spatialflow.ops.layout import memory_format_of
 
 _CPU_PADDING = 32
@@ -102,10 +102,9 @@ def deform_conv2d(
 
     Note:
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
-        sample whose offset or mask is not finite, in the type it is used in, is zero and has no gradient, also none to
-        its mask. A feature that is not finite counts even with a weight, mask or kernel value of 0, which gives NaN.
-        "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty
-        result.
+        sample whose offset or mask is not finite in the type it is used in is zero. It has no gradient, not even of its
+        mask. A feature that is not finite counts even with a weight, mask or kernel value of 0, which gives NaN. "tf32"
+        turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty result.
 
         Gradients flow to all five tensors in reverse and forward mode. They exist to second order through `offset`
         (except forward over forward) and to any order through the others. At whole coordinates, where a bilinear sample
@@ -290,10 +289,10 @@ def _(
 def _packed_layout(like: Tensor, outputs: Any, taps: Any, channels: Any, groups: int) -> tuple[Any, torch.dtype]:
     """Return length and dtype of the packed weight for inputs like `like`."""
     is_double, tag = like.dtype == torch.float64, packed_tag(like.device, like.dtype)
-    of_cuda = tag == CUDA_TAG + is_double  # by the tag: tensors of the CUDA interpreter are on the CPU
-    unit = 16 // like.element_size() if of_cuda else _CPU_PADDING
+    is_cuda_layout = tag == CUDA_TAG + is_double  # by the tag: tensors of the CUDA interpreter are on the CPU
+    unit = 16 // like.element_size() if is_cuda_layout else _CPU_PADDING
     size = channels * taps * ((outputs // groups + unit - 1) // unit * unit)
-    return size + tag, like.dtype if of_cuda else torch.float64 if is_double else torch.float32
+    return size + tag, like.dtype if is_cuda_layout else torch.float64 if is_double else torch.float32
 
 
 @register_fake("_pack_deform_conv2d")

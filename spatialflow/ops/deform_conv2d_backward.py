@@ -33,7 +33,7 @@ class _Operands(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Gradients by input, offset and mask; None where not wanted."""
+    """Gradients with respect to input, offset and mask; None where not needed."""
 
     input: Tensor | None
     offset: Tensor | None
@@ -53,7 +53,7 @@ def _output(operands: _Operands, settings: Settings) -> Tensor:
 
 
 def _data_gradients(operands: _Operands, settings: Settings, need_input: bool, need_sampling: bool) -> _Gradients:
-    """Return the gradients by input, and with `need_sampling` those by offset and mask."""
+    """Return the gradients of input, and with `need_sampling` those of offset and mask."""
     if not (need_input or need_sampling):
         return _Gradients(None, None, None)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -66,19 +66,19 @@ def _data_gradients(operands: _Operands, settings: Settings, need_input: bool, n
 
 
 def _offset_tangent_gradient(operands: _Operands, settings: Settings) -> Tensor | None:
-    """Return the gradient by `offset_tangent`, which is the operator's gradient by `offset`."""
+    """Return the gradient of `offset_tangent`, which is the operator's gradient of `offset`."""
     return _data_gradients(operands._replace(offset_tangent=None), settings, False, True).offset
 
 
 def _weight_gradient(operands: _Operands, settings: Settings, kernel: tuple[int, ...]) -> Tensor:
-    """Return the gradient by weight; `kernel` is (C / groups, kernel_h, kernel_w)."""
+    """Return the gradient of weight; `kernel` is (C / groups, kernel_h, kernel_w)."""
     o = operands
     gradient: Tensor = _backward_weight(o.grad_output, o.input, o.offset, o.mask, o.offset_tangent, *settings, *kernel)
     return gradient
 
 
 def _replaced(operands: _Operands, **replacements: Tensor | None) -> dict[str, _Operands]:
-    """Return the operands with one of them replaced, for each replacement that is not None, by its name."""
+    """Map the name of each replacement that is not None to the operands with that operand replaced."""
     return {name: operands._replace(**{name: new}) for name, new in replacements.items() if new is not None}
 
 
@@ -90,7 +90,7 @@ def _sum(terms: list[Tensor | None]) -> Tensor | None:
 def _mark_non_finite(operands: _Operands, replacement: Tensor | None) -> Tensor | None:
     """Return a replacement of the mask with NaN where the mask itself is not finite in the type it is used in.
 
-    The operators skip such samples. A factor of 0 would not do: it turns features that are not finite into NaN.
+    The operators skip such samples. A factor of 0 instead would turn features that are not finite into NaN.
     """
     if replacement is None:
         return None
@@ -99,7 +99,7 @@ def _mark_non_finite(operands: _Operands, replacement: Tensor | None) -> Tensor 
 
 
 def _refuse_third_derivative(operands: _Operands, *tangents: Tensor | None) -> None:
-    """Raise if one of `tangents`, of the offset or its tangent, would need a third derivative by the offset."""
+    """Raise if one of `tangents`, of the offset or its tangent, would need a third derivative through the offset."""
     if operands.offset_tangent is not None and any(tangent is not None for tangent in tangents):
         raise NotImplementedError(
             "deform_conv2d: third derivatives through the offset, and forward mode over forward mode, are not available"
@@ -115,6 +115,23 @@ def _save(ctx: Any, operands: _Operands, settings: tuple[Any, ...]) -> None:
 
 def _saved(ctx: Any) -> _Operands:
     return _Operands(*ctx.saved_tensors)
+
+
+def _tangent_terms(
+    operands: _Operands, offset_t: Any, mask_t: Any, offset_tangent_t: Any, **tangents: Tensor | None
+) -> list[_Operands]:
+    """List the operands of each term of a tangent: one operand is replaced by its tangent.
+
+    The tangent of `offset` stands in the place of `offset_tangent`.
+    """
+    _refuse_third_derivative(operands, offset_t)
+    replaced = _replaced(
+        operands,
+        **tangents,
+        mask=_mark_non_finite(operands, mask_t),
+        offset_tangent=offset_t if offset_tangent_t is None else offset_tangent_t,
+    )
+    return list(replaced.values())
 
 
 # The operator: (input, offset, weight, bias, mask, offset_tangent, *settings) -> output.
@@ -147,22 +164,15 @@ def _jvp(
     ctx: Any, input_t: Any, offset_t: Any, weight_t: Any, bias_t: Any, mask_t: Any, offset_tangent_t: Any, *_: Any
 ) -> Tensor | None:
     operands = _saved(ctx)
-    _refuse_third_derivative(operands, offset_t)
-    changed = _replaced(
-        operands,
-        input=input_t,
-        weight=weight_t,
-        mask=_mark_non_finite(operands, mask_t),
-        offset_tangent=offset_t if offset_tangent_t is None else offset_tangent_t,
-    )
-    terms: list[Tensor | None] = [_output(term, ctx.settings) for term in changed.values()]
+    changed = _tangent_terms(operands, offset_t, mask_t, offset_tangent_t, input=input_t, weight=weight_t)
+    terms: list[Tensor | None] = [_output(term, ctx.settings) for term in changed]
     if bias_t is not None:
         size = (operands.input.shape[0], operands.weight.shape[0], *operands.offset.shape[2:])
         terms.append(bias_t[:, None, None].expand(size))
     return _sum(terms)
 
 
-# Gradients by input, offset and mask: (*operands, *settings, need_input, need_sampling, deterministic) -> 3 tensors.
+# Gradients of input, offset and mask: (*operands, *settings, need_input, need_sampling, deterministic) -> 3 tensors.
 
 
 def _data_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,22 +233,22 @@ def _data_jvp(
         mask=_mark_non_finite(operands, mask_t),
     )
     terms = []
-    for name, term in changed.items():  # the gradient by an operand does not depend on that operand
+    for name, term in changed.items():  # the gradient of an operand does not depend on that operand
         data = _data_gradients(term, ctx.settings, ctx.need_input and name != "input", ctx.need_sampling)
         terms.append(data._replace(mask=None) if name == "mask" else data)
     has_mask = operands.mask is not None
-    wanted = (ctx.need_input, ctx.need_sampling, ctx.need_sampling and has_mask)
+    needed = (ctx.need_input, ctx.need_sampling, ctx.need_sampling and has_mask)
     like = (operands.input, operands.offset, operands.mask if has_mask else operands.offset)
     tangents = []
-    for index, (is_wanted, tensor) in enumerate(zip(wanted, like, strict=True)):
+    for index, (is_needed, tensor) in enumerate(zip(needed, like, strict=True)):
         total = _sum([term[index] for term in terms])
         if total is None:
-            total = torch.zeros_like(tensor) if is_wanted else tensor.new_zeros((0,))
+            total = torch.zeros_like(tensor) if is_needed else tensor.new_zeros((0,))
         tangents.append(total)
     return tuple(tangents)
 
 
-# Gradient by weight: (grad_output, input, offset, mask, offset_tangent, *settings, *kernel) -> tensor like the weight.
+# Gradient of weight: (grad_output, input, offset, mask, offset_tangent, *settings, *kernel) -> tensor like the weight.
 
 
 def _weight_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -249,9 +259,9 @@ def _weight_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _weight_backward(ctx: Any, needs: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
     settings = ctx.settings
-    rest = (None,) * (len(settings) + 3)
+    no_gradients = (None,) * (len(settings) + 3)
     if cotangent is None:
-        return (None,) * 5 + rest
+        return (None,) * 5 + no_gradients
     need_grad_output, need_input, need_offset, need_mask, need_tangent = needs[:5]
     operands = _saved(ctx)._replace(weight=cotangent)
     data = _data_gradients(operands, settings, need_input, need_offset or need_mask)
@@ -259,7 +269,7 @@ def _weight_backward(ctx: Any, needs: Any, cotangent: Tensor | None) -> tuple[An
         _output(operands, settings) if need_grad_output else None,
         *data,
         _offset_tangent_gradient(operands, settings) if need_tangent else None,
-        *rest,
+        *no_gradients,
     )
 
 
@@ -267,15 +277,8 @@ def _weight_jvp(
     ctx: Any, grad_output_t: Any, input_t: Any, offset_t: Any, mask_t: Any, offset_tangent_t: Any, *_: Any
 ) -> Tensor | None:
     operands = _saved(ctx)
-    _refuse_third_derivative(operands, offset_t)
-    changed = _replaced(
-        operands,
-        grad_output=grad_output_t,
-        input=input_t,
-        mask=_mark_non_finite(operands, mask_t),
-        offset_tangent=offset_t if offset_tangent_t is None else offset_tangent_t,
-    )
-    return _sum([_weight_gradient(term, ctx.settings, ctx.kernel) for term in changed.values()])
+    changed = _tangent_terms(operands, offset_t, mask_t, offset_tangent_t, grad_output=grad_output_t, input=input_t)
+    return _sum([_weight_gradient(term, ctx.settings, ctx.kernel) for term in changed])
 
 
 differentiable_deform_conv2d = DifferentiableOp(
@@ -289,8 +292,8 @@ _backward_weight = DifferentiableOp(
 )
 
 
-def _empty(like: Tensor, wanted: bool) -> Tensor:
-    if not wanted:
+def _empty(like: Tensor, needed: bool) -> Tensor:
+    if not needed:
         return like.new_empty((0,))
     return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=memory_format_of(like))
 

@@ -4,7 +4,7 @@
 `torch.library.register_autograd` alone gives reverse mode only. Forward mode then returns zeros without an error,
 compiled or not, and the derivatives of `torch.func` fail. A `torch.autograd.Function` with a `jvp`, applied in Python,
 supports all of them, but `torch.compile` does not trace it. Therefore the operator's autograd kernel applies the
-`Function`, where torch applies those of its own operators. Every caller reaches the kernel through the dispatcher, and
+`Function`, as the autograd kernels of torch's operators do. Every caller reaches the kernel through the dispatcher, and
 a graph contains the operator alone.
 """
 
@@ -55,7 +55,10 @@ def _flatten(args: Sequence[Nested]) -> tuple[tuple[int, ...], list[Any]]:
 
 
 def _needs_no_derivative(args: Sequence[Nested]) -> bool:
-    """Return whether no derivative can be requested: none is required, no forward mode, transform or trace is on."""
+    """Return whether no derivative can be requested: no input requires one, and no forward mode or transform is active.
+
+    A traced argument counts as one that requires a derivative.
+    """
     if are_functorch_transforms_active() or is_forward_ad_active():
         return False
     return _are_constants(args, torch.is_grad_enabled())
@@ -105,7 +108,7 @@ def _slice(arg: Nested, dim: Any, index: int) -> Nested:
 
 
 def _stack(outputs: list[Any]) -> tuple[Any, Any]:
-    """Stack the results of all slices; return them with their mapped dimensions, as `register_vmap` wants them."""
+    """Stack the results of all slices; return them with their mapped dimensions, as `register_vmap` expects."""
     first = outputs[0]
     if isinstance(first, torch.Tensor):
         return torch.stack(outputs), 0
@@ -157,7 +160,7 @@ class DifferentiableOp:
         setup_context: `(ctx, inputs, output) -> None`; saves the tensors that derivatives need by
             `ctx.save_for_backward` (and `ctx.save_for_forward` for `jvp`), and plain values as attributes.
         backward: `(ctx, needs, *grad_outputs) -> gradients`, one per input: None for an input without one, a list for
-            a list of tensors. `needs` has the same structure and holds which gradients are wanted.
+            a list of tensors. `needs` has the same structure and tells which gradients are needed.
         jvp: `(ctx, *tangents) -> output tangents`; a tangent is None for an input without one.
     """
 

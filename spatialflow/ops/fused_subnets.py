@@ -6,21 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.conv_algorithm import algorithm_code, check_packed_layout, pack_conv3x3_weight
 from spatialflow.ops.differentiable import autocast, needs_gradient, without_gradient
 from spatialflow.ops.fake import register_fake
-from spatialflow.ops.flow_conv2d import (
-    PackedConv,
-    _pack_conv3x3,
-    algorithm_code,
-    check_packed_layout,
-    flow_conv2d,
-    pack_conv3x3,
-)
-from spatialflow.ops.layout import memory_format_of
+from spatialflow.ops.flow_conv2d import PackedConv, flow_conv2d, pack_conv3x3
+from spatialflow.ops.layout import empty_levels
 from spatialflow.ops.subnet_schedule import run_subnets
 
 Conv = tuple[Tensor, Tensor | None] | PackedConv
@@ -61,17 +54,17 @@ _LISTS = SubnetParameters._fields[:8]  # in the order of the raw operator
 def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algorithm: str = "auto") -> SubnetOutput:
     """Run the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
 
-    In stage s the source (reg) advances first: reg = relu(conv(reg)). Then, with this reg, cls = relu(conv(cls +
-    flow(reg))), and stuff likewise. After the last stage, for each stage of thing, starting from the levels:
-    thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))).
+    In each stage the source (reg) is computed first: reg = relu(conv(reg)). With this reg follow
+    cls = relu(conv(cls + flow(reg))) and stuff = relu(conv(stuff + flow(reg))). After the last of these stages, each
+    stage of thing, which starts from the levels, is thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))).
 
-    If the source has fewer stages than a receiver, later stages use its final feature. A flow beyond the last stage of
-    its sub-network is not used.
+    If the source has fewer stages than another sub-network, later stages use the final feature of the source. A flow
+    beyond the last stage of its sub-network is not used.
 
     Args:
         levels: the pyramid, (N, C, H, W) each, finest first; float32, float64, float16 or bfloat16, any strides.
-        parameters: the convolutions, 3x3 with stride 1 and padding 1, and their wiring. Convolutions as (weight, bias)
-            are packed in every call; `pack_subnets` packs them once.
+        parameters: the convolutions, 3x3 with stride 1 and padding 1, and the source of the flows. Convolutions as
+            (weight, bias) are packed in every call; `pack_subnets` packs them once.
         algorithm: of the convolutions that are not packed, as in `flow_conv2d`; packed ones keep theirs. "auto" on CUDA
             is resolved in every call.
 
@@ -164,7 +157,7 @@ def _packed(conv: Conv | None, code: int, like: Tensor) -> tuple[Tensor, Tensor]
     if isinstance(conv, PackedConv):
         packed, bias = conv.packed, conv.packed_bias
     else:
-        packed = _pack_conv3x3(autocast(weight), code)
+        packed = pack_conv3x3_weight(autocast(weight), code)
     return packed, weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
@@ -185,20 +178,21 @@ def _check(levels: list[Tensor], parameters: SubnetParameters) -> None:
                 if name in ("cls", "reg", "stuff", "thing"):
                     raise ValueError(f"fused_subnets: {name}[{index}] must be a convolution; only flows may be None")
                 continue
-            where = f"{name}[{index}]"
+            location = f"{name}[{index}]"
             if source is None and name in ("flow_cls", "flow_stuff", "flow_thing"):
-                raise ValueError(f"fused_subnets: {where} must be None, as flow_source is None")
+                raise ValueError(f"fused_subnets: {location} must be None, as flow_source is None")
             weight, bias = _pair(conv)
-            for what, tensor in (("weight", weight), ("bias", bias)):
-                if not are_tensors(tensor) and not (tensor is None and what == "bias"):
+            for field, tensor in (("weight", weight), ("bias", bias)):
+                if not are_tensors(tensor) and not (tensor is None and field == "bias"):
                     raise TypeError(
-                        f"fused_subnets: the {what} of {where} must be a tensor, got {type(tensor).__name__}"
+                        f"fused_subnets: the {field} of {location} must be a tensor, got {type(tensor).__name__}"
                     )
             if weight.numel() == 0:
-                raise ValueError(f"fused_subnets: {where} must have channels, got {tuple(weight.shape)}")
+                raise ValueError(f"fused_subnets: {location} must have channels, got {tuple(weight.shape)}")
             if bias is not None and bias.shape != weight.shape[:1]:
                 raise ValueError(
-                    f"fused_subnets: the bias of {where} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+                    f"fused_subnets: the bias of {location} must have shape ({weight.shape[0]},), "
+                    f"got {tuple(bias.shape)}"
                 )
 
 
@@ -237,7 +231,7 @@ def _compose(levels: list[Tensor], parameters: SubnetParameters, algorithm: str)
 
 
 def _computed(counts: list[int], packed: list[Tensor], source_is_cls: bool) -> tuple[bool, bool, bool, bool]:
-    """Return which of cls, reg, stuff, thing the raw operator returns: those that are not just the levels."""
+    """Return which of cls, reg, stuff, thing the raw operator returns: those that differ from the input levels."""
     starts = [sum(counts[:index]) for index in range(8)]
 
     def first_present(index: int) -> bool:
@@ -273,11 +267,7 @@ def _(
     for index, inputs in enumerate((levels, levels, segmentation, segmentation)):
         if not computed[index]:
             continue
-        # The last stage gives the channels; without stages flows are added to the levels.
+        # The last stage determines the channels; without stages flows are added to the levels.
         last = biases[starts[index] + counts[index] - 1].shape[0] if counts[index] else None
-        for level in inputs:
-            size = (level.shape[0], level.shape[1] if last is None else last, level.shape[2], level.shape[3])
-            outputs.append(
-                torch.empty(size, dtype=level.dtype, device=level.device, memory_format=memory_format_of(level))
-            )
+        outputs += empty_levels(inputs, last)
     return outputs

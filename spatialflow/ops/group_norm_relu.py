@@ -176,20 +176,20 @@ class _Composed:
         return tangent.to(self.input.dtype, memory_format=memory_format_of(self.input))
 
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients by input, weight and bias."""
+        """Return the gradients of input, weight and bias."""
         gradient = grad_output.to(self.dtype)
         if self.upsample and gradient.numel() > 0:
             gradient = torch.ops.aten.upsample_bilinear2d_backward(
                 gradient, list(gradient.shape[2:]), list(self.input.shape), True, None, None
             )
         gradient = self._where_active(self._grouped(gradient.reshape(self.input.shape)))
-        by_input = self._through_norm(gradient * self.factor).reshape(self.input.shape)
+        grad_input = self._through_norm(gradient * self.factor).reshape(self.input.shape)
         sums = [t.sum(dim=(0, 3, 4)).flatten() for t in (gradient * self.normalized, gradient)]
-        by_weight, by_bias = (
+        grad_weight, grad_bias = (
             total.to((self.input if tensor is None else tensor).dtype)
             for total, tensor in zip(sums, (self.weight, self.bias), strict=True)
         )
-        return by_input.to(self.input.dtype, memory_format=memory_format_of(self.input)), by_weight, by_bias
+        return grad_input.to(self.input.dtype, memory_format=memory_format_of(self.input)), grad_weight, grad_bias
 
     def _grouped(self, features: Tensor) -> Tensor:
         batch, _, height, width = features.shape

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory layout of results, for fake kernels and gradients: `memory_format_of` of csrc/ops/tensor.h in Python."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,16 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
 def is_channels_last(tensor: Tensor) -> bool:
     """Return whether results that are computed from `tensor` are channels-last."""
     return memory_format_of(tensor) == torch.channels_last
+
+
+def empty_levels(levels: list[Tensor], channels: Any = None) -> list[Tensor]:
+    """Make uninitialized results of the sizes and layouts of `levels`, with `channels` if it is not None."""
+    return [
+        torch.empty(
+            (level.shape[0], level.shape[1] if channels is None else channels, *level.shape[2:]),
+            dtype=level.dtype,
+            device=level.device,
+            memory_format=memory_format_of(level),
+        )
+        for level in levels
+    ]

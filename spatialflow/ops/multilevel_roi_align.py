@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
 from spatialflow.ops.checking import is_checking, items, number, numbers, pair, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
-from spatialflow.ops.roi_align import _as_list, _as_rows
+from spatialflow.ops.roi_align import as_rows
 
 
 def multilevel_roi_align(
@@ -29,7 +29,7 @@ def multilevel_roi_align(
     """Pool regions of interest from a feature pyramid (RoIAlign), each from the level that fits its size.
 
     Args:
-        features: L levels (N, C, H_l, W_l), finest first; one dtype (float32, float64, float16 or bfloat16), any
+        features: L levels (N, C, H_l, W_l), finest first; all of one dtype (float32, float64, float16 or bfloat16), any
             strides.
         boxes: (K, 5) rows of (batch index, x1, y1, x2, y2), or a list of N tensors (K_i, 4) of (x1, y1, x2, y2), one
             per image. Pixels of the image; any floating dtype, used in float32 (float64 for float64 features).
@@ -73,13 +73,13 @@ def multilevel_roi_align(
     SingleRoIExtractor. torchvision's MultiScaleRoIAlign adds its 1e-6 after the logarithm, and keeps the scales that it
     inferred from the first image.
     """
-    if not are_tensors(*_as_list(features), *_as_list(boxes)):
+    if not are_tensors(*as_list(features), *as_list(boxes)):
         return with_arrays(multilevel_roi_align, locals())
     if isinstance(features, Tensor) or len(features) == 0:
         got = f"a tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "none"
         raise ValueError(f"multilevel_roi_align: features must be a sequence of at least one level, got {got}")
     height, width = pair("multilevel_roi_align", "output_size", output_size)
-    boxes = _as_rows("multilevel_roi_align", boxes, features[0])
+    boxes = as_rows("multilevel_roi_align", boxes, features[0])
     strides = numbers("multilevel_roi_align", "strides", strides)
     pooled = _multilevel_roi_align(
         [autocast(feature) for feature in features],
@@ -164,28 +164,13 @@ def _(
 def _(
     grad_output: Tensor,
     boxes: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    strides: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    finest_scale: float,
-    batch: int,
-    channels: int,
-    heights: list[int],
-    widths: list[int],
-    channels_last: bool,
-    deterministic: bool,
+    *settings: Any,
 ) -> list[Tensor]:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    *_, batch, channels, heights, widths, channels_last, _deterministic = settings
+    options: dict[str, Any] = {"dtype": grad_output.dtype, "device": grad_output.device}
+    options["memory_format"] = torch.channels_last if channels_last else torch.contiguous_format
     return [
-        torch.empty(
-            (batch, channels, height, width),
-            dtype=grad_output.dtype,
-            device=grad_output.device,
-            memory_format=memory_format,
-        )
-        for height, width in zip(heights, widths, strict=True)
+        torch.empty((batch, channels, height, width), **options) for height, width in zip(heights, widths, strict=True)
     ]
 
 
@@ -202,9 +187,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
     (boxes,) = ctx.saved_tensors
-    wanted = needs[0] if isinstance(needs[0], (list, tuple)) else [needs[0]] * len(ctx.heights)
+    needed = needs[0] if isinstance(needs[0], (list, tuple)) else [needs[0]] * len(ctx.heights)
     grads = None
-    if any(wanted):
+    if any(needed):
         grads = _multilevel_roi_align_backward(
             grad_output,
             boxes,
@@ -220,11 +205,11 @@ def _backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 def _jvp(ctx: Any, features: list[Tensor | None], *_: Any) -> Tensor | None:
     (boxes,) = ctx.saved_tensors
-    known = next((tangent for tangent in features if tangent is not None), None)
-    if known is None:
+    present = next((tangent for tangent in features if tangent is not None), None)
+    if present is None:
         return None
     tangents = [
-        known.new_zeros((*ctx.shape, height, width)) if tangent is None else tangent
+        present.new_zeros((*ctx.shape, height, width)) if tangent is None else tangent
         for tangent, height, width in zip(features, ctx.heights, ctx.widths, strict=True)
     ]
     return _multilevel_roi_align(tangents, boxes, *ctx.settings)

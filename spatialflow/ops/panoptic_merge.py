@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,11 +141,7 @@ def _(
     boxes: Tensor | None,
     stuff: Tensor,
     stuff_labels: int,
-    ignored_stuff: list[int],
-    score_threshold: float,
-    overlap_threshold: float,
-    stuff_area_threshold: int,
-    box_overlap_threshold: float,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch._check(masks.dim() == 3, lambda: f"panoptic_merge: masks must be (K, H, W), got {tuple(masks.shape)}")
     count, height, width = masks.shape

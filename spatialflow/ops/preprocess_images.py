@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
 from spatialflow.ops.checking import height_and_width, items, numbers
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
@@ -57,7 +57,7 @@ def preprocess_images(
 
     Source: OpenCV, `imgproc/src/resize.cpp` (fixed-point arithmetic for 8-bit images).
     """
-    if not are_tensors(*(images if isinstance(images, (list, tuple)) else [images])):
+    if not are_tensors(*as_list(images)):
         return with_arrays(preprocess_images, locals())
     if not isinstance(images, (list, tuple)):
         images, sizes = [cast("Tensor", images)], [cast("tuple[int, int]", sizes)]

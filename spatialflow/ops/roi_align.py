@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
 from spatialflow.ops.checking import is_checking, number, pair, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
@@ -44,9 +44,9 @@ def roi_align(
             box that is not finite or a batch index outside the batch.
 
     Note:
-        Samples more than one cell outside the map count as zero. A RoI with a coordinate that is not finite in the type
-        it is used in, or with a batch index outside [0, N), gives zeros and no gradient. Batch indices are truncated to
-        integers.
+        Samples more than one cell outside the map count as zero. A RoI with a batch index outside [0, N) gives zeros
+        and no gradient. So does a RoI with a coordinate that is not finite in the type it is used in. Batch indices are
+        truncated to integers.
 
         Without `aligned`, a RoI without extent or reversed (x2 < x1) becomes one cell wide. With `aligned`, a positive
         `sampling_ratio` makes the samples of such a RoI coincide or run backwards; otherwise it has no samples and
@@ -71,10 +71,10 @@ def roi_align(
 
     Source: He et al., Mask R-CNN (2017), section 3; signature and result of torchvision.ops.roi_align.
     """
-    if not are_tensors(input, *_as_list(boxes)):
+    if not are_tensors(input, *as_list(boxes)):
         return with_arrays(roi_align, locals())
     height, width = pair("roi_align", "output_size", output_size)
-    boxes = _as_rows("roi_align", boxes, input)
+    boxes = as_rows("roi_align", boxes, input)
     spatial_scale = number("roi_align", "spatial_scale", spatial_scale)
     pooled = _roi_align(autocast(input), boxes, height, width, spatial_scale, sampling_ratio, bool(aligned))
     if is_checking():  # values; the operator has checked the shapes
@@ -118,11 +118,7 @@ class RoIAlign(nn.Module):
         )
 
 
-def _as_list(x: Any) -> list[Any]:
-    return list(x) if isinstance(x, (list, tuple)) else [x]
-
-
-def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
+def as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
     """Return boxes as (K, 5) rows of (batch index, x1, y1, x2, y2)."""
     if isinstance(boxes, Tensor):
         return boxes
@@ -131,12 +127,12 @@ def _as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
             f"{op}: boxes as a list must hold one tensor per image, got {len(boxes)} for a batch of {input.shape[0]}"
         )
     rows = []
-    for index, of_image in enumerate(boxes):
-        if of_image.dim() != 2 or of_image.shape[1] != 4:
-            raise ValueError(f"{op}: boxes[{index}] must have shape (K, 4), got {tuple(of_image.shape)}")
-        if of_image.dtype in (torch.float16, torch.bfloat16):
-            of_image = of_image.float()  # bfloat16 has no 257, the index of an image
-        rows.append(torch.cat((of_image.new_full((of_image.shape[0], 1), index), of_image), dim=1))
+    for index, image_boxes in enumerate(boxes):
+        if image_boxes.dim() != 2 or image_boxes.shape[1] != 4:
+            raise ValueError(f"{op}: boxes[{index}] must have shape (K, 4), got {tuple(image_boxes.shape)}")
+        if image_boxes.dtype in (torch.float16, torch.bfloat16):
+            image_boxes = image_boxes.float()  # bfloat16 has no 257, the index of an image
+        rows.append(torch.cat((image_boxes.new_full((image_boxes.shape[0], 1), index), image_boxes), dim=1))
     return torch.cat(rows) if rows else input.new_zeros((0, 5))
 
 
@@ -161,20 +157,10 @@ def _(
 def _(
     grad_output: Tensor,
     boxes: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    aligned: bool,
-    batch: int,
-    channels: int,
-    height: int,
-    width: int,
-    channels_last: bool,
-    deterministic: bool,
+    *settings: Any,
 ) -> Tensor:
+    *size, channels_last, _deterministic = settings[5:]  # (N, C, H, W) first
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    size = (batch, channels, height, width)
     return torch.empty(size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
 from spatialflow.ops.checking import is_checking, items, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
@@ -81,8 +81,7 @@ def select_candidates(
     Source: Lin et al., Focal Loss for Dense Object Detection (2017); arithmetic of mmdetection's RetinaHead with
     means 0 and standard deviations 1, whose clamp of dw and dh is |log(16 / 1000)|.
     """
-    lists = [x if isinstance(x, (list, tuple)) else [x] for x in (class_logits, box_deltas)]
-    if not are_tensors(*lists[0], *lists[1], base_anchors, valid_sizes, scale_factors):
+    if not are_tensors(*as_list(class_logits), *as_list(box_deltas), base_anchors, valid_sizes, scale_factors):
         return with_arrays(select_candidates, locals())
     for name, levels in (("class_logits", class_logits), ("box_deltas", box_deltas)):
         if isinstance(levels, Tensor) or not levels:
@@ -136,7 +135,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """Fold the mapped dimension and the batch into one dimension for the call."""
     class_logits, box_deltas, base_anchors, strides, valid_sizes, scale_factors, per_level = args
     if in_dims[2] is not None:
-        raise ValueError("select_candidates: base_anchors must be the same for all that vmap maps over")
+        raise ValueError("select_candidates: base_anchors must not be mapped by vmap")
 
     def unfolded(tensor: Tensor, dim: int | None) -> Tensor:
         return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

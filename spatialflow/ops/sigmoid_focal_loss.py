@@ -17,10 +17,10 @@ from spatialflow.ops.fake import register_fake
 def sigmoid_focal_loss(
     logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "none"
 ) -> Tensor:
-    """Compute the focal loss of C binary classifiers per row, of which the label names the positive one, if any.
+    """Compute the focal loss of C binary classifiers per row; the label is the index of the positive class, if any.
 
-    With p the probability of the right answer for an element, its loss is `-w * (1 - p) ** gamma * log(p)`. The weight
-    w is alpha for the class of the label and 1 - alpha for all other classes.
+    With p the predicted probability of an element's correct answer, its loss is `-w * (1 - p) ** gamma * log(p)`. The
+    weight w is alpha for the class of the label and 1 - alpha for all other classes.
 
     Args:
         logits: (..., C); float32, float64, float16 or bfloat16, any strides.
@@ -41,8 +41,8 @@ def sigmoid_focal_loss(
 
     Note:
         Computed in float32 (float64 for float64) from exp(-|logit|): exact and smooth for logits of any size. A NaN
-        logit gives NaN in loss and gradient. The loss of an infinite logit is zero if it is right. Otherwise it is
-        infinite, or NaN if its weight is 0. No rows, or no classes: an empty result, the sum 0 and the mean NaN.
+        logit gives NaN in loss and gradient. The loss of an infinite logit is zero if its sign is correct. Otherwise it
+        is infinite, or NaN if its weight is 0. No rows, or no classes: an empty result, the sum 0 and the mean NaN.
 
         Gradients flow to `logits`, in reverse and forward mode, to second order. Sums have a fixed order.
 
@@ -134,13 +134,13 @@ def _derivative_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 def _derivative_backward(ctx: Any, needs: Any, grad_output: Tensor) -> tuple[Any, ...]:
     factor, logits, labels = ctx.saved_tensors
-    by_factor = by_logits = None
+    grad_factor = grad_logits = None
     if needs[0]:
-        by_factor = _derivative(grad_output, logits, labels, *ctx.settings, ctx.order)
-        by_factor = by_factor if factor.dim() == by_factor.dim() else by_factor.sum(dtype=factor.dtype)
+        grad_factor = _derivative(grad_output, logits, labels, *ctx.settings, ctx.order)
+        grad_factor = grad_factor if factor.dim() == grad_factor.dim() else grad_factor.sum(dtype=factor.dtype)
     if needs[1]:
-        by_logits = _derivative(grad_output * factor, logits, labels, *ctx.settings, ctx.order + 1)
-    return by_factor, by_logits, None, None, None, None
+        grad_logits = _derivative(grad_output * factor, logits, labels, *ctx.settings, ctx.order + 1)
+    return grad_factor, grad_logits, None, None, None, None
 
 
 def _derivative_jvp(ctx: Any, factor_tangent: Tensor | None, logits_tangent: Tensor | None, *_: Any) -> Tensor | None:

@@ -25,10 +25,10 @@ def run_subnets(
 ) -> dict[str, Feature]:
     """Run the stages and flows of the sub-networks in the order of the paper's equations 1 to 3.
 
-    In every stage the source advances first. Its new feature then flows into the same stage of the other detection
-    sub-network and of stuff. A source with fewer stages gives its final feature. The stages of thing run last; they
-    also take the semantic flow from the final feature of stuff.
-    A sub-network without stages is its input plus its first flow, if it has one.
+    In every stage the source is computed first. Its new feature then flows into the same stage of the other detection
+    sub-network and of stuff. After the last stage of the source, its final feature is used. The stages of thing run
+    last; they also take the semantic flow from the final feature of stuff. A sub-network without stages is its input
+    plus its first flow, if it has one.
 
     Args:
         features: the input of each sub-network, by name: "cls" and "reg", or these with "stuff" and "thing".
@@ -37,7 +37,7 @@ def run_subnets(
             into thing. A stage beyond the end of a list, or with None there, has no flow.
         source: "cls" or "reg", the sub-network from which the other flows come.
         run_stage: (stage, flow convolution or None, input, source feature, semantic flow or None) -> the output of a
-            stage. The stages of the source get no flow convolution.
+            stage. For stages of the source the flow convolution is None.
         run_flow: (flow convolution, feature, like) -> the flow, for the levels of `like`.
         add: the sum of two features.
 
@@ -52,7 +52,7 @@ def run_subnets(
     for s in range(max(len(stages[name]) for name in tasks)):
         for name in tasks:
             if s < len(stages[name]):
-                flow = None if name == source else _at(flows[name], s)
+                flow = None if name == source else _flow_of_stage(flows[name], s)
                 features[name] = run_stage(stages[name][s], flow, features[name], features[source], None)
 
     def add_flow(name: str, flow: Any, origin: str) -> None:
@@ -61,18 +61,18 @@ def run_subnets(
 
     for name in tasks[1:]:
         if not stages[name]:
-            add_flow(name, _at(flows[name], 0), source)
+            add_flow(name, _flow_of_stage(flows[name], 0), source)
     if "thing" not in features:
         return features
     for s, stage in enumerate(stages["thing"]):
-        conv, thing = _at(flows["semantic"], s), features["thing"]
+        conv, thing = _flow_of_stage(flows["semantic"], s), features["thing"]
         semantic = None if conv is None else run_flow(conv, features["stuff"], thing)
-        features["thing"] = run_stage(stage, _at(flows["thing"], s), thing, features[source], semantic)
+        features["thing"] = run_stage(stage, _flow_of_stage(flows["thing"], s), thing, features[source], semantic)
     if not stages["thing"]:
-        add_flow("thing", _at(flows["semantic"], 0), "stuff")
-        add_flow("thing", _at(flows["thing"], 0), source)
+        add_flow("thing", _flow_of_stage(flows["semantic"], 0), "stuff")
+        add_flow("thing", _flow_of_stage(flows["thing"], 0), source)
     return features
 
 
-def _at(flows: Sequence[Any], stage: int) -> Any:
+def _flow_of_stage(flows: Sequence[Any], stage: int) -> Any:
     return flows[stage] if stage < len(flows) else None

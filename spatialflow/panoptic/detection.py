@@ -18,7 +18,7 @@ from spatialflow.panoptic.rules import PanopticFormatError, box_of, is_box, is_f
 
 
 def has_pycocotools() -> bool:
-    """True if pycocotools is installed, which COCO RLE and average precision need."""
+    """Return whether pycocotools is installed, which COCO RLE and average precision need."""
     return importlib.util.find_spec("pycocotools") is not None
 
 
@@ -110,7 +110,7 @@ def average_precision(
         no object of that size is annotated); "mask" only where the results have masks. None without pycocotools.
 
     Raises:
-        PanopticFormatError: no result is of an image of the ground truth, or a mask has not the size of its image.
+        PanopticFormatError: no result is of an image of the ground truth, or a mask differs in size from its image.
     """
     if not has_pycocotools():
         return None
@@ -138,7 +138,7 @@ def average_precision(
     )
     scores = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth: Any = COCO()  # the annotations of pycocotools want its own dictionary types
+        truth: Any = COCO()  # the stubs of pycocotools declare other dictionary types
         truth.dataset = dataset
         truth.createIndex()
         for kind in kinds:
@@ -170,7 +170,7 @@ def rename_images(results: list[dict[str, Any]], prediction_of: Mapping[int | st
         prediction_of: image_id of the ground truth -> image_id of the prediction, from `join_images`.
 
     Returns:
-        The rows of images of the ground truth. All rows unchanged where none has an id of the predictions, as they may
+        The rows of images of the ground truth. If no row has an id of the predictions, all rows are unchanged: they may
         have been written with the ids of the ground truth.
     """
     image_of = {predicted: image for image, predicted in prediction_of.items()}
@@ -179,7 +179,7 @@ def rename_images(results: list[dict[str, Any]], prediction_of: Mapping[int | st
 
 
 def _check_mask_sizes(images: Mapping[Any, Mapping[str, Any]], results: list[dict[str, Any]]) -> None:
-    """PanopticFormatError for a mask that differs in size from its image; pycocotools would report no overlap."""
+    """Raise PanopticFormatError if a mask differs in size from its image; pycocotools would report no overlap."""
     for row in results:
         (height, width), image = row["segmentation"]["size"], images[row["image_id"]]
         if (height, width) != (image["height"], image["width"]):
@@ -221,7 +221,7 @@ def read_detections(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _is_rle(code: Any) -> bool:
-    """True for {"size": [height, width], "counts": string} whose runs fill the mask; pycocotools hangs on others."""
+    """Accept {"size": [height, width], "counts": string} whose runs fill the mask; pycocotools hangs on others."""
     if not isinstance(code, dict) or not isinstance(code.get("counts"), str):
         return False
     size = code.get("size")

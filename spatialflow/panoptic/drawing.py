@@ -17,7 +17,7 @@ _GOLDEN_RATIO_CONJUGATE = 0.618033988749895  # multiples of it, modulo 1, spread
 
 
 def color_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
-    """The color of a segment, a function of its category and its number within the category.
+    """Compute the color of a segment from its category and its number within the category.
 
     Args:
         category_id: the category's id.
@@ -119,7 +119,7 @@ def overlay(
 
 
 def _score_text(score: Any) -> str:
-    """The score in a label; empty for a score that is not a number, as other programs may write it."""
+    """Format the score for a label; empty for a score that is not a number, as other programs may write it."""
     try:
         return f" {float(score):.2f}"
     except (TypeError, ValueError, OverflowError):
@@ -127,7 +127,7 @@ def _score_text(score: Any) -> str:
 
 
 def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the map in ascending order, and a map of their indices. Runs of pixels are sorted, not pixels."""
+    """Return the ids of the map in ascending order, and a map of their indices. Sorts runs of pixels, not pixels."""
     flat = id_map.ravel()
     starts = np.flatnonzero(run_begins(flat))
     ids, numbers = np.unique(flat[starts], return_inverse=True)
@@ -175,7 +175,7 @@ class _Label(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)  # names and scores recur from image to image
 def _label(text: str, size: int, width: int, height: int) -> _Label | None:
-    """A label in letters of `size` pixels; None if it is larger than a picture of `width` x `height`."""
+    """Render a label in letters of `size` pixels; None if it is larger than a picture of `width` x `height`."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size)

@@ -22,7 +22,7 @@ class Extent(NamedTuple):
 
 
 def extents(id_map: np.ndarray) -> dict[int, Extent]:
-    """The extent of every id of a map, id 0 included, ascending by id.
+    """Compute the extent of every id of a map, id 0 included, ascending by id.
 
     Args:
         id_map: (H, W) integer segment ids.
@@ -30,7 +30,7 @@ def extents(id_map: np.ndarray) -> dict[int, Extent]:
     Returns:
         A mapping from id to `Extent`; empty where the map has no pixels.
 
-    Sorts runs of pixels of one row and one id, which are few, instead of pixels.
+    Runs of pixels of one row and one id are sorted instead of pixels, as they are fewer.
     """
     if id_map.size == 0:
         return {}
@@ -54,13 +54,13 @@ def extents(id_map: np.ndarray) -> dict[int, Extent]:
 
 
 def run_begins(flat: np.ndarray) -> np.ndarray:
-    """(N,) bool: True for the first element, and where an element differs from the previous one."""
+    """Mark, (N,) bool, the first element and every element that differs from the previous one."""
     begins = np.ones(flat.size, bool)
     np.not_equal(flat[1:], flat[:-1], out=begins[1:])
     return begins
 
 
 def ids_of(id_map: np.ndarray) -> np.ndarray:
-    """The ids (N,) of an integer map of any shape, in ascending order."""
+    """Return the ids (N,) of an integer map of any shape, in ascending order."""
     flat = np.ascontiguousarray(id_map).ravel()
     return np.unique(flat[run_begins(flat)])

@@ -62,7 +62,7 @@ def as_id_map(ids: np.ndarray, name: str) -> np.ndarray:
 
 
 def read_id_map(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read a panoptic PNG as an (H, W) int32 map of segment ids, 0 where there is none.
+    """Read a panoptic PNG as an (H, W) int32 map of segment ids, 0 for void.
 
     Raises:
         PanopticFormatError: the file is absent, damaged, or not an 8-bit RGB or RGBA PNG.
@@ -120,7 +120,7 @@ def read_panoptic_json(
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file, not checked.
+    """Read the content of a JSON file without further checks.
 
     Raises:
         PanopticFormatError: the file is absent or is not JSON.

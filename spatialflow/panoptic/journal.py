@@ -28,17 +28,17 @@ class Journal:
     Args:
         path: the file; created by `claim`, with its first line. The first `append` replaces the content of an older
             file, unless the content was restored.
-        about: JSON-serializable; equal for runs that may resume each other.
-        named: False for an unnamed temporary file, which no run can resume.
+        header: JSON-serializable; equal for runs that may resume each other.
+        is_named: False for an unnamed temporary file, which no run can resume.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], named: bool) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], is_named: bool) -> None:
         self.path = path
         self._stream: IO[bytes] | None = None  # while open, it locks the file
-        self._named = named
-        self._about = json.loads(dumps(about))
+        self._is_named = is_named
+        self._header = json.loads(dumps(header))
         self._restored = 0  # bytes of the complete lines of the earlier run
-        self._begun = False  # the file has its first line and the restored lines, no others
+        self._has_begun = False  # the file has its first line and the restored lines, no others
         self._has_lines = False
         self._syncing: Future[None] | None = None
         self._unsynced: list[Path] = []
@@ -54,18 +54,18 @@ class Journal:
             return
         self.claim()
         with open(self.path, "rb") as stream:
-            about = _loads(stream.readline())
-            if about is None:  # the first line is incomplete
+            header = _loads(stream.readline())
+            if header is None:  # the first line is incomplete
                 return
             first = stream.tell()
-            if about != self._about:
+            if header != self._header:
                 if _loads(stream.readline()) is None:  # no image was done
                     return
                 self.close()
-                before, now = _flat(about), _flat(self._about)
+                before, now = _flat(header), _flat(self._header)
                 changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise ResumeError(
-                    f"{self.path}: belongs to a run with other settings that did not end: "
+                    f"{self.path}: is the journal of an interrupted run with other settings: "
                     + ", ".join(f"{key} {before.get(key)!r:.60} -> {now.get(key)!r:.60}" for key in changed)
                 )
             self._restored = first
@@ -80,7 +80,7 @@ class Journal:
     def append(self, row: Mapping[str, Any]) -> int:
         """Write a line and return its offset; on failure the file is truncated to its previous end."""
         stream = self.claim()
-        if not self._begun:
+        if not self._has_begun:
             self._begin(stream)
         offset = stream.seek(0, os.SEEK_END)
         try:
@@ -92,19 +92,19 @@ class Journal:
         return offset
 
     def _begin(self, stream: IO[bytes]) -> None:
-        """Remove what follows the restored lines, and write the first line if there is none."""
+        """Truncate the file after the restored lines, and write the first line if it is missing."""
         stream.truncate(self._restored)
-        if self._named and not self._restored:
-            _write(stream, self._about)
+        if self._is_named and not self._restored:
+            _write(stream, self._header)
             _sync_to_disk([self.path, self.path.parent])  # the journal must be on disk before the first PNG
-        self._begun = True
+        self._has_begun = True
 
-    def give_name(self) -> None:
+    def use_named_file(self) -> None:
         """Replace an unnamed file by a named and locked one, unless a line was already appended."""
-        if not self._named and not self._has_lines:
+        if not self._is_named and not self._has_lines:
             if self._stream is not None:
                 self._stream.close()
-            self._stream, self._named, self._begun = None, True, False
+            self._stream, self._is_named, self._has_begun = None, True, False
         self.claim()
 
     def claim(self) -> IO[bytes]:
@@ -117,7 +117,7 @@ class Journal:
         if self._stream is not None:
             return self._stream
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        stream = self._locked() if self._named else tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
+        stream = self._locked() if self._is_named else tempfile.TemporaryFile(buffering=0, dir=self.path.parent)
         self._stream = stream
         if os.fstat(stream.fileno()).st_size == 0:
             try:
@@ -148,7 +148,7 @@ class Journal:
         """Read the lines at the given offsets."""
         offsets = list(offsets)
         if offsets:
-            path = self.path if self._named else f"/proc/self/fd/{self.claim().fileno()}"
+            path = self.path if self._is_named else f"/proc/self/fd/{self.claim().fileno()}"
             with open(path, "rb") as stream:
                 for offset in offsets:
                     stream.seek(offset)
@@ -156,7 +156,7 @@ class Journal:
 
     def sync_later(self, path: Path) -> None:
         """Sync a file and the journal to disk in a background thread."""
-        if not self._named:
+        if not self._is_named:
             return
         self._unsynced.append(path)
         if self._syncing is None or self._syncing.done():
@@ -166,11 +166,11 @@ class Journal:
     def close(self) -> None:
         """Close the file; delete it if it is empty, or if this run started it and appended nothing."""
         self._wait()
-        if self._stream is not None and self._named:
+        if self._stream is not None and self._is_named:
             is_empty = os.fstat(self._stream.fileno()).st_size == 0
-            if is_empty or (self._begun and not self._has_lines):
+            if is_empty or (self._has_begun and not self._has_lines):
                 self.path.unlink(missing_ok=True)
-                self._begun = False
+                self._has_begun = False
             self._unlock()
             self._stream.close()
             self._stream = None
@@ -178,14 +178,14 @@ class Journal:
     def remove(self) -> None:
         """Unlink the file, unless another process is writing it; its lines stay readable."""
         self._wait()
-        if self._named and os.path.exists(self.path):
+        if self._is_named and os.path.exists(self.path):
             try:
                 self.claim()
             except ResumeError:
                 return
             self.path.unlink(missing_ok=True)
-            self._unlock()  # a process that has opened the file already then finds it unlinked
-        self._named = False
+            self._unlock()  # a process that opened the file before may now lock it, and sees that it is unlinked
+        self._is_named = False
 
     def _unlock(self) -> None:
         """Release the lock, also while a forked process has the stream open."""
@@ -217,7 +217,7 @@ def _write(stream: IO[bytes], content: Any) -> None:
 
 
 def _loads(line: bytes) -> dict[str, Any] | None:
-    """The content of a complete line; None for any other line."""
+    """Parse a complete line; None for any other line."""
     try:
         content = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -225,10 +225,10 @@ def _loads(line: bytes) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The first line of a journal with the settings moved to the top level."""
-    settings = about.get("settings")
-    return {**about, **(settings if isinstance(settings, dict) else {}), "settings": None}
+def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the settings in the first line of a journal to the top level."""
+    settings = header.get("settings")
+    return {**header, **(settings if isinstance(settings, dict) else {}), "settings": None}
 
 
 def dumps(content: Any) -> str:

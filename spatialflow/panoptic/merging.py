@@ -54,7 +54,7 @@ def merge(
         thing_categories: category id of each thing label; None: a label is its category id.
         stuff_categories: category id of each stuff label, None for one that stays void ("other", things). A mapping
             leaves labels that it does not list void. None: a label is its category id, negative ones are void.
-        void_label: stuff label that is void whatever stuff_categories says.
+        void_label: stuff label that is void regardless of stuff_categories.
         score_threshold: instances and boxes below it are left out.
         overlap_threshold: an instance with a larger share of its pixels already taken is dropped.
         stuff_area_threshold: stuff with fewer free pixels is dropped.
@@ -80,14 +80,18 @@ def merge(
         stuff = masks.new_full((height, width), void_label, dtype=torch.int64)
     stuff = _integers(stuff, "stuff", (height, width), masks.device)
 
-    known = dict(stuff_categories if isinstance(stuff_categories, Mapping) else enumerate(stuff_categories or ()))
+    stuff_category_by_label = dict(
+        stuff_categories if isinstance(stuff_categories, Mapping) else enumerate(stuff_categories or ())
+    )
     if stuff_categories is None:
         stuff_labels = _labels_in_use(stuff, void_label)
         ignored = [void_label]
     else:
-        kept = {label for label, category in known.items() if category is not None} - {void_label}
-        stuff_labels = max(kept, default=-1) + 1
-        ignored = sorted(set(range(stuff_labels)) - kept)
+        labels_with_category = {
+            label for label, category in stuff_category_by_label.items() if category is not None
+        } - {void_label}
+        stuff_labels = max(labels_with_category, default=-1) + 1
+        ignored = sorted(set(range(stuff_labels)) - labels_with_category)
     if stuff_labels > _MOST_STUFF_LABELS:
         raise ValueError(f"stuff labels must be below {_MOST_STUFF_LABELS}, got {stuff_labels - 1}")
 
@@ -104,12 +108,12 @@ def merge(
         stuff_area_threshold=stuff_area_threshold,
         box_overlap_threshold=0.0 if box_overlap_threshold is None else box_overlap_threshold,
     )
-    segments = segment_list(result, thing_categories, None if stuff_categories is None else known)
+    segments = segment_list(result, thing_categories, None if stuff_categories is None else stuff_category_by_label)
     return MergeResult(result.id_map if like_tensor else result.id_map.numpy(), segments)
 
 
 def _labels_in_use(stuff: torch.Tensor, void_label: int) -> int:
-    """The largest label other than void, plus one."""
+    """Return the largest label other than void, plus one."""
     if stuff.numel() == 0:
         return 0
     largest = int(stuff.max())
@@ -123,7 +127,7 @@ def segment_list(
     thing_categories: Sequence[int] | np.ndarray | Mapping[int, int] | None,
     stuff_categories: Sequence[int | None] | np.ndarray | Mapping[int, int | None] | None,
 ) -> list[dict[str, Any]]:
-    """The segments of a merge as mappings, with category ids. Waits for the device once.
+    """Convert the segments of a merge to mappings with category ids; the host waits for the device once.
 
     Args:
         result: of `panoptic_merge`.

@@ -54,7 +54,7 @@ def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def html_page(title: str, pictures: Iterable[tuple[str, str]]) -> str:
-    """An HTML page of pictures, each given as (caption, path relative to the page)."""
+    """Make an HTML page of pictures, each given as (caption, path relative to the page)."""
     figures = "\n".join(
         f'<figure><img src="{quote(os.fsencode(path))}" alt="{_text(caption)}" loading="lazy">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"

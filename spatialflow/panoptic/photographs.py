@@ -16,7 +16,7 @@ _CITYSCAPES_ENDINGS = ("_gtFine_leftImg8bit", "_gtFine_panoptic", "_gtFine_insta
 
 
 def photograph_key(file_name: str) -> str:
-    """The common key of a photograph and files derived from it: the stem without Cityscapes' suffixes."""
+    """Return the common key of a photograph and files derived from it: the stem without Cityscapes' suffixes."""
     stem = PurePosixPath(file_name).stem
     for ending in _CITYSCAPES_ENDINGS:
         if stem.endswith(ending):
@@ -25,13 +25,13 @@ def photograph_key(file_name: str) -> str:
 
 
 def photograph_names(content: Mapping[str, Any]) -> list[str]:
-    """The photograph's file name of every annotation; that of the PNG where `images` does not list the photograph."""
+    """List the photograph's file name of every annotation; the name of the PNG if `images` does not list it."""
     listed = _listed_names(content)
     return [listed.get(annotation["image_id"], annotation["file_name"]) for annotation in content["annotations"]]
 
 
 def _listed_names(content: Mapping[str, Any]) -> dict[int | str, str]:
-    """The file name by image id from `images`; the first entry of an id is used."""
+    """Map image ids to the file names in `images`; the first entry of an id is used."""
     rows = content.get("images")
     listed: dict[int | str, str] = {}
     for row in rows if isinstance(rows, list) else ():
@@ -60,9 +60,9 @@ def find_photograph(folder: str | os.PathLike[str], file_name: str) -> Path:
 def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[int | str, int | str]:
     """Match each image of the ground truth with its prediction.
 
-    Ids are compared first. They are ignored if `images` of the prediction gives an id to another image of the ground
-    truth. They are also ignored if both files list different names for one id. Where ids are ignored or do
-    not match, names are compared: those of `images`, else those of the PNGs, without suffixes. Names are compared with
+    Ids are compared first. They are ignored if an id in `images` of the prediction has the name of another image of the
+    ground truth. They are also ignored if both files list different names for one id. If ids are ignored or do not
+    match, names are compared: those of `images`, or else those of the PNGs, without suffixes. Names are compared with
     their folders, then without. A prediction is used for one image.
 
     Args:
@@ -76,30 +76,31 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
         PanopticFormatError: an image has no prediction, or several have its name; the message has examples of both
             files.
     """
-    wanted, offered = _names_by_id(truth), _names_by_id(prediction)
-    wrong_id = _contradicted_id(wanted, offered, _listed_names(truth), _listed_names(prediction))
-    joined = {image: image for image in wanted if wrong_id is None and image in offered}
-    if len(joined) == len(wanted):
+    truth_names, prediction_names = _names_by_id(truth), _names_by_id(prediction)
+    wrong_id = _contradicted_id(truth_names, prediction_names, _listed_names(truth), _listed_names(prediction))
+    joined = {image: image for image in truth_names if wrong_id is None and image in prediction_names}
+    if len(joined) == len(truth_names):
         return joined
-    for truth_keys, prediction_keys in zip(_keys(wanted), _keys(offered), strict=True):
+    for truth_keys, prediction_keys in zip(_keys(truth_names), _keys(prediction_names), strict=True):
         image_by_key, predicted_by_key = _unique(truth_keys), _unique(prediction_keys)
         taken = set(joined.values())
         for key in image_by_key.keys() & predicted_by_key.keys():
             if predicted_by_key[key] not in taken:
                 joined.setdefault(image_by_key[key], predicted_by_key[key])
-    for image in wanted:
+    for image in truth_names:
         if image not in joined:
-            reason = f", neither of that id nor of the name {wanted[image]!r:.80}"
+            reason = f", neither of that id nor of the name {truth_names[image]!r:.80}"
             if wrong_id is not None:
                 reason = (
-                    f": none has its name {wanted[image]!r:.80}, and ids do not count, because id {wrong_id!r:.60} is "
-                    f"{wanted[wrong_id]!r:.80} in the ground truth and {offered[wrong_id]!r:.80} in the predictions"
+                    f": none has its name {truth_names[image]!r:.80}, and ids are ignored, because id "
+                    f"{wrong_id!r:.60} is {truth_names[wrong_id]!r:.80} in the ground truth and "
+                    f"{prediction_names[wrong_id]!r:.80} in the predictions"
                 )
             raise PanopticFormatError(
                 f"no prediction for the image with id {image!r:.60}{reason}; the ground truth has "
-                f"{_examples(wanted)}; the predictions have {_examples(offered)}"
+                f"{_examples(truth_names)}; the predictions have {_examples(prediction_names)}"
             )
-    return {image: joined[image] for image in wanted}
+    return {image: joined[image] for image in truth_names}
 
 
 def _names_by_id(content: Mapping[str, Any]) -> dict[int | str, str]:
@@ -108,30 +109,44 @@ def _names_by_id(content: Mapping[str, Any]) -> dict[int | str, str]:
 
 
 def _contradicted_id(
-    wanted: Mapping[Any, str], offered: Mapping[Any, str], truth: Mapping[Any, str], prediction: Mapping[Any, str]
+    truth_names: Mapping[Any, str],
+    prediction_names: Mapping[Any, str],
+    listed_truth: Mapping[Any, str],
+    listed_prediction: Mapping[Any, str],
 ) -> int | str | None:
-    """An id of both files whose names are of different images; None where there is none.
+    """Find an id of both files whose names are of different images; None if no id has such names.
 
     Args:
-        wanted: name by image id in the ground truth.
-        offered: name by image id in the prediction.
-        truth: name by image id as `images` of the ground truth lists it.
-        prediction: name by image id as `images` of the prediction lists it.
+        truth_names: name by image id in the ground truth.
+        prediction_names: name by image id in the prediction.
+        listed_truth: name by image id as `images` of the ground truth lists it.
+        listed_prediction: name by image id as `images` of the prediction lists it.
     """
     # Consecutive ids of two files may be equal for different images, which the names show.
-    doubtful = [i for i in wanted if i in offered and i in prediction and wanted[i] != prediction[i]]
+    doubtful = [
+        i
+        for i in truth_names
+        if i in prediction_names and i in listed_prediction and truth_names[i] != listed_prediction[i]
+    ]
     if not doubtful:
         return None
-    truth_keys, prediction_keys = ([_unique(keys) for keys in _keys(names)[:2]] for names in (wanted, offered))
+    truth_keys, prediction_keys = (
+        [_unique(keys) for keys in _keys(names)[:2]] for names in (truth_names, prediction_names)
+    )
     for image in doubtful:
-        images = {_image_of(prediction[image], truth_keys), _image_of(truth.get(image), prediction_keys)} - {None}
-        if images - {image} or (not images and image in truth and not _is_tail(truth[image], prediction[image])):
+        images = {
+            _image_of(listed_prediction[image], truth_keys),
+            _image_of(listed_truth.get(image), prediction_keys),
+        } - {None}
+        if images - {image} or (
+            not images and image in listed_truth and not _is_tail(listed_truth[image], listed_prediction[image])
+        ):
             return image
     return None
 
 
 def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str | None:
-    """The image of a name, compared with its folder, else without; None where no image or several match."""
+    """Find the image of a name, compared with its folder, else without; None if no image or several match."""
     if name is None:
         return None
     ((_, path),), ((_, stem),) = _keys({0: name})[:2]
@@ -140,7 +155,7 @@ def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str 
 
 
 def _is_tail(first: str, second: str) -> bool:
-    """True if one name with its folders is the end of the other."""
+    """Return whether one name with its folders is the end of the other."""
     parts = [(*PurePosixPath(name).parent.parts, photograph_key(name)) for name in (first, second)]
     count = min(map(len, parts))
     return parts[0][-count:] == parts[1][-count:]
@@ -158,7 +173,7 @@ def _keys(names: Mapping[Any, str]) -> list[list[tuple[Any, str]]]:
 
 
 def _unique(keys: list[tuple[Any, str]]) -> dict[str, Any]:
-    """The image id by key, for keys of exactly one image."""
+    """Map keys of exactly one image to its id."""
     counts = Counter(key for _, key in keys)
     return {key: image for image, key in keys if counts[key] == 1}
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing of COCO panoptic PNGs, several times as fast as a general PNG library.
 
-libdeflate compresses and decompresses. The filters are removed under the assumption that most neighbors belong to one
-segment (`csrc/evaluation/png_filters.h`). This module parses and writes the chunks.
+libdeflate compresses and decompresses. The code that removes the filters is optimized for maps in which most neighbors
+are of one segment (`csrc/evaluation/png_filters.h`). This module parses and writes the chunks.
 """
 
 import struct
@@ -46,7 +46,7 @@ def decode_png(data: bytes) -> np.ndarray:
     try:
         lines = deflate.zlib_decompress(_compressed_pixels(data), size)
     except deflate.DeflateError:
-        raise ValueError(f"damaged PNG: the compressed data are no {width}x{height} pixels") from None
+        raise ValueError(f"damaged PNG: the compressed data do not fit {width}x{height} pixels") from None
     if len(lines) < size:
         raise ValueError("damaged PNG: the compressed data end before the last pixel")
     try:
@@ -87,7 +87,7 @@ def _chunk(kind: bytes, content: bytes | bytearray) -> bytes:
 
 
 def _read_header(data: bytes) -> tuple[int, int, int]:
-    """Width, height and bytes per pixel."""
+    """Read width, height and bytes per pixel."""
     if len(data) < _HEADER_END or data[:8] != _SIGNATURE:
         raise ValueError("not a PNG file")
     if data[12:16] != b"IHDR" or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
@@ -105,20 +105,20 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
 
 
 def _compressed_pixels(data: bytes) -> bytes:
-    """The content of all IDAT chunks."""
+    """Join the content of all IDAT chunks."""
     view = memoryview(data)
     parts: list[memoryview] = []
-    at = _HEADER_END
-    while at + 12 <= len(data):
-        end = at + 8 + int.from_bytes(view[at : at + 4], "big")
+    position = _HEADER_END
+    while position + 12 <= len(data):
+        end = position + 8 + int.from_bytes(view[position : position + 4], "big")
         if end + 4 > len(data):
             raise ValueError("damaged PNG: a chunk is longer than the file")
-        kind = data[at + 4 : at + 8]
+        kind = data[position + 4 : position + 8]
         if kind in (b"IDAT", b"IEND"):
-            if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            if zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
                 raise ValueError("damaged PNG: a checksum does not match")
             if kind == b"IEND":
                 return b"".join(parts)
-            parts.append(view[at + 8 : end])
-        at = end + 4
+            parts.append(view[position + 8 : end])
+        position = end + 4
     raise ValueError("truncated PNG: the file ends before its last chunk")

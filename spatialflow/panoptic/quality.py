@@ -38,15 +38,15 @@ class ClassCounts:
     fp: int = 0
     fn: int = 0
 
-    def add(self, other: "ClassCounts") -> None:
+    def add(self, counts: "ClassCounts") -> None:
         """Add the counts of another image."""
-        self.iou += other.iou
-        self.tp += other.tp
-        self.fp += other.fp
-        self.fn += other.fn
+        self.iou += counts.iou
+        self.tp += counts.tp
+        self.fp += counts.fp
+        self.fn += counts.fn
 
     def quality(self) -> dict[str, float | int]:
-        """The values pq, sq, rq as fractions, n = 1 (all 0 where nothing was counted), and the counts."""
+        """Compute pq, sq and rq as fractions, and n = 1 (all 0 if nothing was counted); also return the counts."""
         seen = self.tp + self.fp + self.fn > 0
         weight = self.tp + 0.5 * self.fp + 0.5 * self.fn
         return {
@@ -127,26 +127,7 @@ class PanopticQuality:
         """
         raise_first(segment_problems(gt_segments, image_id, self._things), TRUTH)
         raise_first(segment_problems(pred_segments, image_id, self._things), PREDICTION)
-        return self._count(gt_map, gt_segments, pred_map, pred_segments, image_id)
-
-    def _count(
-        self,
-        gt_map: np.ndarray,
-        gt_segments: Sequence[Mapping[str, Any]],
-        pred_map: np.ndarray,
-        pred_segments: Sequence[Mapping[str, Any]],
-        image_id: int | str,
-    ) -> tuple[dict[int, ClassCounts], list[Problem]]:
-        """Compute as `count`, without the checks of the lists, which are done when a JSON is read."""
-        gt_map, pred_map = _pixels(gt_map, "gt_map"), _pixels(pred_map, "pred_map")
-        if gt_map.shape[:2] != pred_map.shape[:2]:
-            raise PanopticFormatError(
-                f"image {image_id}: the ground truth is {gt_map.shape[1]}x{gt_map.shape[0]} pixels, "
-                f"the prediction {pred_map.shape[1]}x{pred_map.shape[0]}"
-            )
-        gt_ids, pred_ids, pixels = count_pairs(gt_map, pred_map)
-        shared = dict(zip(zip(gt_ids.tolist(), pred_ids.tolist(), strict=True), pixels.tolist(), strict=True))
-        return _match_image(shared, gt_segments, pred_segments, image_id)
+        return _match_image(_shared_pixels(gt_map, pred_map, image_id), gt_segments, pred_segments, image_id)
 
     def add(self, counts: Mapping[int, ClassCounts]) -> None:
         """Add the counts of one image, from `count`."""
@@ -197,9 +178,9 @@ def evaluate(
         progress: show a progress bar on standard error.
 
     Returns:
-        A mapping. "All", "Things" and "Stuff" are {pq, sq, rq, n}: means over the n classes with segments in the ground
-        truth or the prediction, as fractions. "per_class" maps every category id to {pq, sq, rq, n, tp, fp, fn, iou},
-        iou being the sum over matches.
+        A mapping. "All", "Things" and "Stuff" are {pq, sq, rq, n}: means, as fractions, over the n classes with
+        segments in the ground truth or the prediction. "per_class" maps every category id to {pq, sq, rq, n, tp, fp,
+        fn, iou}, where iou is the sum over matches.
 
     Raises:
         PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or segments
@@ -209,10 +190,18 @@ def evaluate(
     warnings name contradictory annotations; see `docs/annotations.md` for the rules and the computation.
     Neither torch nor OpenCV is imported. Source: panopticapi, `pq_compute`.
     """
-    scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
+    truth, prediction = AnnotationFiles(gt_json, gt_folder), AnnotationFiles(pred_json, pred_folder)
+    scored = score_files(truth, prediction, workers=workers, progress=progress)
     for text in scored.reports:
         warnings.warn(text, AnnotationWarning, stacklevel=2)
     return scored.result
+
+
+class AnnotationFiles(NamedTuple):
+    """A panoptic JSON and the folder of its PNGs."""
+
+    json: str | os.PathLike[str] | Mapping[str, Any]  # a path, or its content
+    folder: str | os.PathLike[str] | None  # None for the JSON's path without ".json"
 
 
 class Scored(NamedTuple):
@@ -225,36 +214,30 @@ class Scored(NamedTuple):
 
 
 def score_files(
-    gt_json: str | os.PathLike[str] | Mapping[str, Any],
-    gt_folder: str | os.PathLike[str] | None,
-    pred_json: str | os.PathLike[str] | Mapping[str, Any],
-    pred_folder: str | os.PathLike[str] | None,
-    *,
-    workers: int | None = None,
-    progress: bool = False,
+    truth: AnnotationFiles, prediction: AnnotationFiles, *, workers: int | None = None, progress: bool = False
 ) -> Scored:
-    """Score as `evaluate`, and return the reports in place of warnings; arguments and errors are the same."""
+    """Score as `evaluate`, and return the reports in place of warnings; the errors are the same."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    gt_folder = _folder(gt_folder, gt_json, "gt")
-    pred_folder = _folder(pred_folder, pred_json, "pred")
-    gt, gt_name = _content(gt_json, "gt_json")
+    gt_folder, pred_folder = _folder(truth, "gt"), _folder(prediction, "pred")
+    gt, gt_name = _content(truth.json, "gt_json")
     gt_problems = check_panoptic(gt, gt_name, with_categories=True, use=TRUTH)
     quality = PanopticQuality(gt["categories"])
-    pred, pred_name = _content(pred_json, "pred_json")
+    pred, pred_name = _content(prediction.json, "pred_json")
     pred_problems = check_panoptic(pred, pred_name, use=PREDICTION, categories=quality.categories)
     prediction_of = join_images(gt, pred)
     predicted = {annotation["image_id"]: annotation for annotation in pred["annotations"]}
 
-    def count_image(annotation: Mapping[str, Any]) -> tuple[dict[int, ClassCounts], list[Problem]]:
-        prediction = predicted[prediction_of[annotation["image_id"]]]
-        return quality._count(
-            read_id_map(os.path.join(gt_folder, annotation["file_name"])),
-            annotation["segments_info"],
-            read_id_map(os.path.join(pred_folder, prediction["file_name"])),
-            prediction["segments_info"],
-            annotation["image_id"],
+    def count_image(gt_image: Mapping[str, Any]) -> tuple[dict[int, ClassCounts], list[Problem]]:
+        image_id = gt_image["image_id"]
+        pred_image = predicted[prediction_of[image_id]]
+        gt_map, pred_map = (
+            read_id_map(os.path.join(folder, image["file_name"]))
+            for folder, image in ((gt_folder, gt_image), (pred_folder, pred_image))
         )
+        # `check_panoptic` has checked the segments.
+        shared = _shared_pixels(gt_map, pred_map, image_id)
+        return _match_image(shared, gt_image["segments_info"], pred_image["segments_info"], image_id)
 
     with ThreadPoolExecutor(workers or available_cores()) as pool:
         futures = [pool.submit(count_image, annotation) for annotation in gt["annotations"]]
@@ -280,33 +263,47 @@ def _pixels(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def default_folder(json_path: str | os.PathLike[str]) -> Path:
-    """The default folder of the PNGs of a panoptic JSON: its path without the suffix."""
+    """Return the default folder of the PNGs of a panoptic JSON: its path without the suffix."""
     path = Path(json_path)
     return path.with_suffix("") if path.name else path
 
 
-def _folder(folder: str | os.PathLike[str] | None, content: Any, which: str) -> Path:
+def _folder(files: AnnotationFiles, prefix: str) -> Path:
+    """Return the folder of the PNGs; errors name the arguments `<prefix>_folder` and `<prefix>_json`."""
+    folder = files.folder
     if folder is None:
-        if isinstance(content, Mapping):
-            raise ValueError(f"{which}_folder must be given where {which}_json is not a path")
-        folder = default_folder(content)
+        if isinstance(files.json, Mapping):
+            raise ValueError(f"{prefix}_folder must be given where {prefix}_json is not a path")
+        folder = default_folder(files.json)
     if not os.path.isdir(folder):
-        raise PanopticFormatError(f"{which}_folder {folder} is not a folder")
+        raise PanopticFormatError(f"{prefix}_folder {folder} is not a folder")
     return Path(folder)
 
 
 def _content(source: Any, name: str) -> tuple[Any, str]:
-    """The content of a JSON, and its name in errors."""
+    """Return the content of a JSON, and its name in errors."""
     return (source, name) if isinstance(source, Mapping) else (load_json(source), str(source))
 
 
-def with_progress(items: Sequence[Any], what: str, progress: bool) -> Iterable[Any]:
-    """Iterate over items, with a progress bar titled `what` on standard error if `progress` is true."""
+def with_progress(items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
+    """Iterate over items, with a progress bar titled `title` on standard error if `progress` is true."""
     if not progress:
         return items
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, unit="image")
+    return tqdm(items, desc=title, unit="image")
+
+
+def _shared_pixels(gt_map: np.ndarray, pred_map: np.ndarray, image_id: int | str) -> dict[tuple[int, int], int]:
+    """Map each pair of a ground-truth id and a predicted id to the number of pixels that have both."""
+    gt_map, pred_map = _pixels(gt_map, "gt_map"), _pixels(pred_map, "pred_map")
+    if gt_map.shape[:2] != pred_map.shape[:2]:
+        raise PanopticFormatError(
+            f"image {image_id}: the ground truth is {gt_map.shape[1]}x{gt_map.shape[0]} pixels, "
+            f"the prediction {pred_map.shape[1]}x{pred_map.shape[0]}"
+        )
+    gt_ids, pred_ids, pixels = count_pairs(gt_map, pred_map)
+    return dict(zip(zip(gt_ids.tolist(), pred_ids.tolist(), strict=True), pixels.tolist(), strict=True))
 
 
 def _match_image(

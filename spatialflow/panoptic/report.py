@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from spatialflow.files import write_json
 from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections, rename_images
-from spatialflow.panoptic.quality import default_folder, score_files
+from spatialflow.panoptic.quality import AnnotationFiles, default_folder, score_files
 from spatialflow.panoptic.rules import AnnotationWarning, PanopticFormatError
 
 GROUPS = ("All", "Things", "Stuff")
@@ -52,12 +52,12 @@ def evaluate_and_report(
     """
     if detections is not None and not has_pycocotools():
         raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
-    results = (
-        None if detections is None else read_detections(detections)
-    )  # before the scoring, so that an invalid file fails early
+    # Before the scoring, so that an invalid file fails early.
+    results = None if detections is None else read_detections(detections)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no segment of any category")  # the table has it
-        scored = score_files(gt_json, gt_folder, pred_json, pred_folder, workers=workers, progress=progress)
+        truth_files, prediction_files = AnnotationFiles(gt_json, gt_folder), AnnotationFiles(pred_json, pred_folder)
+        scored = score_files(truth_files, prediction_files, workers=workers, progress=progress)
     for text in scored.reports:
         warnings.warn(text, AnnotationWarning, stacklevel=2)
     result, truth = scored.result, scored.truth

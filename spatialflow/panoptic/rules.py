@@ -14,7 +14,7 @@ import numpy as np
 from spatialflow.errors import DataWarning
 from spatialflow.panoptic.extents import Extent
 
-VOID = 0  # the id of pixels that belong to no segment
+VOID = 0  # the id of pixels that are not part of a segment
 LARGEST_ID = (1 << 24) - 1
 TRUTH, PREDICTION, TRAINING = "truth", "prediction", "training"  # uses of annotations
 _ALL = (TRUTH, PREDICTION, TRAINING)
@@ -30,7 +30,7 @@ class Rule(NamedTuple):
     skipped: bool = False
 
     def effect(self, use: str) -> str:
-        """The effect of a breach on one use: "stops", "reported", "skipped" or "-" (no effect)."""
+        """Return the effect of a breach on one use: "stops", "reported", "skipped" or "-" (no effect)."""
         if use in self.stops:
             return "stops"
         if use in self.reported:
@@ -100,7 +100,7 @@ class AnnotationWarning(DataWarning):
 
 
 def summary(problems: Sequence[Problem], source: str) -> str:
-    """One message about problems that did not stop the work: a count and an example for each rule."""
+    """Make one message about problems that did not stop the work: a count and an example for each rule."""
     counts = Counter(problem.rule for problem in problems)
     examples = {problem.rule: problem.text for problem in reversed(problems)}
     listed = "; ".join(f"{count} x {rule}, e.g. {examples[rule]}" for rule, count in counts.items())
@@ -151,10 +151,10 @@ def json_problems(content: Any, categories: Collection[int] | None = None) -> It
     image_problems, listed = _image_problems(content)
     seen: set[int | str] = set()
     for index, annotation in enumerate(content["annotations"]):
-        where = f"annotations[{index}]"
-        if misfit := _misfit(annotation, {"image_id": _ID, "file_name": _TEXT, "segments_info": _LIST}, where):
+        location = f"annotations[{index}]"
+        if error := _field_error(annotation, {"image_id": _ID, "file_name": _TEXT, "segments_info": _LIST}, location):
             image = id_of(annotation, "image_id")
-            yield Problem("annotation", misfit[0] + _of_image(image), image, None, misfit[1], where)
+            yield Problem("annotation", error[0] + _image_suffix(image), image, None, error[1], location)
             continue
         image = annotation["image_id"]
         if image in seen:
@@ -165,7 +165,7 @@ def json_problems(content: Any, categories: Collection[int] | None = None) -> It
             yield Problem("image-unlisted", text, image, value=image)
         segments = []
         for position, segment in enumerate(annotation["segments_info"]):
-            malformed = _segment_misfit(segment, image, index, position)
+            malformed = _malformed_segment(segment, image, index, position)
             if malformed is None:
                 segments.append(segment)
             else:
@@ -190,23 +190,23 @@ def segment_problems(
         number, category = segment["id"], segment["category_id"]
         area, box = segment.get("area", 0), segment.get("bbox")
         if number == VOID:
-            yield _of_segment("id-zero", image, number, number, ": the id 0 stands for void; ids start at 1")
+            yield _segment_problem("id-zero", image, number, number, ": the id 0 stands for void; ids start at 1")
         if number in seen:
-            yield _of_segment("id-twice", image, number, number, " is listed twice")
+            yield _segment_problem("id-twice", image, number, number, " is listed twice")
         seen.add(number)
         if categories is not None and category not in categories:
-            says = f" has the unknown category {_label(category)}"
-            yield _of_segment("category-unknown", image, number, category, says)
+            detail = f" has the unknown category {_label(category)}"
+            yield _segment_problem("category-unknown", image, number, category, detail)
         if not is_finite(area) or area < 0:
-            says = f" has area {area!r:.40}; it must be a finite number of pixels, 0 or more"
-            yield _of_segment("area", image, number, _short(area), says)
+            detail = f" has area {area!r:.40}; it must be a finite number of pixels, 0 or more"
+            yield _segment_problem("area", image, number, _short(area), detail)
         if box is not None and not is_box(box):
-            says = f": bbox must be four finite numbers, got {box!r:.80}"
-            yield _of_segment("bbox", image, number, _short(box), says)
+            detail = f": bbox must be four finite numbers, got {box!r:.80}"
+            yield _segment_problem("bbox", image, number, _short(box), detail)
 
 
-def _of_segment(rule: str, image: int | str, segment: int, value: Any, says: str) -> Problem:
-    return Problem(rule, f"image {_label(image)}: segment {segment}{says}", image, segment, value)
+def _segment_problem(rule: str, image: int | str, segment: int, value: Any, detail: str) -> Problem:
+    return Problem(rule, f"image {_label(image)}: segment {segment}{detail}", image, segment, value)
 
 
 def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int]]:
@@ -221,15 +221,15 @@ def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[i
         problems.append(Problem("category", text, value=_short(rows)))
         rows = []
     for index, category in enumerate(rows):
-        where = f"categories[{index}]"
-        if misfit := _misfit(category, {"id": _INTEGER}, where):
-            problems.append(Problem("category", misfit[0], value=misfit[1]))
+        location = f"categories[{index}]"
+        if error := _field_error(category, {"id": _INTEGER}, location):
+            problems.append(Problem("category", error[0], value=error[1]))
             continue
         number = category["id"]
-        if misfit := _misfit(category, {"isthing": _FLAG}, where):
-            problems.append(Problem("isthing", f"{misfit[0]} (category {_label(number)})", value=misfit[1]))
+        if error := _field_error(category, {"isthing": _FLAG}, location):
+            problems.append(Problem("isthing", f"{error[0]} (category {_label(number)})", value=error[1]))
         if number in listed:
-            text = f"{where}: category {_label(number)} is listed twice"
+            text = f"{location}: category {_label(number)} is listed twice"
             problems.append(Problem("category-twice", text, value=number))
         listed.add(number)
     return problems, listed
@@ -243,35 +243,35 @@ def _image_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int 
     problems: list[Problem] = []
     listed: set[int | str] = set()
     for index, image in enumerate(rows):
-        where, number = f"images[{index}]", id_of(image, "id")
-        if misfit := _image_misfit(image, where):
-            text = misfit[0] + _of_image(number)
-            problems.append(Problem("image", text, number, None, misfit[1], where))
+        location, number = f"images[{index}]", id_of(image, "id")
+        if error := _image_error(image, location):
+            text = error[0] + _image_suffix(number)
+            problems.append(Problem("image", text, number, None, error[1], location))
         if number in listed:
-            text = f"{where}: image {number!r:.80} is listed twice"
+            text = f"{location}: image {number!r:.80} is listed twice"
             problems.append(Problem("image-twice", text, number, value=number))
         if number is not None:
             listed.add(number)
     return problems, listed
 
 
-def _image_misfit(image: Any, where: str) -> tuple[str, Any] | None:
+def _image_error(image: Any, location: str) -> tuple[str, Any] | None:
     fields = {"id": _ID, "file_name": _TEXT, "height": _INTEGER, "width": _INTEGER}
-    if misfit := _misfit(image, fields, where):
-        return misfit
+    if error := _field_error(image, fields, location):
+        return error
     if min(image["height"], image["width"]) < 1:
         size = f"{image['width']}x{image['height']}"
-        return f"{where}: must have pixels, got {size}", size
+        return f"{location}: must have pixels, got {size}", size
     return None
 
 
 def segment_id(segment: Any) -> int | None:
-    """The id of an entry of `segments_info`; None where there is none."""
+    """Return the id of an entry of `segments_info`; None if it has none."""
     number = segment.get("id") if isinstance(segment, Mapping) else None
     return number if type(number) is int else None  # isinstance would accept true and false
 
 
-def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -> Problem | None:
+def _malformed_segment(segment: Any, image: int | str, index: int, position: int) -> Problem | None:
     number = segment_id(segment)
     if (
         number is not None
@@ -281,10 +281,10 @@ def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -
         and segment.get("iscrowd", 0) in (0, 1)
     ):
         return None
-    where, of = f"annotations[{index}]: segments_info[{position}]", f"(image {_label(image)}"
+    location, suffix = f"annotations[{index}]: segments_info[{position}]", f"(image {_label(image)}"
     if number is None or type(segment.get("category_id")) is not int:
-        text = f'{where} must be a mapping with integers "id" and "category_id", got {segment!r:.80} {of})'
-        return Problem("segment", text, image, number, _short(segment), where)
+        text = f'{location} must be a mapping with integers "id" and "category_id", got {segment!r:.80} {suffix})'
+        return Problem("segment", text, image, number, _short(segment), location)
     rule = "segment"
     if not 0 <= number <= LARGEST_ID:
         rule, value, text = "id-range", number, f"id must lie in [0, {LARGEST_ID}], got {_label(number)}"
@@ -294,7 +294,9 @@ def _segment_misfit(segment: Any, image: int | str, index: int, position: int) -
     else:
         value = segment["iscrowd"]
         text = f"iscrowd must be 0 or 1, got {value!r:.80}"
-    return Problem(rule, f"{where}: {text} {of}, segment {_label(number)})", image, number, _short(value), where)
+    return Problem(
+        rule, f"{location}: {text} {suffix}, segment {_label(number)})", image, number, _short(value), location
+    )
 
 
 _INTEGER, _TEXT, _LIST, _FLAG = (int, np.integer), (str,), (list,), (int, np.integer, np.bool_)
@@ -309,31 +311,31 @@ _KINDS: dict[tuple[type, ...], str] = {
 }
 
 
-def _misfit(item: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> tuple[str, Any] | None:
-    """A message about the first field that is absent or of another kind, and its value."""
+def _field_error(item: Any, fields: Mapping[str, tuple[type, ...]], location: str) -> tuple[str, Any] | None:
+    """Describe the first field that is absent or of another kind: a message and its value; None if all fit."""
     for field, kinds in fields.items():
         if not isinstance(item, Mapping) or field not in item:
-            return f'{where} must be a mapping with "{field}" ({_KINDS[kinds]})', _short(item)
+            return f'{location} must be a mapping with "{field}" ({_KINDS[kinds]})', _short(item)
         value = item[field]
-        if not _is_of(value, kinds) or (kinds is _FLAG and value not in (0, 1)):
-            return f"{where}: {field} must be {_KINDS[kinds]}, got {value!r:.80}", _short(value)
+        if not _has_type(value, kinds) or (kinds is _FLAG and value not in (0, 1)):
+            return f"{location}: {field} must be {_KINDS[kinds]}, got {value!r:.80}", _short(value)
         if kinds is _TEXT and not _names_a_file(value):
             rule = "must be a string without NUL or unpaired surrogates"
-            return f"{where}: {field} {rule}, got {value!r:.80}", _short(value)
+            return f"{location}: {field} {rule}, got {value!r:.80}", _short(value)
     return None
 
 
-def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    """`isinstance`, except that JSON's true and false are flags and not numbers."""
+def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Test as `isinstance`, except that JSON's true and false are flags and not numbers."""
     return isinstance(value, kinds) and (kinds is _FLAG or not isinstance(value, bool))
 
 
 def _is_number(value: Any) -> bool:
-    return _is_of(value, _NUMBER)
+    return _has_type(value, _NUMBER)
 
 
 def _names_a_file(text: str) -> bool:
-    """False for a string with NUL or an unpaired surrogate, which no path can have."""
+    """Return whether a string can be a path: it has neither NUL nor an unpaired surrogate."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -341,23 +343,23 @@ def _names_a_file(text: str) -> bool:
 
 
 def id_of(item: Any, field: str) -> int | str | None:
-    """The id in `field`; None where there is none."""
+    """Return the id in `field`; None if it has none."""
     value = item.get(field) if isinstance(item, Mapping) else None
-    return value if _is_of(value, _ID) else None
+    return value if _has_type(value, _ID) else None
 
 
-def _of_image(image: int | str | None) -> str:
+def _image_suffix(image: int | str | None) -> str:
     return "" if image is None else f" (image {_label(image)})"
 
 
 def _label(name: Any) -> str:
-    """An id or a file name, without its middle if it is longer than 160 characters."""
+    """Format an id or a file name, without its middle if it is longer than 160 characters."""
     text = str(name)
     return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"
 
 
 def _short(value: Any) -> Any:
-    """A number unchanged; of any other value the beginning of its text."""
+    """Return a number unchanged; of any other value the beginning of its text."""
     return value if isinstance(value, _NUMBER) and abs(value) <= _LARGEST_NUMBER else f"{value!r:.80}"
 
 
@@ -383,32 +385,32 @@ def pixel_problems(
         number, extent = segment["id"], pixels_by_id.get(segment["id"])
         listed.add(number)
         if extent is None:
-            yield _of_segment("no-pixels", image, number, 0, " is in the JSON and not in the PNG")
+            yield _segment_problem("no-pixels", image, number, 0, " is in the JSON and not in the PNG")
             continue
         pixels = extent.pixels if isinstance(extent, Extent) else extent
         area, box = segment.get("area", pixels), segment.get("bbox")
         if area != pixels and is_finite(area) and area >= 0:
-            says = f" has area {area} in the JSON and {pixels} pixels in the PNG"
-            yield _of_segment("area-pixels", image, number, area, says)
+            detail = f" has area {area} in the JSON and {pixels} pixels in the PNG"
+            yield _segment_problem("area-pixels", image, number, area, detail)
         if isinstance(extent, Extent) and contradicts(box, extent):
-            yield _of_segment("bbox-pixels", image, number, box, _box_text(cast("Sequence[float]", box), extent))
+            yield _segment_problem("bbox-pixels", image, number, box, _box_text(cast("Sequence[float]", box), extent))
     for number in pixels_by_id:
         if number not in listed:
-            yield _of_segment("no-segment", image, number, number, " is in the PNG and not in the JSON")
+            yield _segment_problem("no-segment", image, number, number, " is in the PNG and not in the JSON")
 
 
 def is_box(box: Any) -> bool:
-    """True for four finite numbers."""
+    """Return whether a value is four finite numbers."""
     return isinstance(box, list | tuple) and len(box) == 4 and all(map(is_finite, box))
 
 
 def contradicts(box: Any, extent: Extent) -> bool:
-    """True for a box (x, y, width, height) with a side more than a pixel away from the bounding box of the pixels."""
+    """Return whether a side of a box (x, y, width, height) is more than a pixel from the bounding box of the pixels."""
     return is_box(box) and not _is_near(_corners(*box), _corners(*extent.box))
 
 
 def box_of(segment: Mapping[str, Any], extent: Extent) -> list[float]:
-    """The `bbox` of a segment; the bounding box of its pixels where `bbox` is absent or contradicts them."""
+    """Return the `bbox` of a segment, or the bounding box of its pixels if `bbox` is absent or contradicts them."""
     box = segment.get("bbox")
     if box is None or not is_box(box) or contradicts(box, extent):
         return [*extent.box]
@@ -431,11 +433,11 @@ def _is_near(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """True for a number of magnitude up to 2^53; False for NaN, infinity, and JSON's true and false."""
+    """Return whether a value is a number of magnitude up to 2^53; not NaN, infinity, or JSON's true and false."""
     return _is_number(value) and -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
 
 
 def is_color(value: Any) -> bool:
-    """True for three numbers from 0 to 255."""
+    """Return whether a value is three numbers from 0 to 255."""
     numbers = isinstance(value, (list, tuple)) and all(is_finite(c) for c in value)
     return numbers and len(value) == 3 and all(0 <= c <= 255 for c in value)

@@ -46,8 +46,8 @@ def validate(
 
     Example:
         >>> from spatialflow import panoptic
-        >>> found = panoptic.validate("panoptic_val2017.json", images="val2017")    # doctest: +SKIP
-        >>> [(p.image, p.segment, p.rule, p.value) for p in found.problems]         # doctest: +SKIP
+        >>> result = panoptic.validate("panoptic_val2017.json", images="val2017")    # doctest: +SKIP
+        >>> [(p.image, p.segment, p.rule, p.value) for p in result.problems]        # doctest: +SKIP
         [(139, 3226956, 'area-pixels', 2000)]
     """
     if workers is not None and workers < 1:
@@ -123,7 +123,7 @@ def _image_problems(
         size = (id_map.shape[1], id_map.shape[0])
         problems += pixel_problems(annotation["segments_info"], image, extents(id_map), unusable)
     if row is not None and size not in (None, (row["width"], row["height"])):
-        text = f"image {image}: the PNG has {size[0]}x{size[1]} pixels, images says {row['width']}x{row['height']}"
+        text = f"image {image}: the PNG has {size[0]}x{size[1]} pixels, `images` has {row['width']}x{row['height']}"
         problems.append(Problem("image-size", text, image, value=f"{size[0]}x{size[1]}"))
     if images is not None and row is not None:
         problems += _photograph_problems(image, row["file_name"], Path(images), size)
@@ -140,8 +140,8 @@ def _photograph_problems(image: int | str, name: str, folder: Path, size: tuple[
         height, width, _ = read_image(path).shape
     except ImageError as error:
         return [Problem("photograph", f"image {image}: {error}", image, value=name)]
-    found = (width, height)
-    if size in (None, found):
+    photograph_size = (width, height)
+    if size in (None, photograph_size):
         return []
-    text = f"image {image}: {path} has {found[0]}x{found[1]} pixels, the PNG {size[0]}x{size[1]}"
-    return [Problem("photograph-size", text, image, value=f"{found[0]}x{found[1]}")]
+    text = f"image {image}: {path} has {photograph_size[0]}x{photograph_size[1]} pixels, the PNG {size[0]}x{size[1]}"
+    return [Problem("photograph-size", text, image, value=f"{photograph_size[0]}x{photograph_size[1]}")]

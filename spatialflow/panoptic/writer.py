@@ -33,7 +33,7 @@ class _Entry(NamedTuple):
 def panoptic_row(
     image_id: int | str, image_name: str, png_name: str, id_map: np.ndarray, segments: Iterable[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The rows of one image for a panoptic JSON: `image` for "images", `annotation` for "annotations".
+    """Make the rows of one image for a panoptic JSON: `image` for "images", `annotation` for "annotations".
 
     Args:
         image_id: as for `PanopticWriter.add`.
@@ -73,22 +73,25 @@ def panoptic_row(
 
 
 def earlier_files(json_path: Path, info: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
-    """The JSON and the journal that a writer would replace: those of writers with this `info`, and those of others.
+    """Find the JSON and the journal that a writer would replace.
 
-    An empty file counts as neither. A power failure may leave a part of a journal's beginning.
+    An empty file is ignored. A power failure may leave a part of a journal's beginning.
+
+    Returns:
+        The files of earlier writers with this `info`, and all other files.
     """
     beginning = _beginning(info).encode()
-    own: list[Path] = []
-    others: list[Path] = []
+    matching: list[Path] = []
+    unrelated: list[Path] = []
     for path in (json_path, _journal_path(json_path)):
         if os.path.isfile(path):
             with open(path, "rb") as stream:
                 content = stream.read(len(beginning))
             if content:
-                (own if beginning.startswith(content) else others).append(path)
+                (matching if beginning.startswith(content) else unrelated).append(path)
         elif os.path.lexists(path):  # a folder, or a link that leads nowhere
-            others.append(path)
-    return own, others
+            unrelated.append(path)
+    return matching, unrelated
 
 
 def _journal_path(json_path: Path) -> Path:
@@ -149,8 +152,8 @@ class PanopticWriter:
     ) -> None:
         self.folder = Path(folder)
         if json_path is None:
-            named = self.folder.resolve() if self.folder.name in ("", "..") else self.folder  # "." has no name
-            json_path = named.parent / f"{named.name}.json"
+            named_folder = self.folder.resolve() if self.folder.name in ("", "..") else self.folder  # "." has no name
+            json_path = named_folder.parent / f"{named_folder.name}.json"
         self.json_path = Path(json_path)
         self.detections_path = None if detections_path is None else Path(detections_path)
         self._info = info
@@ -159,10 +162,10 @@ class PanopticWriter:
         self._taken: dict[tuple[str, int | str], str] = {}  # ids, PNGs -> name of the image they belong to
         self._writing: dict[tuple[str, int | str], str] = {}  # the same for images without a row yet
         self._lock = threading.Lock()  # for the four above and the journal
-        of_categories = hashlib.sha256(dumps(self._categories).encode()).hexdigest()[:16]
-        about: dict[str, Any] = {} if info is None else {"info": info}
-        about |= {"category table": of_categories, "settings": {**(settings or {})}}
-        self._journal = Journal(_journal_path(self.json_path), about, named=resume)
+        categories_hash = hashlib.sha256(dumps(self._categories).encode()).hexdigest()[:16]
+        header: dict[str, Any] = {} if info is None else {"info": info}
+        header |= {"category table": categories_hash, "settings": {**(settings or {})}}
+        self._journal = Journal(_journal_path(self.json_path), header, is_named=resume)
         if resume:
             for offset, row in self._journal.restore():
                 try:
@@ -176,7 +179,7 @@ class PanopticWriter:
         return len(self._entries)
 
     def is_done(self, image_id: int | str, image_name: str, photograph: str | os.PathLike[str] | None = None) -> bool:
-        """True if the image was added, its PNG is complete, and the photograph has not changed since.
+        """Return whether the image was added, its PNG is complete, and the photograph has not changed since.
 
         Args:
             image_id: as for `add`.
@@ -244,20 +247,20 @@ class PanopticWriter:
         return path
 
     def left_out(self, image_names: Iterable[str]) -> list[str]:
-        """Names of images of this and earlier runs that are not in `image_names` and whose photographs exist."""
+        """List images of this and earlier runs that are not in `image_names` and whose photographs exist."""
         names = set(image_names)
-        others = ((name, entry.path) for name, entry in self._entries.items() if name not in names)
-        return [name for name, path in others if path is not None and os.path.isfile(path)]
+        remaining = ((name, entry.path) for name, entry in self._entries.items() if name not in names)
+        return [name for name, path in remaining if path is not None and os.path.isfile(path)]
 
     def rows(self, image_names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
+        """Read the rows of the journal, for `extend`: `image`, `annotation` and `detections` of each image.
 
         Args:
             image_names: images in order; those that were not added are skipped. None: all in the order of `add`, those
                 of an earlier run first.
         """
-        wanted = self._entries if image_names is None else (name for name in image_names if name in self._entries)
-        return self._journal.rows([self._entries[name].offset for name in wanted])
+        names = self._entries if image_names is None else (name for name in image_names if name in self._entries)
+        return self._journal.rows([self._entries[name].offset for name in names])
 
     def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add images that another writer, for instance of another process, has added to the same folder.
@@ -318,7 +321,7 @@ class PanopticWriter:
             self._journal.remove()
 
     def __enter__(self) -> "PanopticWriter":
-        self._journal.give_name()
+        self._journal.use_named_file()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -367,11 +370,11 @@ class PanopticWriter:
             if owner is not None:
                 kind, value = key
                 name = row["image"]["file_name"]
-                raise PanopticFormatError(f"{name}: would get the {kind} {value}, which {owner} has already")
+                raise PanopticFormatError(f"{name}: the {kind} {value} is already used by {owner}")
 
 
 def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:
-    """The entry of a row; KeyError or TypeError for an object that is not a row of `PanopticWriter.rows`."""
+    """Make the entry of a row; KeyError or TypeError for an object that is not a row of `PanopticWriter.rows`."""
     annotation = row["annotation"]
     set(_keys(row)), row["detections"]
     return _Entry(
@@ -386,13 +389,13 @@ def _entry(offset: int, row: Mapping[str, Any], restored: bool) -> _Entry:
 
 
 def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:
-    """The id, the PNG and the name of an image, each unique among the images of a writer."""
+    """Return the id, the PNG and the name of an image, each unique among the images of a writer."""
     annotation = row["annotation"]
     return [("id", annotation["image_id"]), ("PNG", annotation["file_name"]), ("name", row["image"]["file_name"])]
 
 
 def _stamp(path: str | os.PathLike[str] | None) -> list[int] | None:
-    """Size in bytes and modification time in ns; None where the file does not exist."""
+    """Return size in bytes and modification time in ns; None if the file does not exist."""
     try:
         status = os.stat(path) if path is not None else None
     except OSError:

@@ -61,7 +61,7 @@ class Canvas:
         return len(self.category)
 
     def noise(self, rng: np.random.Generator, cell: float, octaves: int = 4, stretch: float = 1.0) -> np.ndarray:
-        """Smooth noise of several octaves, (H, W) float32 in about -1..1.
+        """Draw smooth noise of several octaves, (H, W) float32 in about -1..1.
 
         Args:
             rng: source of the values.
@@ -84,7 +84,7 @@ class Canvas:
         self.ids[mask] = segment
 
     def depth(self, row: float) -> float:
-        """Nearness of the ground at a row: 0 at the horizon, 1 at the lower edge."""
+        """Return the nearness of the ground at a row: 0 at the horizon, 1 at the lower edge."""
         return max(row - self.horizon, 0) / max(self.height - self.horizon, 1)
 
     def finish(self, rng: np.random.Generator) -> Scene:
@@ -106,18 +106,18 @@ class Canvas:
 
 
 def shade(base: Color, noise: np.ndarray, amount: float) -> np.ndarray:
-    """(H, W, 3) float32: a color modulated by noise (H, W)."""
+    """Modulate a color by noise (H, W): (H, W, 3) float32."""
     return np.array(base, np.float32) * (1 + amount * noise[..., None])
 
 
 def vary_color(rng: np.random.Generator, base: Color, amount: float = 0.12) -> Color:
-    """A color whose channels differ from those of `base` by random factors of 1 - amount to 1 + amount."""
+    """Multiply each channel of a color by a random factor from 1 - amount to 1 + amount."""
     blue, green, red = (float(np.clip(c * rng.uniform(1 - amount, 1 + amount), 0, 255)) for c in base)
     return blue, green, red
 
 
 class Brush:
-    """Draws a new segment in the coordinates of a thing: x to the right, y up from its foot, its height is 1.
+    """Draw a new segment in the coordinates of a thing: origin at its foot, x to the right, y up, height 1.
 
     Args:
         canvas: to draw on.

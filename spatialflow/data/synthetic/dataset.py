@@ -44,8 +44,8 @@ def synthesize(folder: str | os.PathLike[str], count: int, size: tuple[int, int]
     """Write a data set of scenes in the COCO panoptic format, one image at a time.
 
     Args:
-        folder: gets `images/`, `panoptic/` and `panoptic.json`.
-        count: scenes.
+        folder: for `images/`, `panoptic/` and `panoptic.json`.
+        count: number of scenes.
         size: (height, width) of every scene.
         seed: data sets of different seeds share no scene.
 
@@ -53,7 +53,7 @@ def synthesize(folder: str | os.PathLike[str], count: int, size: tuple[int, int]
         An iterator over the paths of the images as they are written. The JSON is complete when the iterator ends.
 
     Raises:
-        ValueError: count is not positive, a side is below 32, or `panoptic.json` exists and is not of synthetic scenes.
+        ValueError: count is not positive, a side is below 32, or `panoptic.json` was not written by this function.
         InUseError: another process writes to the folder.
         OSError: a file cannot be written.
     """
@@ -61,8 +61,8 @@ def synthesize(folder: str | os.PathLike[str], count: int, size: tuple[int, int]
         raise ValueError(f"count: must be positive, got {count}")
     folder = Path(folder)
     json_path = folder / "panoptic.json"
-    if others := earlier_files(json_path, _INFO)[1]:
-        raise ValueError(f"{others[0]}: would be replaced, and is not of synthetic scenes")
+    if unrelated := earlier_files(json_path, _INFO)[1]:
+        raise ValueError(f"{unrelated[0]}: would be replaced, and was not written by synthesize")
     with PanopticWriter(folder / "panoptic", json_path, CATEGORIES, info=_INFO) as writer:
         for index in range(count):
             scene = make_scene(size, seed, index)

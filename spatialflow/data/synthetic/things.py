@@ -129,7 +129,7 @@ class _Kind(NamedTuple):
     draw: Callable[[Canvas, np.random.Generator, float, float, float], None]
     height: float  # at the lower edge of the image, as a share of its shorter side
     ground: frozenset[str]  # stuff that the foot may stand on
-    probability: float  # that a scene has any
+    probability: float  # that a scene has at least one
     largest_count: int
     nearest: float  # largest distance of the foot from the horizon, as a share of the ground's height
 
@@ -170,7 +170,7 @@ def draw_things(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def _find_column(canvas: Canvas, rng: np.random.Generator, row: float, ground: frozenset[str]) -> float | None:
-    """A random x at which the row shows one of the stuff categories `ground`; None after twelve failed attempts."""
+    """Draw an x at which the row shows one of the stuff categories `ground`; None after twelve failed attempts."""
     for _ in range(12):
         x = canvas.width * rng.uniform(0.02, 0.98)
         segment = canvas.ids[min(int(row), canvas.height - 1), min(int(x), canvas.width - 1)]

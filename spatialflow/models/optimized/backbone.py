@@ -18,7 +18,7 @@ from spatialflow.ops import PackedConv, flow_conv2d
 class FusedStem(FusedConv):
     """First convolution of the backbone with a ReLU: (N, 3, H, W) -> (N, O, H/2, W/2).
 
-    On a GPU the images get further channels of zeros, since cuDNN's fused kernels read 16 bytes of channels.
+    On a GPU the images are padded with channels of zeros, since cuDNN's fused kernels read 16 bytes of channels.
 
     Args:
         conv: the convolution.
@@ -58,7 +58,7 @@ class FusedBottleneck(nn.Module):
         self.downsample: FusedConv | None = None
         if block.downsample is not None:
             self.downsample = FusedConv(cast("nn.Conv2d", block.downsample[0]))
-            # Saves a pass: both biases enter the sum.
+            # The residual sum then needs no further pass for the bias of the shortcut.
             self.conv3.bias = cast("Tensor", self.conv3.bias) + cast("Tensor", self.downsample.bias)
             self.downsample.bias = None
 
@@ -71,8 +71,8 @@ class FusedBottleneck(nn.Module):
 class FusedResNet(nn.Module):
     """`ResNet` with folded norms, channels-last: (N, 3, H, W) -> [C3 (H/8), C4 (H/16), C5 (H/32)].
 
-    Every optimized network has one. So it also carries the version of the package through pickles: the layout of
-    optimized weights may differ between versions.
+    Its pickle contains the version of the package, because the layout of optimized weights may differ between versions.
+    Every optimized network has this module.
 
     Args:
         backbone: the plain backbone, its norms folded.
@@ -103,8 +103,8 @@ class FusedResNet(nn.Module):
         version = state.pop("version", "an earlier version")
         if version != __version__:
             raise RuntimeError(
-                f"an optimized network was pickled by spatialflow {version}, and this is {__version__}: make it again "
-                f"from its checkpoint, by optimize_for_inference or Predictor"
+                f"an optimized network was pickled by spatialflow {version}, and this is {__version__}: create it "
+                f"again from its checkpoint, with optimize_for_inference or Predictor"
             )
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
 

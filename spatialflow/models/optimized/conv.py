@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow._library import build_description
-from spatialflow.ops._torch_private import addmm_activation, dispatch_has_kernel
+from spatialflow.ops._torch_private import addmm_activation, assume_constant_result, dispatch_has_kernel
 from spatialflow.ops.conv1x1 import conv1x1
 from spatialflow.ops.differentiable import autocast
 
@@ -63,9 +63,9 @@ def fused_conv2d(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if not _says_unsupported(error):
+            if not _is_unsupported(error):
                 raise
-            _refused.add((x.dtype, weight.shape, shape))
+            _unsupported.add((x.dtype, weight.shape, shape))
     if not relu and _is_matrix_product(x, weight, shape):
         y = _run_matrix_product(x, weight, bias)
     else:
@@ -97,12 +97,9 @@ def _has_conv1x1_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
     )
 
 
+@assume_constant_result
 def _runs_conv1x1_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and _is_built_for(device)
-
-
-# Set here as torch.compiler.assume_constant_result does, because that function imports torch's compiler: a second.
-_runs_conv1x1_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by torch.compile
 
 
 @functools.cache
@@ -131,15 +128,14 @@ def _run_onednn(
 ) -> Tensor:
     arguments = (shape.padding, shape.stride, (1, 1), shape.groups)
     if residual is None:
-        alone = "relu" if relu else "none"
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, alone, [], "")
-    activation = "relu" if relu else None
+        activation = "relu" if relu else "none"
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *arguments, activation, [], "")
     return torch.ops.mkldnn._convolution_pointwise_.binary(
-        residual, x, weight, bias, *arguments, "add", 1.0, activation, [], ""
+        residual, x, weight, bias, *arguments, "add", 1.0, "relu" if relu else None, [], ""
     )
 
 
-_refused: set[tuple[torch.dtype, torch.Size, Shape]] = set()
+_unsupported: set[tuple[torch.dtype, torch.Size, Shape]] = set()
 """Convolutions without a fused kernel in cuDNN: dtype of the features, shape of the weight, and `Shape`."""
 
 
@@ -150,7 +146,7 @@ def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape) -> bool:
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and weight.shape[0] % vector == 0
         and weight.shape[1] % vector == 0
-        and (x.dtype, weight.shape, shape) not in _refused
+        and (x.dtype, weight.shape, shape) not in _unsupported
         and _is_registered(x.device.type)
         and (torch.backends.cudnn.enabled or x.device.type == "meta")
     )
@@ -168,8 +164,8 @@ def _run_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, res
     return torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, 1.0, bias, *arguments)
 
 
-def _says_unsupported(error: RuntimeError) -> bool:
-    """Return whether an error means that cuDNN has no kernel: torch reports no engine, or that it is not supported."""
+def _is_unsupported(error: RuntimeError) -> bool:
+    """Return whether an error means that cuDNN has no kernel for the convolution."""
     text = str(error).lower()
     return "engine" in text or "cudnn" in text or "not supported" in text
 
@@ -218,18 +214,8 @@ def _register_fake_cudnn() -> None:
         channels_last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
         return result.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    def convolution_add_relu(
-        x: Tensor,
-        weight: Tensor,
-        z: Tensor,
-        alpha: float | None,
-        bias: Tensor | None,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-    ) -> Tensor:
-        return convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+    def convolution_add_relu(x: Tensor, weight: Tensor, z: Tensor, alpha: float | None, *arguments: Any) -> Tensor:
+        return convolution_relu(x, weight, *arguments)
 
     for fake in (convolution_relu, convolution_add_relu):
         name = f"aten::cudnn_{fake.__name__}"

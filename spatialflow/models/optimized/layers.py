@@ -127,7 +127,7 @@ class PackedFlowOffsetDeformConv2d(PackedModule):
         self.geometry, self.relu = cast("Geometry", (conv.stride, conv.padding, conv.dilation)), relu
 
     def forward(self, x: Levels, prediction: Levels) -> Levels:
-        """Convolve `x` at the points that `prediction`, offsets and mask logits, gives."""
+        """Convolve `x` with `prediction`, the offsets and mask logits."""
         if not isinstance(x, Tensor):
             return [self(*level) for level in zip(x, prediction, strict=True)]
         offset, logits = prediction[:, :OFFSETS], prediction[:, OFFSETS:]
@@ -147,7 +147,7 @@ class PackedSelfOffsetDeformConv2d(nn.Module):
         self.offsets, self.conv = optimize_conv(conv.conv_offset), PackedFlowOffsetDeformConv2d(conv, relu)
 
     def forward(self, x: Levels) -> Levels:
-        """Convolve `x`."""
+        """Convolve `x`, (N, C, H, W) or a list of such levels."""
         return self.conv(x, self.offsets(x))
 
 

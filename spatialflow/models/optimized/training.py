@@ -105,7 +105,7 @@ class TrainingBoxHead(nn.Module):
     def __init__(self, head: BoxHead, on_cuda: bool = False) -> None:
         super().__init__()
         self.plain = head
-        self.at_once = [
+        self.is_fused = [
             not on_cuda or is_faster_on_cuda(conv.out_channels) for conv in (head.class_logits, head.box_deltas)
         ]
 
@@ -114,9 +114,9 @@ class TrainingBoxHead(nn.Module):
         convs = (self.plain.class_logits, self.plain.box_deltas)
         class_logits, box_deltas = (
             flow_conv2d(list(features), None, conv.weight, conv.bias, relu=False)
-            if at_once
+            if is_fused
             else [conv(feature) for feature in features]
-            for features, conv, at_once in zip((cls, reg), convs, self.at_once, strict=True)
+            for features, conv, is_fused in zip((cls, reg), convs, self.is_fused, strict=True)
         )
         return class_logits, box_deltas
 

@@ -26,8 +26,8 @@ def flow_conv2d(
     if not isinstance(x, Tensor):
         flows = [None] * len(x) if flow is None else flow
         return [
-            cast("Tensor", flow_conv2d(level, of_level, weight, bias, relu, algorithm, active))
-            for level, of_level in zip(x, flows, strict=True)
+            cast("Tensor", flow_conv2d(level, level_flow, weight, bias, relu, algorithm, active))
+            for level, level_flow in zip(x, flows, strict=True)
         ]
     total = x if flow is None else x + cast("Tensor", flow)
     if active is not None:

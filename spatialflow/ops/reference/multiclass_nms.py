@@ -30,8 +30,8 @@ def _one_image(
 ) -> Detections:
     wide = scores.to(compute_type(boxes, scores))
     index, label = (wide > wide.new_tensor(score_threshold)).nonzero(as_tuple=True)  # (K) each
-    kept = batched_nms(boxes.to(wide.dtype)[index], wide[index, label], label, iou_threshold)[:max_detections]
-    index, label, count = index[kept], label[kept], len(kept)
+    keep = batched_nms(boxes.to(wide.dtype)[index], wide[index, label], label, iou_threshold)[:max_detections]
+    index, label, count = index[keep], label[keep], len(keep)
 
     def padded(values: Tensor, filler: float) -> Tensor:
         missing = values.new_full((max_detections - count, *values.shape[1:]), filler)

@@ -37,10 +37,10 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     boxes, scores = (tensor.to(compute_type(boxes, scores)) for tensor in (boxes, scores))
     rows = torch.argsort(scores, descending=True, stable=True)  # (N)
     rows = rows[~(scores.isnan() | boxes.isnan().any(dim=1))[rows]]
-    kept = []
+    keep = []
     while len(rows):
         best, rows = rows[0], rows[1:]
-        kept.append(best)
+        keep.append(best)
         drop = suppressed(boxes[rows], boxes[best], iou_threshold) & (idxs[rows] == idxs[best])
         rows = rows[~drop]
-    return torch.stack(kept) if kept else rows
+    return torch.stack(keep) if keep else rows

@@ -37,7 +37,9 @@ def roi_align(
 
 def _weighted(planes: Tensor, weights: Tensor) -> Tensor:
     """Sum (C, H, W) with weights (PW, W) over W to (C, H, PW); cells of weight 0 are left out, as 0 * NaN is NaN."""
-    return torch.stack([planes[..., of_bin != 0] @ of_bin[of_bin != 0] for of_bin in weights], dim=2)
+    return torch.stack(
+        [planes[..., bin_weights != 0] @ bin_weights[bin_weights != 0] for bin_weights in weights], dim=2
+    )
 
 
 def zeros(size: tuple[int, ...], features: Sequence[Tensor]) -> Tensor:
@@ -70,11 +72,11 @@ def _axis_weights(
         if not begin < min(end, 1e15):
             continue
         index = torch.arange(int(begin), int(min(end, 1e15)), device=low.device)  # (S,) samples
-        at = first + (index.to(low.dtype) + 0.5) * step  # (S,) positions in cells
-        inside = (at >= -1) & (at <= size)
-        at = at[inside].clamp(0, size - 1)
-        cell = at.floor().long().clamp(max=max(size - 2, 0))
-        fraction = at - cell
+        position = first + (index.to(low.dtype) + 0.5) * step  # (S,) positions in cells
+        inside = (position >= -1) & (position <= size)
+        position = position[inside].clamp(0, size - 1)
+        cell = position.floor().long().clamp(max=max(size - 2, 0))
+        fraction = position - cell
         weights[bin].index_put_((cell,), (1 - fraction) / grid, accumulate=True)
         weights[bin].index_put_(((cell + 1).clamp(max=size - 1),), fraction / grid, accumulate=True)
     return weights

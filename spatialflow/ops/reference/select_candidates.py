@@ -36,10 +36,10 @@ def select_candidates(
         if 0 < per_level < len(anchors):
             lowest = -torch.inf
             best = F.pad(logits.masked_fill(logits.isnan(), lowest), (0, 1), value=lowest).amax(dim=-1)  # (B, M)
-            kept = best.sort(dim=1, descending=True, stable=True).indices[:, :per_level]  # (B, per_level)
-            logits = logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[2]))
-            deltas = deltas.gather(1, kept[..., None].expand(-1, -1, 4))
-            anchors = anchors[kept]
+            selected = best.sort(dim=1, descending=True, stable=True).indices[:, :per_level]  # (B, per_level)
+            logits = logits.gather(1, selected[..., None].expand(-1, -1, logits.shape[2]))
+            deltas = deltas.gather(1, selected[..., None].expand(-1, -1, 4))
+            anchors = anchors[selected]
         boxes.append(decode_boxes(anchors, deltas))
         scores.append(logits.sigmoid())
     limits = valid_sizes.flip(-1).repeat(1, 2)[:, None].to(real)  # (B, 1, 4): W, H, W, H

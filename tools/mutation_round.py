@@ -375,8 +375,6 @@ def test(operator: str) -> tuple[int, str]:
     environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
     if operator in ("conv1x1", "sm90"):
         environment["SPATIALFLOW_SIMT_SM90"] = "late"
-    if (goldens := ROOT.parent / "shared").is_dir():
-        environment.setdefault("SPATIALFLOW_FIXTURES", str(goldens))
     files = [path for ending in ("", "_*") for path in COPY.glob(f"tests/test_{operator}{ending}.py")]
     done = run(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files, env=environment)
     return done.returncode, (done.stdout.strip() or done.stderr.strip()).rsplit("\n", 1)[-1]

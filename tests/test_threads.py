@@ -6,6 +6,7 @@ of two threads (docs/sanitizers.md).
 """
 
 import importlib
+import itertools
 import json
 import re
 import threading
@@ -148,15 +149,20 @@ LARGE = {  # unlike the samples of the tests, large enough for several threads t
 }
 
 
-def calls() -> Iterator[Call]:
-    """Yield calls of every sample of the operators' tests, in two dtypes, and the large calls."""
+def matrices() -> Iterator[tuple[str, type[OpMatrix]]]:
+    """Yield every `OpMatrix` of the test files, with the name of the file."""
     for path in sorted(TESTS.glob("test_*.py")):
         if re.search(r"^class \w+\(OpMatrix\)", path.read_text(), re.MULTILINE):
-            for matrix in vars(importlib.import_module(path.stem)).values():
-                if isinstance(matrix, type) and issubclass(matrix, OpMatrix) and matrix is not OpMatrix:
-                    for name, sample in matrix.samples.items():
-                        for dtype in (torch.float32, torch.bfloat16):
-                            yield Call(f"{path.stem}, {name}, {dtype}", sample(), dtype)
+            for value in vars(importlib.import_module(path.stem)).values():
+                if isinstance(value, type) and issubclass(value, OpMatrix) and value is not OpMatrix:
+                    yield path.stem, value
+
+
+def calls() -> Iterator[Call]:
+    """Yield calls of every sample of the operators' tests, in two dtypes, and the large calls."""
+    for file, matrix in matrices():
+        for (name, sample), dtype in itertools.product(matrix.samples.items(), (torch.float32, torch.bfloat16)):
+            yield Call(f"{file}, {name}, {dtype}", sample(), dtype)
     for name, sample in LARGE.items():
         yield Call(f"large, {name}", sample(), torch.float32)
 

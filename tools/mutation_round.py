@@ -18,7 +18,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
+from mutated_tree import COPY, build, copy_tree, mutated, run
 
 
 class Mutation(NamedTuple):

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers.command_line import FAST, sentences
+from helpers.command_line import FAST, sentences, train_arguments
 from helpers.scenes import contents
 
 import spatialflow
@@ -310,19 +310,7 @@ def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
         "train_short_edges=[64]",
         "train_long_edge=96",
     ]
-    command = [
-        "train",
-        "tiny",
-        *settings,
-        "--images",
-        str(data / "images"),
-        "--annotations",
-        str(data / "panoptic.json"),
-        "--output",
-        str(run),
-        "--workers",
-        "0",
-    ]
+    command = train_arguments(data, run, *settings)
     assert main(command) == 143
     assert sentences(capsys)[-1] == f"terminated: the same command goes on from {run / 'checkpoint.pt'}"
     monkeypatch.undo()

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from helpers.nms_cases import iou_matrix, oracle, random_boxes
-from helpers.op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from helpers.nms_cases import iou_matrix, nms_sample, oracle, random_boxes
+from helpers.op_matrix import OpMatrix, assert_unchanged_by_autocast, leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -23,20 +23,7 @@ def sample(count: int, classes: int, iou_threshold: float):
     def raw(*tensors, iou_threshold):
         return getattr(torch.ops.spatialflow, name), (*tensors, iou_threshold)
 
-    def build() -> OpSample:
-        return OpSample(
-            op=getattr(ops, name),
-            reference=getattr(reference, name),
-            tensors=tensors(),
-            options={"iou_threshold": iou_threshold},
-            differentiable=(),
-            converted=(0, 1),
-            raw=raw,
-            images=(),
-            resized=tensors,
-        )
-
-    return build
+    return lambda: nms_sample(name, tensors, {"iou_threshold": iou_threshold}, raw)
 
 
 class TestNms(OpMatrix):
@@ -75,11 +62,7 @@ class TestNms(OpMatrix):
 
     def test_autocast(self, make_sample):
         """Boxes and scores keep their precision."""
-        sample = make_sample()
-        tensors = to_dtype(sample, torch.float32)
-        expected = sample.op(*tensors, **sample.options)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            assert torch.equal(sample.op(*tensors, **sample.options), expected)
+        assert_unchanged_by_autocast(make_sample())
 
     def test_gradients_stop_here(self, make_sample):
         """Inputs may require gradients; the result, row numbers, has none, in forward mode too."""

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, OpMatrix, OpSample, to_dtype
+from helpers.op_matrix import OpMatrix, OpSample, assert_unchanged_by_autocast, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -73,11 +73,7 @@ class TestStuffLabels(OpMatrix):
 
     def test_autocast(self, make_sample):
         """Autocast changes nothing, as labels only depend on comparisons."""
-        sample = make_sample()
-        tensors = to_dtype(sample, torch.float32)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            actual = sample.op(*tensors, **sample.options)
-        assert torch.equal(actual, sample.op(*tensors, **sample.options))
+        assert_unchanged_by_autocast(make_sample())
 
     def test_layouts(self, make_sample, dtype):
         sample = make_sample()

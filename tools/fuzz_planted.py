@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
+from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run, select
 
 CLEAN_SECONDS = 20.0  # how long the fuzzer tries an operator without a fault
 
@@ -127,7 +127,7 @@ def main() -> int:
     options = parser.parse_args()
     if not 0 < options.seconds < float("inf"):  # false for NaN too
         parser.error(f"--seconds must be positive and finite, got {options.seconds:g}")
-    chosen = [f for f in FAULTS if not options.texts or any(text in f"{f.file} {f.name}" for text in options.texts)]
+    chosen = select(FAULTS, options.texts)
     copy_tree()
     try:
         build(*sorted({library(fault.backend) for fault in chosen}))

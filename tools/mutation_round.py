@@ -18,7 +18,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from mutated_tree import COPY, build, copy_tree, mutated, run
+from mutated_tree import COPY, build, copy_tree, mutated, run, select
 
 
 class Mutation(NamedTuple):
@@ -380,9 +380,12 @@ def test(operator: str) -> tuple[int, str]:
     return done.returncode, (done.stdout.strip() or done.stderr.strip()).rsplit("\n", 1)[-1]
 
 
-def report(one: Mutation | Fault, line: int, survived: bool, begin: float, verdict: str) -> bool:
+def report(mutation: Mutation | Fault, line: int, survived: bool, begin: float, verdict: str) -> bool:
     result = "SURVIVED" if survived else "caught"
-    print(f"{result:>8}  {one.file}:{line}, {one.name} ({time.monotonic() - begin:.0f} s): {verdict}", flush=True)
+    print(
+        f"{result:>8}  {mutation.file}:{line}, {mutation.name} ({time.monotonic() - begin:.0f} s): {verdict}",
+        flush=True,
+    )
     return survived
 
 
@@ -427,10 +430,7 @@ def main() -> int:
         "texts", nargs="*", metavar="TEXT", help="only mutations whose file or name contains one of these"
     )
     texts = parser.parse_args().texts
-    mutations, faults = (
-        [one for one in kind if not texts or any(text in f"{one.file} {one.name}" for text in texts)]
-        for kind in (MUTATIONS, FAULTS)
-    )
+    mutations, faults = select(MUTATIONS, texts), select(FAULTS, texts)
     copy_tree()
     try:
         if mutations:

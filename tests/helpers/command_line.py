@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helpers for tests of the command line."""
 
+from pathlib import Path
+
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20"]
 """Options that make `predict` fast."""
+
+
+def train_arguments(data: Path, output: Path, *settings: str, workers: int = 0) -> list[str]:
+    """Return the arguments `train tiny` for a data set of `helpers.scenes.write_coco`."""
+    files = ["--images", str(data / "images"), "--annotations", str(data / "panoptic.json"), "--output", str(output)]
+    return ["train", "tiny", *settings, *files, "--workers", str(workers)]
 
 
 def sentences(capsys) -> list[str]:

@@ -255,6 +255,16 @@ def to_dtype(sample: OpSample, dtype: torch.dtype) -> list:
     ]
 
 
+def assert_unchanged_by_autocast(sample: OpSample) -> None:
+    """Assert that autocast to bfloat16 changes neither the values nor the dtypes of the results for float32 inputs."""
+    tensors = to_dtype(sample, torch.float32)
+    expected = leaves(sample.op(*tensors, **sample.options))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        results = leaves(sample.op(*tensors, **sample.options))
+    assert len(results) == len(expected)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(results, expected, strict=True))
+
+
 GRADIENT_TESTS = frozenset(
     {
         "test_gradient_against_reference",

@@ -418,10 +418,10 @@ def escapes(fault: Fault) -> bool:
     begin = time.monotonic()
     with mutated(f"csrc/{fault.file}", fault.before, fault.after) as line:
         code, output = sanitize(fault)
-    found = fault.report in output
-    if code == 0 or not found:
+    is_reported = fault.report in output
+    if code == 0 or not is_reported:
         print(output[-2000:], file=sys.stderr)
-    return report(fault, line, code == 0 or not found, begin, fault.report if found else "no report")
+    return report(fault, line, code == 0 or not is_reported, begin, fault.report if is_reported else "no report")
 
 
 def main() -> int:

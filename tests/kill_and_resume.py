@@ -100,8 +100,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        root, equal = Path(place), 0
+    with tempfile.TemporaryDirectory() as folder:
+        root, equal = Path(folder), 0
         settings = ("epochs=6", "checkpoint_every_steps=1")
         list(synthesize(root / "data", 6, (64, 96)))
         subprocess.run(

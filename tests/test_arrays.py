@@ -249,23 +249,23 @@ def test_arrays_give_arrays(name, monkeypatch):
     """Results equal those of tensors, and neither inputs nor outputs are copied."""
     function, arguments = cases()[name]
     expected, arrays = function(**arguments), arrays_in(arguments)
-    library, taken, returned = cupy or np, [], []
+    library, imported, exported = cupy or np, [], []
     take, give = torch.from_dlpack, library.from_dlpack
 
     def taking(array):
-        taken.append((address(array), take(array)))
-        return taken[-1][1]
+        imported.append((address(array), take(array)))
+        return imported[-1][1]
 
     def giving(tensor):
-        returned.append((address(tensor), give(tensor)))
-        return returned[-1][1]
+        exported.append((address(tensor), give(tensor)))
+        return exported[-1][1]
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "from_dlpack", taking)
         patch.setattr(library, "from_dlpack", giving)
         result = function(**arrays)
-    assert taken and all(place == address(tensor) for place, tensor in taken)
-    assert all(place == address(array) for place, array in returned)
+    assert imported and all(pointer == address(tensor) for pointer, tensor in imported)
+    assert all(pointer == address(array) for pointer, array in exported)
     assert_equal(result, expected)
 
 
@@ -273,22 +273,22 @@ def test_arrays_give_arrays(name, monkeypatch):
 def test_arrays_and_tensors_do_not_mix(name):
     """A single array among tensors is refused by name, at every position."""
     function, arguments = cases()[name]
-    places = [key for key, value in arguments.items() if leaves(value)]
-    if sum(len(leaves(arguments[key])) for key in places) < 2:
-        places = []
-    for key in places:
-        count, seen = len(leaves(arguments[key])), []
+    names = [key for key, value in arguments.items() if leaves(value)]
+    if sum(len(leaves(arguments[key])) for key in names) < 2:
+        names = []
+    for key in names:
+        count, converted = len(leaves(arguments[key])), []
 
-        def last_one(tensor, count=count, seen=seen):
-            seen.append(tensor)
-            return to_array(tensor) if len(seen) == count else tensor
+        def convert_last(tensor, count=count, converted=converted):
+            converted.append(tensor)
+            return to_array(tensor) if len(converted) == count else tensor
 
         with pytest.raises(
             TypeError,
             match=rf"\b{key}\S* must be a tensor, got ndarray, as \S+ is a tensor|"
             r"the (weight|bias) of \S+ must be a tensor, got ndarray",
         ):
-            function(**arguments | {key: convert(last_one, arguments[key])})
+            function(**arguments | {key: convert(convert_last, arguments[key])})
 
 
 class Foreign:
@@ -386,16 +386,16 @@ class TestNumpy:
 
     def test_results_share_memory_in_both_directions(self):
         """The array and the tensor share memory: a write to one is visible in the other."""
-        seen = {}
+        tensors = {}
 
         def keep(x: "torch.Tensor"):
-            seen["taken"], seen["made"] = x, x * 2
-            return seen["made"]
+            tensors["input"], tensors["output"] = x, x * 2
+            return tensors["output"]
 
         array = np.arange(4.0)
         result = with_arrays(keep, {"x": array})
-        array[0], seen["made"][1] = 50.0, 60.0
-        assert seen["taken"][0] == 50 and result[1] == 60 and np.shares_memory(result, seen["made"].numpy())
+        array[0], tensors["output"][1] = 50.0, 60.0
+        assert tensors["input"][0] == 50 and result[1] == 60 and np.shares_memory(result, tensors["output"].numpy())
 
     @pytest.mark.parametrize(
         "change, reason",
@@ -458,11 +458,11 @@ def test_jax():
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU with CuPy and SPATIALFLOW_BACKEND=cuda")
 class TestCupy:
-    @pytest.mark.parametrize("own", ["cupy", "torch", "both"])
-    def test_streams_are_ordered(self, own):
+    @pytest.mark.parametrize("new_stream", ["cupy", "torch", "both"])
+    def test_streams_are_ordered(self, new_stream):
         """Operators wait for CuPy's stream before they read an array, and CuPy waits for torch's stream."""
-        side = cupy.cuda.Stream(non_blocking=True) if own != "torch" else cupy.cuda.Stream.null
-        stream = torch.cuda.Stream() if own != "cupy" else torch.cuda.default_stream()
+        side = cupy.cuda.Stream(non_blocking=True) if new_stream != "torch" else cupy.cuda.Stream.null
+        stream = torch.cuda.Stream() if new_stream != "cupy" else torch.cuda.default_stream()
         matrix = cupy.random.rand(4096, 4096, dtype=cupy.float32)
         boxes = cupy.asarray([[0.0, 0.0, 0.0, 8.0, 8.0]], dtype=cupy.float32)
         cupy.cuda.Device().synchronize()

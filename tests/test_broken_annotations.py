@@ -107,10 +107,10 @@ class TestTraining:
     def test_a_segment_without_pixels_is_left_out(self, valid_scenes, scenes_copy):
         broken = Broken(scenes_copy)
         segment_without_pixels(broken)
-        whole = CocoPanoptic(valid_scenes / "panoptic.json", valid_scenes / "images", None, scene_categories())[1]
+        unbroken = CocoPanoptic(valid_scenes / "panoptic.json", valid_scenes / "images", None, scene_categories())[1]
         sample = CocoPanoptic(broken.save(), scenes_copy / "images", None, scene_categories())[1]
-        for mine, theirs in zip(sample[1:6], whole[1:6], strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+        for value, expected in zip(sample[1:6], unbroken[1:6], strict=True):
+            np.testing.assert_array_equal(value, expected)
         assert [note.segment for note in sample.notes] == [424242]
 
     def test_boxes_of_corners_do_not_reach_the_network(self, valid_scenes, scenes_copy):
@@ -118,9 +118,9 @@ class TestTraining:
         for segment in broken.annotation["segments_info"]:
             x, y, width, height = segment["bbox"]
             segment["bbox"] = [x, y, x + width, y + height]
-        whole = CocoPanoptic(valid_scenes / "panoptic.json", valid_scenes / "images", None, scene_categories())[1]
+        unbroken = CocoPanoptic(valid_scenes / "panoptic.json", valid_scenes / "images", None, scene_categories())[1]
         sample = CocoPanoptic(broken.save(), scenes_copy / "images", None, scene_categories())[1]
-        np.testing.assert_array_equal(sample.boxes, whole.boxes)
+        np.testing.assert_array_equal(sample.boxes, unbroken.boxes)
         assert {note.rule for note in sample.notes} == {"bbox-pixels"}
 
     def test_an_annotation_without_any_pixel_is_not_used(self, scenes_copy):
@@ -206,21 +206,21 @@ class TestVisualize:
         assert "segment 0: the id 0 stands for void" in capsys.readouterr().err
 
     @pytest.mark.parametrize("title", ["ground-truth", "prediction"])
-    @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside"])
+    @pytest.mark.parametrize("has_other_file", [False, True], ids=["alone", "beside"])
     @pytest.mark.parametrize(
         "damage",
         [*BREAKS[:10], two_entries_of_an_image, segment_without_pixels, pixels_without_segment],
         ids=lambda damage: damage.__name__,
     )
     def test_breaches_stop_or_are_reported_once(
-        self, valid_scenes, scenes_copy, tmp_path, capsys, title, others, damage
+        self, valid_scenes, scenes_copy, tmp_path, capsys, title, has_other_file, damage
     ):
-        """As in docs/annotations.md; problems of pixels skip only their image."""
+        """The effect of each problem is that in docs/annotations.md; problems of pixels skip only their image."""
         broken = Broken(scenes_copy)
         name = damage(broken)[0]
         use, path = TRUTH if title == "ground-truth" else PREDICTION, broken.save()
         arguments = [f"--{title}", str(path), "--output", str(tmp_path / "out")]
-        if others:
+        if has_other_file:
             arguments += [f"--{'prediction' if use == TRUTH else 'ground-truth'}", str(valid_scenes)]
         code = main(["visualize", str(scenes_copy / "images"), *arguments])
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spatialflow: ")]
@@ -237,7 +237,7 @@ class TestVisualize:
         del broken.content["categories"]
         arguments = ["--prediction", str(broken.save()), "--output", str(tmp_path / "out")]
         assert main(["visualize", str(scenes_copy / "images"), *arguments]) == 0
-        alone = cv2.imread(str(tmp_path / "out/pictures/000002.jpg"))
+        without_truth = cv2.imread(str(tmp_path / "out/pictures/000002.jpg"))
         for prediction, name in ((broken.folder, "broken"), (valid_scenes, "scenes")):
             files = [
                 "--prediction",
@@ -249,7 +249,7 @@ class TestVisualize:
             ]
             assert main(["visualize", str(scenes_copy / "images"), *files]) == 0
         pictures = [tmp_path / name / "pictures/000002.jpg" for name in ("broken", "scenes")]
-        assert alone is not None and pictures[0].read_bytes() == pictures[1].read_bytes()
+        assert without_truth is not None and pictures[0].read_bytes() == pictures[1].read_bytes()
         assert capsys.readouterr().err.count("spatialflow: ") == 0
 
     def test_names_without_a_name(self, scenes_copy, tmp_path, capsys):

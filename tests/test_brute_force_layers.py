@@ -164,7 +164,7 @@ class TestFusedSubnets:
         levels, parameters = [random(1, 2, 3, 4), random(2, 2, 2, 2)], make_parameters()
         compare("fused_subnets", levels, parameters, dtype=torch.float64)
         for dtype in (torch.float32, torch.bfloat16):
-            compare("fused_subnets", *map_tensors_of((levels, parameters), dtype), dtype=dtype)
+            compare("fused_subnets", *converted_call((levels, parameters), dtype), dtype=dtype)
 
     def test_gradients(self) -> None:
         convs = ((conv(),) for _ in range(8))
@@ -172,7 +172,7 @@ class TestFusedSubnets:
         compare_gradients("fused_subnets", [random(1, 2, 2, 3), random(1, 2, 1, 1)], parameters, differentiable=(0, 1))
 
 
-def map_tensors_of(call: tuple[list[Tensor], ops.SubnetParameters], dtype: torch.dtype) -> tuple[Any, Any]:
+def converted_call(call: tuple[list[Tensor], ops.SubnetParameters], dtype: torch.dtype) -> tuple[Any, Any]:
     levels, parameters = call
     converted = [
         map_tensors(lambda tensor: tensor.to(dtype), value) if isinstance(value, tuple) else value

@@ -355,7 +355,7 @@ def test_clean_code(tool):
 
 
 @pytest.mark.parametrize(
-    "old, new, resources, said",
+    "old, new, resources, expected_messages",
     [
         # Read by the next instruction, which unpacks the first half of a value.
         (
@@ -380,11 +380,11 @@ def test_clean_code(tool):
         ("HMMA.16816.F32.BF16", "FFMA", {}, ["no loop with matrix instructions", "2 of 2 loads with less than 2 HMMA"]),
     ],
 )
-def test_planted_faults(tool, old, new, resources, said):
+def test_planted_faults(tool, old, new, resources, expected_messages):
     assert old in GOOD
     messages = faults(tool, GOOD.replace(old, new), resources, **LIMITS)
-    assert len(messages) == len(said), messages
-    assert all(any(words in fault for fault in messages) for words in said), messages
+    assert len(messages) == len(expected_messages), messages
+    assert all(any(words in fault for fault in messages) for words in expected_messages), messages
 
 
 def test_every_kernel_has_a_row(tool, monkeypatch):

@@ -82,7 +82,7 @@ def test_supervisor_survives_its_worker():
     with Supervisor("test_fuzz:misbehave", seconds=2, gigabytes=1) as supervisor:
         first = supervisor.run("good")
         assert first.kind == "done" and first.value[0] == "good"
-        assert supervisor.run("print").value == ["print", first.value[1]]  # printed lines are not answers
+        assert supervisor.run("print").value == ["print", first.value[1]]  # printed lines are not results
         raised = supervisor.run("raise")
         assert raised.kind == "raised" and "KeyError: 'nothing'" in raised.message
         full = supervisor.run("fill")

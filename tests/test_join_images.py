@@ -165,7 +165,7 @@ class TestOfficialCityscapes:
         return write_cityscapes(tmp_path / "tree", 3, split="val")
 
     def test_photographs_are_found(self, tree, capsys):
-        """In the split's folder of cities, in the root, and in a folder without cities; training finds them, too."""
+        """Validation and training find photographs in the folder of cities, in the root, and in a flat folder."""
         path = official_cityscapes(tree)
         categories = load_categories("cityscapes", 8, 11)
         as_downloaded = Cityscapes(tree, "val", categories)
@@ -177,8 +177,8 @@ class TestOfficialCityscapes:
             assert main(["validate", str(path), "--images", str(images)]) == 0, capsys.readouterr().out
             data = CocoPanoptic(path, images, None, categories)
             for index in range(3):
-                for mine, theirs in zip(data[index][1:6], as_downloaded[index][1:6], strict=True):
-                    np.testing.assert_array_equal(mine, theirs)
+                for value, expected in zip(data[index][1:6], as_downloaded[index][1:6], strict=True):
+                    np.testing.assert_array_equal(value, expected)
         assert find_photograph(flat, "a_b_c_gtFine_leftImg8bit.png") == flat / "a_b_c_gtFine_leftImg8bit.png"
 
     def test_scores_and_pictures(self, tree, tmp_path):
@@ -190,9 +190,8 @@ class TestOfficialCityscapes:
             name = f"{annotation['image_id']}_leftImg8bit"
             write_id_map(folder / f"{name}.png", read_id_map(path.with_suffix("") / annotation["file_name"]))
             row["file_name"], annotation["file_name"] = f"{name}.png", f"{name}.png"
-            row["id"] = annotation["image_id"] = (
-                f"{annotation['image_id']}_0"  # so that images can only be matched by name
-            )
+            # With other ids, images can only be matched by name.
+            row["id"] = annotation["image_id"] = f"{annotation['image_id']}_0"
         (tmp_path / "out" / "panoptic.json").write_text(json.dumps(content))
         assert evaluate(path, None, tmp_path / "out" / "panoptic.json", folder)["All"]["pq"] == 1
         files = ["--ground-truth", str(path), "--prediction", str(tmp_path / "out")]

@@ -183,8 +183,8 @@ class TestOracles:
     def test_large_image_in_parts(self):
         """Several threads scan the scores of one image; few scores are nonzero, and some parts have none."""
         boxes, scores = random_boxes(9000, extent=2000.0).float(), torch.zeros(9000, 40)
-        some = torch.randint(9000 * 20, (700,))
-        scores.view(-1)[some] = torch.rand(700)
+        nonzero = torch.randint(9000 * 20, (700,))
+        scores.view(-1)[nonzero] = torch.rand(700)
         detections = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
         expected = reference.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
         assert all(torch.equal(a, b) for a, b in zip(detections, expected, strict=False))

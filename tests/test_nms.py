@@ -105,7 +105,7 @@ class TestCases:
             ([A, A], [0.2, 0.2], 0.5, [0]),  # tie: the lower row
             ([FAR, A, A], [0.2, 0.2, 0.2], 0.5, [0, 1]),
             ([A, FAR], [0.1, 0.2], 0.5, [1, 0]),
-            ([A, HALF], [0.9, 0.8], 0.5, [0, 1]),  # IoU equal to the threshold: both stay
+            ([A, HALF], [0.9, 0.8], 0.5, [0, 1]),  # IoU equal to the threshold: both are kept
             ([A, HALF], [0.9, 0.8], 0.49999, [0]),
             ([A, HALF], [0.9, 0.8], 0.50001, [0, 1]),
             ([A, A], [0.9, 0.8], 1.0, [0, 1]),
@@ -147,10 +147,10 @@ class TestCases:
     def test_bad_and_degenerate_values(self, boxes, scores, expected, repeat):
         """NaN is never kept; boxes without a finite area suppress nothing, also among many distant boxes."""
         boxes, scores = torch.tensor(boxes), torch.tensor(scores)
-        far = torch.arange(repeat - 1.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor(
+        distant = torch.arange(repeat - 1.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor(
             [1e3, 1e3, 1e3 + 2, 1e3 + 2]
         )
-        all_boxes, all_scores = torch.cat([boxes, far]), torch.cat([scores, torch.full((repeat - 1,), -1.0)])
+        all_boxes, all_scores = torch.cat([boxes, distant]), torch.cat([scores, torch.full((repeat - 1,), -1.0)])
         everything = expected + list(range(len(boxes), len(boxes) + repeat - 1))
         assert ops.nms(all_boxes, all_scores, 0.4).tolist() == everything
         assert ops.batched_nms(all_boxes, all_scores, torch.zeros(len(all_boxes)).long(), 0.4).tolist() == everything

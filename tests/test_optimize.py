@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network arranged for inference equals the plain modules, for every kind of configuration."""
+"""The network optimized for inference equals the plain modules, for every kind of configuration."""
 
 import copy
 import itertools
@@ -109,7 +109,7 @@ def test_mask_head_computes_active_boxes(with_labels):
         features[~active] = float("nan")
         actual = head(features, labels, active)
         assert torch.equal(actual[active], expected[active])
-        assert actual.isfinite().all(), "the features of the others were read"
+        assert actual.isfinite().all(), "features of inactive boxes were read"
         plain = model.thing_head(features, labels, active)
     assert_close("masks", actual[active], plain[active].numpy())
 

@@ -310,8 +310,8 @@ class TestCases:
         for image in range(3):
             logits, deltas, base, valid, scale = values
             image_levels = [[level[image : image + 1] for level in levels] for levels in (logits, deltas)]
-            alone = select(*image_levels, base, valid[image : image + 1], scale[image : image + 1], 25)
-            assert all(torch.equal(a[image], b[0]) for a, b in zip(together, alone, strict=False))
+            single = select(*image_levels, base, valid[image : image + 1], scale[image : image + 1], 25)
+            assert all(torch.equal(a[image], b[0]) for a, b in zip(together, single, strict=False))
 
     def test_large_level(self):
         """Several threads share the level on the CPU, several blocks on a GPU."""

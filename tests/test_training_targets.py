@@ -298,9 +298,9 @@ class TestEmptyBatches:
         truth = self.truth([[10.0, 10, 50, 50]])
         truth = truth._replace(semantic=torch.ones_like(truth.semantic))
         images = torch.randn(1, 3, 64, 96)
-        alone = TrainingStep(model, model.config)(images, truth)
+        single = TrainingStep(model, model.config)(images, truth)
         shared = TrainingStep(model, model.config, average=lambda counts: counts * 2)(images, truth)
-        for loss, half in zip(alone, shared):
+        for loss, half in zip(single, shared):
             assert half.item() == pytest.approx(loss.item() / 2, rel=1e-6)
 
     def test_images_of_different_padding(self):

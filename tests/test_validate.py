@@ -205,8 +205,8 @@ class TestCommand:
                 arguments = [path if part == "{}" else part for part in command]
                 if option:
                     assert main(arguments[:-2]) == 2
-                    said = capsys.readouterr().err
-                    assert f"{path}: there is no folder {path} with its PNGs{hint}" in said
+                    message = capsys.readouterr().err
+                    assert f"{path}: there is no folder {path} with its PNGs{hint}" in message
                 else:
                     assert main(arguments) == 0
                 os.close(ends[0])

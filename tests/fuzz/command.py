@@ -110,8 +110,8 @@ def describe_outcome(outcome: Outcome) -> str | None:
     """Return the error of a case, or None if it passed."""
     if outcome.kind == "done":
         return "\n".join(outcome.value["differences"]) or None
-    sentence = {"died": "the process ended", "hung": "the call did not come back", "raised": "an exception came out"}
-    return f"{sentence[outcome.kind]}: {outcome.message}"
+    reason = {"died": "the process ended", "hung": "the call did not return", "raised": "the call raised an exception"}
+    return f"{reason[outcome.kind]}: {outcome.message}"
 
 
 def describe_case(case: dict) -> str:

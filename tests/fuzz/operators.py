@@ -50,7 +50,7 @@ class Operator:
             gives another number.
         affordable: whether the reference is fast enough for these arguments.
         layered: layers round their results to the dtype of the features, so errors are larger than those of sums.
-        unforeseen: pattern of errors that the operator raises and its fake kernel does not.
+        unpredicted_errors: pattern of errors that the operator raises and its fake kernel does not.
     """
 
     call: Callable[..., Any]
@@ -69,7 +69,7 @@ class Operator:
     excused: Callable[[dict, Tensor], Tensor] | None = None
     affordable: Callable[[dict], bool] = lambda arguments: True
     layered: bool = False
-    unforeseen: str = "$^"
+    unpredicted_errors: str = "$^"
 
     def absolute(self, arguments: dict) -> dict:
         """Return the arguments with absolute values of the linear ones.
@@ -139,9 +139,8 @@ def _is_unstable_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     non-finite weight is multiplied by padding.
     """
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
-    many = any(
-        t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights
-    )  # "auto" selects Winograd by the number of channels
+    # "auto" selects Winograd by the number of channels.
+    many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)
     algorithm = arguments["algorithm"]
     winograd = algorithm == "winograd" or (algorithm != "direct" and many)
     if winograd and tensors[0].dtype != torch.float64:
@@ -173,8 +172,8 @@ def _is_unstable_norm(arguments: dict, tensors: list[Tensor]) -> bool:
     group.
     """
     gradients = tensors[len(leaves(arguments)) :]
-    open_ones = leaves([arguments["weight"], arguments["bias"], gradients])
-    return any(bool(t.detach().isinf().any()) for t in open_ones) or _overflows(arguments, tensors)
+    factors = leaves([arguments["weight"], arguments["bias"], gradients])
+    return any(bool(t.detach().isinf().any()) for t in factors) or _overflows(arguments, tensors)
 
 
 def _sizes_of_norm(
@@ -329,7 +328,7 @@ _FUSED_SUBNETS = Operator(
     linear=("levels", "parameters"),
     unstable=_is_unstable_convolution,
     layered=True,
-    unforeseen="was packed for other channels|channels of the feature it is added to",
+    unpredicted_errors="was packed for other channels|channels of the feature it is added to",
 )
 
 

@@ -31,7 +31,7 @@ def scenes_copy(valid_scenes, tmp_path):
 
 
 class Broken:
-    """The second image of a data set and its first thing away from the top left corner, for tests to modify."""
+    """A data set to modify: its second image, and the first large thing there away from the top left corner."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -349,7 +349,7 @@ BREAKS = [
     category_id_true,
     photograph_truncated,
 ]
-ALONGSIDE = {  # other problems that a broken rule causes
+ALONGSIDE = {  # rules of further problems that a modification causes
     "id_beyond_three_bytes": {"no-segment"},
     "id_negative": {"no-segment"},
     "id_true": {"no-segment"},

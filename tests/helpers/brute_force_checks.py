@@ -46,8 +46,8 @@ def assert_same(actual: np.ndarray, expected: np.ndarray, tolerance: float, what
         assert np.array_equal(actual, expected), f"{what}: {actual} instead of {expected}"
         return
     finite = np.isfinite(expected)
-    others = np.array_equal(actual[~finite], expected[~finite], equal_nan=True)
-    assert others and np.isfinite(actual[finite]).all(), f"{what}: {actual} instead of {expected}"
+    nonfinite_equal = np.array_equal(actual[~finite], expected[~finite], equal_nan=True)
+    assert nonfinite_equal and np.isfinite(actual[finite]).all(), f"{what}: {actual} instead of {expected}"
     scale = max(np.abs(expected[finite]).max(initial=0), 1e-3)
     assert np.abs(actual[finite] - expected[finite]).max(initial=0) <= tolerance * scale, what
 
@@ -67,12 +67,12 @@ def compare_gradients(name: str, *args: Any, differentiable: tuple[int, ...], **
     outputs = leaves(getattr(ops, name)(*replace(args, inputs, tracked), **options))
     cotangents = [torch.as_tensor(weight, dtype=o.dtype, device=o.device) for o, weight in zip(outputs, weights)]
     gradients = torch.autograd.grad(outputs, tracked, cotangents)
-    for place, gradient in enumerate(gradients):
+    for index, gradient in enumerate(gradients):
 
         def moved(tensor: Tensor) -> float:
-            return total(*replace(args, [inputs[place]], [tensor]))
+            return total(*replace(args, [inputs[index]], [tensor]))
 
-        expected = brute_force.numeric_gradient(moved, inputs[place])
+        expected = brute_force.numeric_gradient(moved, inputs[index])
         assert np.abs(expected).max() > 0.01, "the case has a gradient to compare"
         np.testing.assert_allclose(gradient.cpu().numpy(), expected, atol=1e-7, rtol=1e-6)
 

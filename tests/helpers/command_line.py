@@ -13,7 +13,7 @@ def train_arguments(data: Path, output: Path, *settings: str, workers: int = 0) 
     return ["train", "tiny", *settings, *files, "--workers", str(workers)]
 
 
-def sentences(capsys) -> list[str]:
+def error_messages(capsys) -> list[str]:
     """Return the messages on standard error, one per line; the progress bar is off without a terminal."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert all(line.startswith("spatialflow: ") for line in lines), lines

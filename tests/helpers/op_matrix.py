@@ -60,7 +60,7 @@ class OpSample:
         raw: returns the raw operator and its arguments, for opcheck.
         images: indices of tensors (or lists) with layout (N, C, H, W).
         resized: returns tensors of another size, for dynamic shapes.
-        unforeseen: pattern of errors that the operator raises and its fake kernel does not.
+        unpredicted_errors: pattern of errors that the operator raises and its fake kernel does not.
     """
 
     op: Callable[..., Any]
@@ -72,7 +72,7 @@ class OpSample:
     raw: Callable[..., tuple[Any, tuple]] | None = None
     images: tuple[int, ...] = (0,)
     resized: Callable[[int], list] | None = None
-    unforeseen: str = "$^"
+    unpredicted_errors: str = "$^"
 
 
 # Same values, other strides: layouts of (N, C, H, W) tensors after common operations.
@@ -203,14 +203,14 @@ def outcome(op: Callable, args: Sequence) -> Any:
         return str(error).splitlines()[0]
 
 
-def wrong_versions(value: Any) -> list:
-    """Return variations of an argument, many of which no operator accepts."""
+def invalid_variants(value: Any) -> list:
+    """Return variations of an argument; most of them are invalid for every operator."""
     if isinstance(value, Tensor):
         dtype = torch.int16 if value.is_floating_point() else torch.float32
         shorter = [value.narrow(d, 0, n) for d, size in enumerate(value.shape) for n in {0, size - 1} if n >= 0]
         return [value[None], value.flatten(), value.to(dtype), *shorter]
     if isinstance(value, (list, tuple)) and value:
-        return [[], value[:-1], *([*value[:-1], last] for last in wrong_versions(value[-1]))]
+        return [[], value[:-1], *([*value[:-1], last] for last in invalid_variants(value[-1]))]
     if isinstance(value, int) and not isinstance(value, bool):
         return [-1, 0, value + 1]
     return [float("nan"), float("inf"), -1.0] if isinstance(value, float) else []
@@ -525,10 +525,10 @@ class OpMatrix:
         """Mixing meta and real tensors raises instead of returning uninitialized memory."""
         sample = make_sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
-        places = [index for index, value in enumerate(args) if leaves(value)]
-        if sum(len(leaves(args[index])) for index in places) < 2:
+        indices = [index for index, value in enumerate(args) if leaves(value)]
+        if sum(len(leaves(args[index])) for index in indices) < 2:
             return
-        for index in places:
+        for index in indices:
             moved = map_tensors(lambda t: t.to("meta"), args[index])
             if isinstance(args[index], (list, tuple)):
                 moved = [*args[index][:-1], moved[-1]]
@@ -636,10 +636,10 @@ class OpMatrix:
         sample = make_sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
         for index, argument in enumerate(args):
-            for value in wrong_versions(argument):
+            for value in invalid_variants(argument):
                 changed = [*args[:index], value, *args[index + 1 :]]
                 real = outcome(op, changed)
-                if isinstance(real, str) and re.search(sample.unforeseen, real):
+                if isinstance(real, str) and re.search(sample.unpredicted_errors, real):
                     continue
                 mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
                 fakes = [map_tensors(mode.from_tensor, value) for value in changed]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def silent(function: Callable) -> Callable:
+def without_warnings(function: Callable) -> Callable:
     """Wrap `function` so that NumPy does not warn of overflow, NaN and division by zero, which are expected here."""
 
     @wraps(function)

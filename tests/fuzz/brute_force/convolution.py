@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fuzz.brute_force.common import bilinear, comparison_dtype, silent, to_array, to_pair
+from fuzz.brute_force.common import bilinear, comparison_dtype, to_array, to_pair, without_warnings
 
 
-@silent
+@without_warnings
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,
@@ -77,7 +77,7 @@ def _rectify(x: np.ndarray) -> np.ndarray:
     return np.where(x < 0, 0.0, x)
 
 
-@silent
+@without_warnings
 def flow_conv2d(
     x: Tensor | Sequence[Tensor],
     flow: Tensor | Sequence[Tensor] | None,
@@ -100,7 +100,7 @@ def flow_conv2d(
     return results
 
 
-@silent
+@without_warnings
 def fused_subnets(levels: Sequence[Tensor], parameters: Any, algorithm: str = "auto") -> tuple[list[np.ndarray], ...]:
     def apply(conv: tuple[Tensor, Tensor | None], x: np.ndarray) -> np.ndarray:
         return _convolve(x, to_array(conv[0]), None if conv[1] is None else to_array(conv[1]))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuzz.brute_force.common import comparison_dtype, silent, to_array
+from fuzz.brute_force.common import comparison_dtype, to_array, without_warnings
 
 
 def _suppresses(box: np.ndarray, other_box: np.ndarray, threshold: float, real: type) -> bool:
@@ -27,7 +27,7 @@ def _suppresses(box: np.ndarray, other_box: np.ndarray, threshold: float, real: 
     return bool(intersection > real(threshold) * (areas[0] + areas[1] - intersection))
 
 
-@silent
+@without_warnings
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> np.ndarray:
     real = comparison_dtype(boxes, scores)
     corners, values, classes = to_array(boxes).astype(real), to_array(scores), to_array(idxs)
@@ -45,7 +45,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> np.ndarray:
     return batched_nms(boxes, scores, torch.zeros(len(boxes), dtype=torch.int64), iou_threshold)
 
 
-@silent
+@without_warnings
 def multiclass_nms(
     boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
 ) -> tuple[np.ndarray, ...]:
@@ -91,7 +91,7 @@ def _interval(low: float, high: float, offset: float, log_ratio: float, limit: f
     return [np.minimum(np.maximum(end, 0.0), limit) / scale for end in (center - half, center + half)]
 
 
-@silent
+@without_warnings
 def select_candidates(
     class_logits: Sequence[Tensor],
     box_deltas: Sequence[Tensor],

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuzz.brute_force.common import silent, to_array
+from fuzz.brute_force.common import to_array, without_warnings
 
 
 def _resize_coefficients(source: int, target: int) -> list[tuple[int, int, int, int]]:
@@ -46,7 +46,7 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return result
 
 
-@silent
+@without_warnings
 def preprocess_images(
     images: Tensor | Sequence[Tensor],
     sizes: tuple[int, int] | Sequence[tuple[int, int]],

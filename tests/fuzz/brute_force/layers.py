@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from fuzz.brute_force.common import silent, to_array
+from fuzz.brute_force.common import to_array, without_warnings
 
 
 def _doubled(values: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def _doubled(values: np.ndarray) -> np.ndarray:
     return np.array(result).reshape(2 * size, *values.shape[1:])
 
 
-@silent
+@without_warnings
 def group_norm_relu(
     input: Tensor,
     num_groups: int,
@@ -54,7 +54,7 @@ def group_norm_relu(
     return result
 
 
-@silent
+@without_warnings
 def sigmoid_focal_loss(
     logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "none"
 ) -> np.ndarray | np.float64:

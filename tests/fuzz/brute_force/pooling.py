@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fuzz.brute_force.common import comparison_dtype, silent, to_array, to_pair
+from fuzz.brute_force.common import comparison_dtype, to_array, to_pair, without_warnings
 
 
 def _boxes_array(boxes: Tensor | Sequence[Tensor]) -> np.ndarray:
@@ -73,7 +73,7 @@ def _pool(
                     pooled[:, i, j] += y_weight * x_weight * image[:, y, x]
 
 
-@silent
+@without_warnings
 def roi_align(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -89,7 +89,7 @@ def roi_align(
     return pooled
 
 
-@silent
+@without_warnings
 def multilevel_roi_align(
     features: Sequence[Tensor],
     boxes: Tensor | Sequence[Tensor],

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fuzz.brute_force.common import bilinear, silent, to_array
+from fuzz.brute_force.common import bilinear, to_array, without_warnings
 
 
-@silent
+@without_warnings
 def upsampled_logits(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
     """Return (H, W, C): the interpolated logits, of which `stuff_labels` takes the argmax at every pixel."""
     values = to_array(logits)
@@ -39,7 +39,7 @@ def upsampled_logits(logits: Tensor, valid_size: tuple[int, int], original_size:
     return result
 
 
-@silent
+@without_warnings
 def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
     """Compute labels in float64; where two classes of `upsampled_logits` differ only by rounding, both are right."""
     upsampled = upsampled_logits(logits, valid_size, original_size)
@@ -53,7 +53,7 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
     return result
 
 
-@silent
+@without_warnings
 def panoptic_merge(
     masks: Tensor,
     scores: Tensor,
@@ -130,7 +130,7 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
     return counts
 
 
-@silent
+@without_warnings
 def mask_probabilities(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Return (K, H, W): the interpolated probabilities that `paste_masks` compares with its threshold.
 
@@ -153,7 +153,7 @@ def mask_probabilities(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int]
     return result
 
 
-@silent
+@without_warnings
 def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> np.ndarray:
     """Threshold `mask_probabilities`; where one differs from the threshold only by rounding, both results are right."""
     return mask_probabilities(mask_logits, boxes, size) >= threshold

@@ -4,7 +4,7 @@
     python tools/kernel_resources.py [--architectures 90a 80 ...] [--torch FOLDER] [--check]
 
 nvcc is needed (CUDACXX, or on PATH), but no GPU. Kernels are grouped by name, with the range over their instantiations.
-The table is for the first architecture, a sentence above it for the others. `--check` changes nothing and fails if a
+The table is for the first architecture; lines above it summarize the others. `--check` changes nothing and fails if a
 kernel spills or nvcc warns.
 """
 

@@ -92,7 +92,7 @@ def test_an_error_of_a_call_belongs_to_its_item():
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, StopIteration])
 def test_an_error_of_the_items_comes_after_the_results_before_it(kind):
     class Items:
-        left = [1, 2]
+        remaining = [1, 2]
 
         def __iter__(self):
             return self

@@ -160,11 +160,11 @@ class TestPredict:
     def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):
         """An error in any thread reaches the caller, and the images before it are complete."""
         target, name = {"network": (Pipeline, "__call__"), "writing": (PredictionFolder, "_add")}[place]
-        plain, left = getattr(target, name), [3]
+        plain, remaining = getattr(target, name), [3]
 
         def failing(*args):
-            left[0] -= 1
-            if left[0] < 0:
+            remaining[0] -= 1
+            if remaining[0] < 0:
                 raise RuntimeError("a mistake in the program")
             return plain(*args)
 

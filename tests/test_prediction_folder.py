@@ -142,11 +142,11 @@ def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outc
     assert written == [position for position in range(COUNT) if position not in bad]
     assert list(failed) == list(bad)
     assert {type(error) for error in failed.values()} == {PanopticFormatError if place == "segments" else OSError}
-    left = contents(tmp_path)
-    assert [name for name in uninterrupted if name not in left] == [
+    remaining = contents(tmp_path)
+    assert [name for name in uninterrupted if name not in remaining] == [
         name for name in uninterrupted if name.split("/")[-1].split(".")[0] in map(str, bad)
     ]
-    assert [image["id"] for image in json.loads(left["panoptic.json"])["images"]] == written
+    assert [image["id"] for image in json.loads(remaining["panoptic.json"])["images"]] == written
     monkeypatch.undo()
     assert run(tmp_path, photographs, outcomes, threads=4)[1] == {} and contents(tmp_path) == uninterrupted
 
@@ -201,9 +201,9 @@ def test_an_end_between_images(tmp_path, shuffled, photographs, outcomes, uninte
 
     with pytest.raises(error):
         run(tmp_path, photographs, Ending(outcomes), threads=4)
-    left = contents(tmp_path)
-    assert [image["id"] for image in json.loads(left["panoptic.json"])["images"]] == list(range(7))
-    assert {name: left[name] for name in left if "/" in name} == {
+    remaining = contents(tmp_path)
+    assert [image["id"] for image in json.loads(remaining["panoptic.json"])["images"]] == list(range(7))
+    assert {name: remaining[name] for name in remaining if "/" in name} == {
         name: value
         for name, value in uninterrupted.items()
         if "/" in name and int(name.split("/")[1].split(".")[0]) < 7

@@ -59,10 +59,10 @@ class TestDivergence:
         ):
             assert words in str(error.value)
         assert files == {name: (tmp_path / name).read_bytes() for name in files}
-        calmer = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, SINGLE_PROCESS)
-        assert calmer.step == 2
-        assert calmer.store.changed_settings == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
-        calmer.run()
+        resumed = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, SINGLE_PROCESS)
+        assert resumed.step == 2
+        assert resumed.store.changed_settings == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
+        resumed.run()
         assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
 
     def test_loss_and_weights_are_named_together(self, data, tmp_path, monkeypatch):

@@ -335,9 +335,9 @@ def test_anchors_outside_claim_no_box():
 
 def test_base_anchors_are_made_once_per_device(monkeypatch):
     """Base anchors are computed again only when the device changes."""
-    made, make = [], assigner_module.pyramid_base_anchors
-    monkeypatch.setattr(assigner_module, "pyramid_base_anchors", lambda *args: made.append(args) or make(*args))
+    calls, make = [], assigner_module.pyramid_base_anchors
+    monkeypatch.setattr(assigner_module, "pyramid_base_anchors", lambda *args: calls.append(args) or make(*args))
     assigner = TargetAssigner(build_model("tiny").config)
     for device in ("cpu", "cpu", "meta", "cpu"):
         assert assigner._base_anchors(torch.device(device)).device.type == device
-    assert len(made) == 3
+    assert len(calls) == 3

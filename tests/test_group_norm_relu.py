@@ -44,9 +44,8 @@ def sample(shape: tuple[int, int, int, int], num_groups: int, affine: str = "wei
 
     def build() -> OpSample:
         every = tuple(range(1 + len(names)))
-        has_single_values = (
-            math.prod(shape[1:]) == num_groups
-        )  # the gradient of the input is rounding error: see TestStatistics
+        # With one value per group, the gradient of the input is rounding error: see TestStatistics.
+        has_single_values = math.prod(shape[1:]) == num_groups
         return OpSample(
             op=op(ops.group_norm_relu),
             reference=op(reference.group_norm_relu),

@@ -282,9 +282,8 @@ def group_norm_relu(draw: Draw, limits: Limits) -> dict:
     channels = groups * draw(sizes(max(limits.channels // groups, 1))) if not empty else draw(one_of(0, groups))
     height = draw(one_of(0, 1)) if empty else draw(sizes(limits.side))
     shape = [batch, channels, height, draw(sizes(limits.side))]
-    parameters = (
-        FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")
-    )  # parameters have the dtype of the sums or a narrower one
+    # Parameters have the dtype of the sums or a narrower one.
+    parameters = FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")
     by_channel = [
         tensor(draw, [channels], draw(one_of(dtype, *parameters)), weights(draw), grad=True)
         if draw(st.booleans())

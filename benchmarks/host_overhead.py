@@ -3,9 +3,9 @@
 
 There are three autograd modes: "default" (gradients enabled, no input requires one), "no_grad" and "inference_mode".
 Providers take turns in one process. The reported time of a call is the least of many rounds; the file has the median
-too. `ratio` is the time of spatialflow over that of torchvision; both must return the same results. "arrays" are calls
-with arrays of NumPy, or of CuPy on CUDA (docs/arrays.md). On CUDA a call ends when its work is queued, unless it reads
-values back.
+too. `ratio` is the time of spatialflow over that of torchvision; both must return the same results. Rows named "arrays"
+are calls with arrays of NumPy, or of CuPy on CUDA (docs/arrays.md). On CUDA a call ends when its work is queued, unless
+it reads values back.
 """
 
 from __future__ import annotations

@@ -89,8 +89,14 @@ def test_offsets_in_16_bits_are_the_same_in_32(dtype):
     for shape in SHAPES[:4]:
         (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
         conv, results, fused = ops.pack_deform_conv2d(weight, bias, *groups), [], []
-        for wide_offset, wide_mask in ((False, False), (True, True), (True, False), (False, True)):
-            inputs = [x, offset.float() if wide_offset else offset, weight, bias, mask.float() if wide_mask else mask]
+        for is_offset_float32, is_mask_float32 in ((False, False), (True, True), (True, False), (False, True)):
+            inputs = [
+                x,
+                offset.float() if is_offset_float32 else offset,
+                weight,
+                bias,
+                mask.float() if is_mask_float32 else mask,
+            ]
             inputs = [t.clone().requires_grad_() for t in inputs]
             y = ops.deform_conv2d(*inputs[:4], *geometry, inputs[4])
             with torch.no_grad():

@@ -128,7 +128,7 @@ class TestPredict:
         monkeypatch.setattr(writer, "write_id_map", full)
         command = ["predict", *(str(tmp_path / name) for name in names), "--checkpoint", str(weights), *FAST]
         assert main([*command, "--output", str(tmp_path / "out")]) == 1
-        messages = [": ".join(sentence.split("/")[-1].split(": ")[:2]) for sentence in error_messages(capsys)]
+        messages = [": ".join(message.split("/")[-1].split(": ")[:2]) for message in error_messages(capsys)]
         damaged = "is not an image of a known format, or is damaged"
         refused = "cannot be written"
         assert messages == [f"1.jpg: {damaged}", f"2.png: {refused}", f"4.jpg: {damaged}", f"5.png: {refused}"]

@@ -138,8 +138,8 @@ def start_command(command: list[str], environment: dict[str, str] | None = None)
 def end_process_group(process: subprocess.Popen) -> str:
     """End a command and its children; return its output.
 
-    SIGTERM comes first: the workers of torchrun have their own sessions, and torchrun ends them. There is no wait for
-    a child that still keeps the output open.
+    SIGTERM comes first: the workers of torchrun have their own sessions, and torchrun ends them. A child that keeps the
+    output open is left to itself after three seconds.
     """
     output = ""
     for number in (signal.SIGTERM, signal.SIGKILL):

@@ -379,12 +379,12 @@ class OpMatrix:
             for index, value in enumerate(tensors)
         ]
         as_reference = OpSample(**{**sample.__dict__, "op": sample.reference})
-        function, wide_inputs = self._bound(as_reference, tensors64)
-        wide_inputs = [t.detach().requires_grad_() for t in wide_inputs]
+        function, inputs64 = self._bound(as_reference, tensors64)
+        inputs64 = [t.detach().requires_grad_() for t in inputs64]
         expected = torch.autograd.grad(
-            leaves(function(*wide_inputs)), wide_inputs, [g.double() for g in grads], allow_unused=True
+            leaves(function(*inputs64)), inputs64, [g.double() for g in grads], allow_unused=True
         )
-        expected = [torch.zeros_like(i) if e is None else e for i, e in zip(wide_inputs, expected, strict=True)]
+        expected = [torch.zeros_like(i) if e is None else e for i, e in zip(inputs64, expected, strict=True)]
         assert_near(list(actual), expected, dtype, factor=4, what="gradient")
 
     def test_gradcheck(self, make_sample: Callable[[], OpSample]) -> None:

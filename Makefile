@@ -101,8 +101,8 @@ test-migration: build  ## compare with torchvision, which is installed for it (d
 	$(PYTHON) -m pytest tests/test_migration.py
 
 # The operator tests, unchanged, on the CUDA kernels interpreted on the CPU (docs/simt.md).
-SIMT_TESTS ?= tests/test_brute_force.py tests/test_naive_kernels.py tests/test_kernel_count.py \
-	tests/test_sm90.py \
+SIMT_TESTS ?= $(sort $(wildcard tests/test_brute_force_*.py)) tests/test_naive_kernels.py \
+	tests/test_kernel_count.py tests/test_sm90.py \
 	$(sort $(wildcard $(shell sed -n 's,^    \([a-z0-9_]*\).*,tests/test_\1.py tests/test_\1_*.py,p' cmake/ops.cmake)))
 configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off

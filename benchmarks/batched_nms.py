@@ -4,7 +4,7 @@
 import torch
 from harness import Benchmark, Problem, Provider, main, optional
 from nms import setup as one_class
-from nms import share_of_other_rows
+from nms import share_of_different_rows
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -20,10 +20,10 @@ def setup(count: int) -> Problem:
 
 
 def class_by_class(boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """The oracle: a plain nms per class; torchvision's where installed, as the reference is slow."""
+    """Run nms per class, as the oracle: torchvision's if it is installed, because the reference is slow."""
     nms = torchvision.nms if torchvision else reference.nms
-    rows = [(idxs == one).nonzero()[:, 0] for one in range(CLASSES)]
-    kept = torch.cat([own[nms(boxes[own], scores[own], iou_threshold)] for own in rows])
+    rows_by_class = [(idxs == label).nonzero()[:, 0] for label in range(CLASSES)]
+    kept = torch.cat([rows[nms(boxes[rows], scores[rows], iou_threshold)] for rows in rows_by_class])
     return kept[scores[kept].argsort(descending=True)]
 
 
@@ -38,7 +38,7 @@ BENCHMARK = Benchmark(
     },
     oracle=class_by_class,
     tolerance=1e-3,
-    compare=share_of_other_rows,
+    compare=share_of_different_rows,
 )
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ceilings of this GPU: bytes copied per second, and the rate of matrix products in bfloat16 and float32.
+"""Peak rates of this GPU: bytes copied per second, and matrix products in bfloat16 and float32.
 
-Times of kernels are read beside them. `--device cpu` is a dry run at a small size, whose figures mean nothing.
+The times of kernels are compared with them. `--device cpu` is a dry run at a small size, whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from harness import environment, results_path, write_text
 
 
 def seconds_of(function: Callable[[], object], device: str, runs: int = 10) -> float:
-    """Median time of a call; on CUDA by events."""
+    """Return the median time of a call; on CUDA by events."""
     times = []
-    for _ in range(runs + 3):  # the first three warm up
+    for _ in range(runs + 3):  # the first three calls are the warm-up
         if device.startswith("cuda"):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -37,7 +37,7 @@ def seconds_of(function: Callable[[], object], device: str, runs: int = 10) -> f
 
 
 def measure(device: str) -> dict[str, float]:
-    """GB/s of a copy (read and written) and TFLOP/s of matrix products of random numbers."""
+    """Return GB/s of a copy (bytes read and written) and TFLOP/s of matrix products of random numbers."""
     small = not device.startswith("cuda")
     source = torch.empty(2**20 if small else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -52,8 +52,8 @@ def measure(device: str) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line of this script."""
-    parser = argparse.ArgumentParser(description="The ceilings of this GPU: copies and matrix products.")
+    """Run the command line of this script."""
+    parser = argparse.ArgumentParser(description="Peak rates of this GPU: copies and matrix products.")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/card.json (default: printed)")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """1x1 convolutions with their epilogue at the sizes of a ResNet-50 on an 800x1333 image, padded to 800x1344.
 
-The network uses this kernel in 16 bits on compute capability 9.0 alone; other dtypes take a slow one.
+The network uses this kernel only in 16 bits on compute capability 9.0; the kernel of other dtypes is slow.
 """
 
 import torch
@@ -39,7 +39,7 @@ def separate(x, weight, bias, residual, relu, stride):
 
 
 def cudnn(x, weight, bias, residual, relu, stride):
-    """One call of cuDNN, where its epilogue has a ReLU."""
+    """Run one call of cuDNN if its epilogue has a ReLU, else a plain convolution."""
     arguments = bias, (stride, stride), (0, 0), (1, 1), 1
     if residual is not None:
         return torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, 1.0, *arguments)

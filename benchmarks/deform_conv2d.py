@@ -22,9 +22,9 @@ def setup(
     groups: int = 1,
     masked: bool = True,
 ) -> Problem:
-    """A 3x3 convolution, as many outputs as inputs; `height` and `width` are those of the output."""
+    """Make a 3x3 convolution with as many outputs as inputs; `height` and `width` are those of the output."""
     input = torch.randn(1, channels, height * stride, width * stride).contiguous(memory_format=layout)
-    # Sixteenths, never whole: float32 and the float64 oracle then agree on the side of every kink.
+    # Odd multiples of 1/16 are never integers, so float32 and the float64 oracle agree on the side of every kink.
     offset = ((2 * torch.randn(1, 18, height, width)) * 16).floor() / 16 + 1 / 32
     weight = torch.randn(channels, channels // groups, 3, 3) / (9 * channels // groups) ** 0.5
     mask = torch.rand(1, 9, height, width) if masked else None
@@ -42,12 +42,12 @@ def setup(
 
 
 def by_position(function):
-    """`function` with the mask, if any, as the fifth tensor."""
+    """Return `function` with the mask, if any, as its fifth argument."""
     return function and (lambda *tensors, **options: function(*tensors[:4], mask=(*tensors, None)[4], **options))
 
 
 def packed(input, offset, weight, bias, mask=None, **options):
-    """Arguments with the weight packed outside the timing, as networks do in inference."""
+    """Return the arguments with a packed weight; packing is not timed, because networks pack once for inference."""
     return input, offset, ops.pack_deform_conv2d(weight, bias, input.shape[1] // weight.shape[1]), None, mask, options
 
 

@@ -27,14 +27,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from harness import OURS, environment, image_paths, optional, require_positive, results_path, write_figure, write_text
+from harness import OURS, environment, optional, require_positive, results_path, write_figure, write_text
+from pipeline_options import add_pipeline_options, find_images, find_weights, load_model
 from reference_pipeline import STAGES, ReferencePipeline, torchvision
-from untrained import untrained_model
 
-from spatialflow import Predictor, build_model, load_checkpoint
+from spatialflow import Predictor, build_model
 from spatialflow.data.categories import Categories
-from spatialflow.data.synthetic import synthesize
-from spatialflow.engine.checkpoints import packaged_weights
 from spatialflow.panoptic import PanopticWriter, evaluate, read_panoptic_json, write_id_map
 
 EVERY_MASK = f"{OURS}, every mask"
@@ -92,18 +90,10 @@ class OurPipeline:
         return result.id_map, result.segments, len(result.scores), times
 
 
-def weights_of(options: argparse.Namespace) -> Path | None:
-    return options.checkpoint or packaged_weights(options.config)
-
-
 def make_pipelines(options: argparse.Namespace, image: Path, short_edge: int) -> dict[str, Pipeline]:
     """Return the selected pipelines for one size of images, all with the same weights."""
     overrides = {"test_short_edges": [short_edge], "test_long_edge": round(short_edge * 1333 / 800), "test_flip": False}
-    checkpoint = weights_of(options)
-    if checkpoint is None:
-        model = untrained_model(options.config, image, overrides)
-    else:
-        model = load_checkpoint(build_model(options.config, **overrides), checkpoint)
+    model = load_model(options, image, overrides)
     device = torch.device(options.device)
     pipelines: dict[str, Pipeline] = {}
     for name in options.providers:
@@ -172,7 +162,7 @@ def make_rows(
         median, total = statistics.median(entry["times"]), sum(entry["times"])
         row = {
             "model": Path(options.config).stem,
-            "weights": "trained" if weights_of(options) else "untrained",
+            "weights": "trained" if find_weights(options) else "untrained",
             "short_edge": short_edge,
             "provider": name,
             "dtype": "float32" if name in REFERENCES[:2] else options.dtype,
@@ -253,16 +243,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     speed_axis, quality_axis = axes[0, 0], axes[0, -1]
     styles = dict(zip(PROVIDERS, ("o-", "v-.", "s--", "^:", "d:")))
     for model, provider in dict.fromkeys((row["model"], row["provider"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["provider"]) == (model, provider)]
+        series = [row for row in rows if (row["model"], row["provider"]) == (model, provider)]
         color = f"C{list(dict.fromkeys(row['model'] for row in rows)).index(model)}"
         label, style = f"{model}: {provider}", styles[provider]
-        x, y = [row["short_edge"] for row in own], [row["images_per_second"] for row in own]
+        x, y = [row["short_edge"] for row in series], [row["images_per_second"] for row in series]
         speed_axis.plot(x, y, style, color=color, label=label)
-        own = [row for row in own if row["pq"] is not None]
-        if own:
-            x, y = [row["images_per_second"] for row in own], [100 * row["pq"] for row in own]
+        scored_series = [row for row in series if row["pq"] is not None]
+        if scored_series:
+            x = [row["images_per_second"] for row in scored_series]
+            y = [100 * row["pq"] for row in scored_series]
             quality_axis.plot(x, y, style, color=color, label=label)
-            for row, *point in zip(own, x, y):
+            for row, *point in zip(scored_series, x, y):
                 quality_axis.annotate(f" {row['short_edge']}", point, fontsize=8)
     speed_axis.set(xlabel="short edge of the network's input in pixels", ylabel="images per second", ylim=(0, None))
     if scored:
@@ -282,13 +273,6 @@ TITLE = "image file to panoptic PNG, one image at a time"
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="its weights (default: those that come with the package, else untrained, adjusted ones)",
-    )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: two scenes of 480x640)")
     parser.add_argument("--count", type=int, metavar="N", help="only the first pictures (default: all)")
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="their panoptic ground truth, PNGs beside it")
     parser.add_argument(
@@ -304,29 +288,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=PROVIDERS,
         metavar="NAME",
-        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all; the last one needs a 16-bit dtype)",
+        help=f"pipelines: {'; '.join(PROVIDERS)} (default: all; the last one needs a 16-bit --dtype)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="of spatialflow and of the reference in 16 bits (default: float32)",
-    )
-    parser.add_argument(
-        "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
-        help="let spatialflow replay CUDA graphs, all work of which counts as backbone + FPN (default: on a GPU)",
-    )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time per pipeline and size (default: 5)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        metavar="FOLDER",
-        help="folder of <device>/end_to_end.json and .png (default: benchmarks/results)",
-    )
+    add_pipeline_options(parser, "end_to_end.json and .png")
     options = parser.parse_args(arguments)
     require_positive(parser, options, "threads", "seconds")
     if options.providers is None:
@@ -347,18 +312,14 @@ def main(arguments: list[str] | None = None) -> None:
         f"CPU level {setting['cpu_level']}; the reference's NMS and RoIAlign are {operators}"
     )
     with tempfile.TemporaryDirectory(prefix="spatialflow-benchmark-") as name:
-        folder, images = Path(name), options.images
-        if images is None:
-            list(synthesize(folder / "scenes", 2, (480, 640), seed=0))
-            images = folder / "scenes" / "images"
-        paths = image_paths(images, options.count)
-        rows = []
+        folder, rows = Path(name), []
+        paths = find_images(options, folder, 2, (480, 640))
         for short_edge in options.short_edges:
             pipelines = make_pipelines(options, paths[0], short_edge)
             measured = run(pipelines, paths, options.seconds, folder / str(short_edge))
             rows += make_rows(measured, short_edge, options)
             print_rows(rows[-len(measured) :])
-            save(rows, setting, options.output)  # after every size: what ends a run early leaves the sizes before
+            save(rows, setting, options.output)  # after every size, so that a run that is ended early has results
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def setup(out_channels: int, levels: slice, flow: bool, channels: int = 256) -> 
 
 
 def packed(x, flow, weight, bias):
-    """Weights arranged once, as for inference. With gradients the call falls back to the weights themselves."""
+    """Return the arguments with packed weights. With gradients the call uses the weights that are not packed."""
     return x, flow, ops.pack_conv3x3(weight, bias)
 
 

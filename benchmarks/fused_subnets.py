@@ -43,7 +43,7 @@ def setup(stages: dict[str, int], channels: int = 256) -> Problem:
 
 
 def packed(algorithm, levels, parameters):
-    """Weights arranged once, as for inference."""
+    """Return the arguments with packed weights; packing is not timed."""
     return levels, ops.pack_subnets(parameters, algorithm)
 
 

@@ -64,11 +64,11 @@ PLAN = (
     Entry("deform_conv2d", ("float16",), ("stage", "contiguous"), TORCHVISION),
     Entry("network", ("bfloat16",), (), ("plain modules, channels-last",)),
 )
-"""In this order; a run that is cut off has the first."""
+"""Entries in order of importance: a run that is ended early has the first ones."""
 
 
 ENTRY_SECONDS = 45
-"""After which an entry is ended, so that a kernel that hangs leaves time for the others."""
+"""Seconds after which an entry is ended, so that a kernel that hangs leaves time for the other entries."""
 
 FAST_ON_CPU = ("sigmoid_focal_loss", "paste_masks", "stuff_labels", "preprocess_images")
 """Operators of a dry run; the oracles of the others take minutes on a CPU."""
@@ -127,11 +127,11 @@ def usable() -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line of this script; exit with 1 if an entry failed."""
-    parser = argparse.ArgumentParser(description="Every operator on the GPU beside its strongest peers.")
+    parser = argparse.ArgumentParser(description="Every operator on the GPU beside its strongest baselines.")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a dry run (default: cuda)")
     parser.add_argument("--seconds", type=float, default=0.1, help="time per provider, case and mode (default: 0.1)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="receives <device>/<op>.json")
-    parser.add_argument("--dry", action="store_true", help="the first case of some operators, by ours alone")
+    parser.add_argument("--dry", action="store_true", help="first case of some operators, without baselines")
     parser.add_argument(
         "--names", nargs="+", choices=sorted({entry.name for entry in PLAN}), metavar="OP", help="only these operators"
     )
@@ -141,9 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.first is not None:
         run_from(options.first, options)
         return 0
-    first, failed, passed_on = 0, False, ["--dry"] if options.dry else []
+    first, failed, forwarded = 0, False, ["--dry"] if options.dry else []
     if options.names:
-        passed_on += ["--names", *options.names]
+        forwarded += ["--names", *options.names]
     while first < len(plan(options)):
         command = [
             sys.executable,
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
             str(options.output),
             "--first",
             str(first),
-            *passed_on,
+            *forwarded,
         ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         begun, limit = first, None
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             break
         failed = True
         print(f"FAILED: the process ended with code {process.returncode} before entry {first}", flush=True)
-        if first == begun:  # it did not even begin
+        if first == begun:  # the process ended before its first entry
             break
     return int(failed)
 

@@ -19,7 +19,7 @@ def setup(size: tuple[int, int], upsample: bool) -> Problem:
         options={"upsample": upsample},
         features=(0, 2, 3),
         differentiable=(0, 2, 3),
-        bytes=4 * CHANNELS * pixels * (5 if upsample else 2),  # every value read once, every result written once
+        bytes=4 * CHANNELS * pixels * (5 if upsample else 2),  # every value is read once, and every result written once
     )
 
 

@@ -3,9 +3,9 @@
 
 There are three autograd modes: "default" (gradients enabled, no input requires one), "no_grad" and "inference_mode".
 Providers take turns in one process. The reported time of a call is the least of many rounds; the file has the median
-too. `ratio` is the time of spatialflow over that of torchvision; both must return the same results. "arrays" are calls
-with arrays of NumPy, or of CuPy on CUDA (docs/arrays.md). On CUDA a call ends when its work is queued, unless it reads
-values back.
+too. `ratio` is the time of spatialflow over that of torchvision; both must return the same results. Rows named "arrays"
+are calls with arrays of NumPy, or of CuPy on CUDA (docs/arrays.md). On CUDA a call ends when its work is queued, unless
+it reads values back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODES = {
     "inference_mode": torch.inference_mode,
 }
 CALLS = 20
-"""Calls in a row that are timed together: the clock costs little beside them."""
+"""Consecutive calls that are timed together, so that reading the clock takes a small share."""
 
 torchvision, cupy = optional("torchvision.ops"), optional("cupy")
 
@@ -41,16 +41,16 @@ def cases(device: str = "cpu") -> dict[str, dict[str, Callable[[], Any]]]:
     """Return, by name of a call, its providers as functions without arguments."""
     to_array = torch.Tensor.numpy if device == "cpu" else cupy and cupy.from_dlpack
     with torch.device(device):
-        ours, peers = calls_of_ours(), calls_of_torchvision() if torchvision else {}
-    found = {}
+        ours, baselines = spatialflow_calls(), torchvision_calls() if torchvision else {}
+    providers = {}
     for name, (function, inputs, options) in ours.items():
-        found[name] = {OURS: partial(function, *inputs, **options)}
+        providers[name] = {OURS: partial(function, *inputs, **options)}
         if to_array:
             arrays, values = map_tensors(to_array, (inputs, tuple(options.values())))
-            found[name][ARRAYS] = partial(function, *arrays, **dict(zip(options, values)))
-        if name in peers:
-            found[name][PEER] = peers[name]
-    return found
+            providers[name][ARRAYS] = partial(function, *arrays, **dict(zip(options, values)))
+        if name in baselines:
+            providers[name][PEER] = baselines[name]
+    return providers
 
 
 def few_elements() -> tuple[torch.Tensor, ...]:
@@ -69,7 +69,7 @@ def few_elements() -> tuple[torch.Tensor, ...]:
     )
 
 
-def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]]]:
+def spatialflow_calls() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]]]:
     """Return, by name, the function, arguments and options of each call of spatialflow."""
     feature, roi, weight, bias, offset, mask, boxes, scores, classes = few_elements()
     logits, labels, conv = torch.zeros(2, 2), torch.tensor([0, 1]), ops.pack_conv3x3(weight, bias)
@@ -115,7 +115,7 @@ def calls_of_ours() -> dict[str, tuple[Callable[..., Any], tuple, dict[str, Any]
     }
 
 
-def calls_of_torchvision() -> dict[str, Callable[[], Any]]:
+def torchvision_calls() -> dict[str, Callable[[], Any]]:
     """Return, by name, each call of torchvision as a function without arguments."""
     feature, roi, weight, bias, offset, mask, boxes, scores, classes = few_elements()
     logits, one_hot = torch.zeros(2, 2), torch.eye(2)
@@ -142,25 +142,25 @@ def measure(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str,
             for _ in range(CALLS):
                 call()
             times[name].append((time.perf_counter_ns() - begin) / CALLS / 1e3)
-            if torch.cuda.is_initialized():  # the queue of launches is never full
+            if torch.cuda.is_initialized():  # so that the queue of launches is never full
                 torch.cuda.synchronize()
     return times
 
 
 def rows_of(name: str, mode: str, times: Mapping[str, list[float]]) -> list[dict[str, Any]]:
     """Return a row per provider; `ratio` is the time of spatialflow over the baseline's."""
-    own = min(times[OURS])
+    ours = min(times[OURS])
     return [
         {
             "op": name,
             "grad_mode": mode,
             "provider": provider,
-            "least_us": round(min(found), 3),
-            "median_us": round(statistics.median(found), 3),
-            "rounds": len(found),
-            "ratio": round(own / min(found), 3) if provider == PEER else None,
+            "least_us": round(min(microseconds), 3),
+            "median_us": round(statistics.median(microseconds), 3),
+            "rounds": len(microseconds),
+            "ratio": round(ours / min(microseconds), 3) if provider == PEER else None,
         }
-        for provider, found in times.items()
+        for provider, microseconds in times.items()
     ]
 
 
@@ -173,7 +173,7 @@ def line_of(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line of this script."""
-    parser = argparse.ArgumentParser(description="What a call costs the host: every operator on a few elements.")
+    parser = argparse.ArgumentParser(description="Host time of a call of every operator, on a few elements.")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--seconds", type=float, default=0.5, help="time per provider, call and mode (default: 0.5)")

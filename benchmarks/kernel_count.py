@@ -142,10 +142,12 @@ class CountKernels(TorchDispatchMode):
 def _is_view(func: Any, args: tuple, result: Any) -> bool:
     """Tell whether a call computes nothing; `reshape` and others return a view where they can, else a copy."""
     returns = func._schema.returns
-    if not returns or not all(one.alias_info is not None and not one.alias_info.is_write for one in returns):
+    if not returns or not all(
+        returned.alias_info is not None and not returned.alias_info.is_write for returned in returns
+    ):
         return False
-    own = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
-    return all(t.untyped_storage()._cdata in own for t in tree_leaves(result))
+    storages = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+    return all(t.untyped_storage()._cdata in storages for t in tree_leaves(result))
 
 
 def _as_cudnn(args: tuple, result: Tensor) -> Tensor:
@@ -164,24 +166,24 @@ def _is_map(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_floating_point() and min(tensor.shape[1], tensor.shape[2:].numel()) > 1
 
 
-def _casts(tensors: Any, *taken: torch.dtype) -> int:
+def _casts(tensors: Any, *accepted: torch.dtype) -> int:
     """Count the tensors that an operator of the package converts to another dtype."""
-    given = [t for t in tree_leaves(tensors) if isinstance(t, Tensor)]
-    return sum(t.numel() > 0 and t.dtype not in taken for t in given)
+    arguments = [t for t in tree_leaves(tensors) if isinstance(t, Tensor)]
+    return sum(t.numel() > 0 and t.dtype not in accepted for t in arguments)
 
 
 def _weight_casts(name: str, args: tuple) -> int:
     """Count conversions of weights and biases to the accumulation dtype; packed weights need none."""
-    place = {"_flow_conv2d_packed": 3, "_flow_conv2d_group": 3, "fused_subnets": 2, "group_norm_relu": slice(1, 3)}
-    return _casts(args[place[name]], torch.float32, torch.float64) if name in place else 0
+    index_of = {"_flow_conv2d_packed": 3, "_flow_conv2d_group": 3, "fused_subnets": 2, "group_norm_relu": slice(1, 3)}
+    return _casts(args[index_of[name]], torch.float32, torch.float64) if name in index_of else 0
 
 
 def _other_casts(name: str, args: tuple) -> int:
     """Count conversions of boxes and scores (few numbers) to float64, and of offsets and masks to float32."""
     if name == "deform_conv2d":
         return _casts([args[1], args[4]], torch.float32, torch.float64)
-    place = {"paste_masks": [1], "panoptic_merge": [1, 3]}.get(name, [])
-    return _casts([args[index] for index in place], torch.float64)
+    indices = {"paste_masks": [1], "panoptic_merge": [1, 3]}.get(name, [])
+    return _casts([args[index] for index in indices], torch.float64)
 
 
 def name_stages(pipeline: Pipeline, within: Callable[[str], Any]) -> None:
@@ -238,22 +240,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives meta/kernel_count.json")
     options = parser.parse_args(arguments)
     options.device = "cpu"
-    found = count(options.config, tuple(options.size), getattr(torch, options.dtype))
+    counter = count(options.config, tuple(options.size), getattr(torch, options.dtype))
     rows = [
         {
             "stage": stage,
-            "kernels": found.kernels[stage],
-            "layout_conversions": found.layouts[stage],
-            "casts": found.casts[stage],
+            "kernels": counter.kernels[stage],
+            "layout_conversions": counter.layouts[stage],
+            "casts": counter.casts[stage],
         }
-        for stage in found.kernels
+        for stage in counter.kernels
     ]
     total = {key: sum(row[key] for row in rows) for key in ("kernels", "layout_conversions", "casts")}
     print(f"{'stage':<14}{'kernels':>9}{'layout conversions':>20}{'casts':>7}")
     for row in [*rows, {"stage": "sum", **total}]:
         print(f"{row['stage']:<14}{row['kernels']:>9}{row['layout_conversions']:>20}{row['casts']:>7}")
     if options.operators:
-        for (stage, name), kernels in found.operators.items():
+        for (stage, name), kernels in counter.operators.items():
             print(f"  {stage:<14}{name:<30}{kernels:>5}")
     if options.output is not None:
         content = {

@@ -25,14 +25,14 @@ def composed(
 ) -> ops.Detections:
     """Compose the operator from torchvision's: threshold, batched_nms and top D, image by image, with padding."""
     images = []
-    for own_boxes, own_scores in zip(boxes, scores):
-        index, label = (own_scores > score_threshold).nonzero(as_tuple=True)
-        values = own_scores[index, label]
-        kept = torchvision.batched_nms(own_boxes[index], values, label, iou_threshold)[:max_detections]
+    for image_boxes, image_scores in zip(boxes, scores):
+        index, label = (image_scores > score_threshold).nonzero(as_tuple=True)
+        values = image_scores[index, label]
+        kept = torchvision.batched_nms(image_boxes[index], values, label, iou_threshold)[:max_detections]
         padding = (0, max_detections - len(kept))
         images.append(
             (
-                torch.nn.functional.pad(own_boxes[index[kept]], (0, 0, *padding)),
+                torch.nn.functional.pad(image_boxes[index[kept]], (0, 0, *padding)),
                 torch.nn.functional.pad(values[kept], padding),
                 torch.nn.functional.pad(label[kept], padding, value=-1),
                 torch.tensor(len(kept)),
@@ -43,7 +43,7 @@ def composed(
 
 
 def largest_score_error(result: ops.Detections, expected: ops.Detections) -> float:
-    """Scores by rank; a pair within rounding of the threshold may move a row by one."""
+    """Compare scores by rank; rounding at the IoU threshold may keep another box, which moves later rows by one."""
     return float((result.scores.double() - expected.scores.double()).abs().max() / expected.scores.max())
 
 

@@ -28,13 +28,13 @@ def setup(count: int, sampling_ratio: int, layout: torch.memory_format = torch.c
         options={"output_size": BINS, "strides": STRIDES, "sampling_ratio": sampling_ratio, "aligned": False},
         features=(0,),
         differentiable=(0,),
-        bytes=4 * CHANNELS * (cells + count * BINS * BINS),  # every cell read and every bin written once
+        bytes=4 * CHANNELS * (cells + count * BINS * BINS),  # every cell is read once, and every bin written once
         operations=2 * 4 * CHANNELS * samples if sampling_ratio > 0 else None,  # four cells per sample
     )
 
 
 def make_pooler(features, boxes, output_size, strides, sampling_ratio, aligned):
-    """Arguments of `run_pooler`. Canonical scale 112 at level 4 = P4 splits where finest_scale 56 does."""
+    """Return the arguments of `run_pooler`; canonical scale 112 at level 4 (P4) assigns levels as finest_scale 56."""
     names = [str(level) for level in range(len(features))]
     pooler = torchvision.MultiScaleRoIAlign(names, output_size, sampling_ratio, canonical_scale=112, canonical_level=4)
     return pooler, dict(zip(names, features)), [boxes[:, 1:]], [(HEIGHT, WIDTH)]

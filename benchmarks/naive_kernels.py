@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Naive CUDA kernels through CuPy: one thread per output computes the formula.
 
-They are a baseline for a first version of a kernel, and a reference that shares no code with the package. They take
+They are baselines, and references that share no code with the package. They take
 contiguous float32. `SOURCES` is plain C++ except for CUDA's keywords, so that tests run it on a CPU.
 """
 

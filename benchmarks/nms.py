@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """nms of one class: 20,000 boxes, spread over an image, small in a large one, and crowded.
 
-The plain-PyTorch reference takes a step per kept box, seconds in all, and is not timed.
+The plain-PyTorch reference is not timed: it has a step per kept box and takes seconds.
 """
 
 import torch
@@ -19,10 +19,10 @@ def setup(count: int, extent: float, smallest: float, largest: float) -> Problem
     return Problem(inputs=(boxes, torch.rand(count)), options={"iou_threshold": 0.5}, bytes=20 * count)
 
 
-def share_of_other_rows(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Rows kept by one alone. Not all zero: a pair within rounding of the threshold can turn out either way."""
-    one, other = set(result.tolist()), set(expected.tolist())
-    return len(one ^ other) / max(len(one | other), 1)
+def share_of_different_rows(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the share of rows that only one result keeps; rounding at the threshold can decide either way."""
+    kept, expected_kept = set(result.tolist()), set(expected.tolist())
+    return len(kept ^ expected_kept) / max(len(kept | expected_kept), 1)
 
 
 BENCHMARK = Benchmark(
@@ -39,9 +39,9 @@ BENCHMARK = Benchmark(
         "spatialflow": Provider(ops.nms, waits=True),
         "torchvision": torchvision and Provider(torchvision.nms, waits=True),
     },
-    oracle=torchvision.nms if torchvision else reference.nms,  # in float64; the reference decides alike, but slowly
+    oracle=torchvision.nms if torchvision else reference.nms,  # in float64; the reference gives the same, but is slow
     tolerance=1e-3,
-    compare=share_of_other_rows,
+    compare=share_of_different_rows,
 )
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of panoptic predictions scored from disk: 40 pairs of 640x480 PNGs, one core."""
+"""Panoptic quality of a folder of predictions on disk: 40 pairs of 640x480 PNGs, one core."""
 
 import json
 import tempfile
@@ -40,22 +40,23 @@ def setup(images: int) -> Problem:
 
 
 def as_array(per_class: dict) -> np.ndarray:
-    """(categories, 4): summed IoU, tp, fp, fn."""
+    """Return (categories, 4): summed IoU, tp, fp, fn."""
     return np.array([[float(per_class[c["id"]][key]) for key in ("iou", "tp", "fp", "fn")] for c in CATEGORIES])
 
 
 def with_pillow_and_numpy(gt_json, gt_folder, pred_json, pred_folder):
-    """Decoding by pillow and counting by numpy.unique, one image after the other, as panopticapi does on a core."""
+    """Decode with Pillow and count with numpy.unique, image by image, as panopticapi does on one core."""
     truth, prediction = (json.loads(Path(path).read_text()) for path in (gt_json, pred_json))
     predicted = {annotation["image_id"]: annotation for annotation in prediction["annotations"]}
     result = {category["id"]: {"iou": 0.0, "tp": 0, "fp": 0, "fn": 0} for category in truth["categories"]}
     for annotation in truth["annotations"]:
-        found = predicted[annotation["image_id"]]
+        predicted_annotation = predicted[annotation["image_id"]]
         gt_ids, pred_ids = (
-            _ids(Path(folder) / entry["file_name"]) for folder, entry in ((gt_folder, annotation), (pred_folder, found))
+            _ids(Path(folder) / entry["file_name"])
+            for folder, entry in ((gt_folder, annotation), (pred_folder, predicted_annotation))
         )
         gt_of = {segment["id"]: segment for segment in annotation["segments_info"]}
-        pred_of = {segment["id"]: segment["category_id"] for segment in found["segments_info"]}
+        pred_of = {segment["id"]: segment["category_id"] for segment in predicted_annotation["segments_info"]}
         pred_area = dict(zip(*(values.tolist() for values in np.unique(pred_ids, return_counts=True))))
         keys, counts = np.unique(gt_ids.astype(np.uint64) * (1 << 24) + pred_ids.astype(np.uint64), return_counts=True)
         shared = {(int(key) >> 24, int(key) & 0xFFFFFF): int(count) for key, count in zip(keys, counts)}

@@ -19,12 +19,14 @@ def setup(count: int, stuff_labels: int, fill: bool) -> Problem:
     return Problem(
         inputs=(masks, torch.rand(count) * 0.7 + 0.3, torch.randint(80, (count,)), boxes if fill else None, stuff),
         options={"stuff_labels": stuff_labels},
-        bytes=masks.numel() + 8 * stuff.numel() + 4 * HEIGHT * WIDTH,  # masks and stuff read, the id map written, once
+        bytes=masks.numel()
+        + 8 * stuff.numel()
+        + 4 * HEIGHT * WIDTH,  # masks and stuff are read once, the id map is written once
     )
 
 
 def encode(masks, scores, labels, boxes, stuff, stuff_labels):
-    """Run-length masks, as a network that is evaluated with pycocotools hands them over; not part of the timing."""
+    """Encode masks as run lengths, the input of a merge with pycocotools; the encoding is not timed."""
     rle = [coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8))) for mask in masks]
     stuff_rle = [
         coco_mask.encode(np.asfortranarray((stuff == s).cpu().numpy().astype(np.uint8))) for s in range(stuff_labels)
@@ -33,9 +35,9 @@ def encode(masks, scores, labels, boxes, stuff, stuff_labels):
 
 
 def merge_with_pycocotools(rle, scores, boxes, stuff_rle):
-    """The procedure written down directly: one mask after the other, whole-image arrays."""
+    """Merge mask by mask with whole-image arrays."""
     id_map = np.zeros((HEIGHT, WIDTH), np.int32)
-    used, ids, own = None, 0, {}
+    used, ids, id_of = None, 0, {}
     order = [k for k in np.argsort(-scores, kind="stable") if scores[k] >= SCORE]
     for k in order:
         area = coco_mask.area(rle[k])
@@ -46,7 +48,7 @@ def merge_with_pycocotools(rle, scores, boxes, stuff_rle):
             continue
         used = rle[k] if used is None else coco_mask.merge([used, rle[k]])
         ids += 1
-        own[k] = ids
+        id_of[k] = ids
         id_map[(coco_mask.decode(rle[k]) == 1) & (id_map == 0)] = ids
     for mask in stuff_rle:
         free = (coco_mask.decode(mask) == 1) & (id_map == 0)
@@ -60,16 +62,16 @@ def merge_with_pycocotools(rle, scores, boxes, stuff_rle):
         free = box & (id_map == 0)
         if not free.any() or free.sum() / box.sum() < BOX:
             continue
-        if k not in own:
+        if k not in id_of:
             ids += 1
-            own[k] = ids
-        id_map[free] = own[k]
+            id_of[k] = ids
+        id_map[free] = id_of[k]
     return id_map
 
 
 BENCHMARK = Benchmark(
     name="panoptic_merge",
-    title="60 instances and 54 stuff labels at 480x640; pycocotools gets its run-length masks for free",
+    title="60 instances and 54 stuff labels at 480x640; for pycocotools, encoding the masks is not timed",
     setup=setup,
     sweep={
         "masks and stuff": {"count": 60, "stuff_labels": 54, "fill": False},
@@ -80,7 +82,7 @@ BENCHMARK = Benchmark(
         "reference": reference.panoptic_merge,
         "numpy + pycocotools": coco_mask and Provider(merge_with_pycocotools, prepare=encode),
     },
-    # The id map says all: the tables follow from it.
+    # The tables of segments follow from the id map.
     compare=lambda result, expected: float((as_map(result) != as_map(expected)).mean()),
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Made-up panoptic inputs with statistics of real ones: smooth regions, ellipses for things, a few dozen segments."""
+"""Synthetic panoptic inputs with the statistics of real ones: smooth regions, elliptic things, dozens of segments."""
 
 import torch
 
@@ -7,13 +7,13 @@ HEIGHT, WIDTH = 480, 640  # the usual size of a COCO image
 
 
 def stuff_map(labels: int, height: int = HEIGHT, width: int = WIDTH, grid: tuple[int, int] = (15, 20)) -> torch.Tensor:
-    """(H, W) int64 labels in smooth regions, the smaller the finer the grid; all `labels` present as a rule."""
+    """Generate (H, W) int64 labels in smooth regions; a finer grid gives smaller regions."""
     coarse = torch.randn(1, labels, *grid)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].argmax(0)
 
 
 def ellipses(count: int, height: int = HEIGHT, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
-    """(K, H, W) bool masks and their (K, 4) boxes, a few per cent of the image each."""
+    """Generate (K, H, W) bool masks, each a few percent of the image, and their (K, 4) boxes."""
     size = torch.tensor([height, width])
     center = torch.rand(count, 2) * size
     radius = (torch.rand(count, 2) * 0.16 + 0.02) * size
@@ -23,7 +23,7 @@ def ellipses(count: int, height: int = HEIGHT, width: int = WIDTH) -> tuple[torc
 
 
 def id_map(segments: int = 8, things: int = 12) -> torch.Tensor:
-    """(H, W) int32 ids as the COCO format has them: large, without order, 0 in places; about as many as in COCO."""
+    """Generate (H, W) int32 ids as in COCO: large, in no order, some of them 0, and about as many per image."""
     ids = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(1, 1 << 24, (segments + things,))])
     result = ids[stuff_map(segments, grid=(6, 8))]
     for index, mask in enumerate(ellipses(things)[0]):

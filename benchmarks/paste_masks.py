@@ -19,18 +19,18 @@ def setup(count: int, size: tuple[int, int]) -> Problem:
         options={"size": size},
         features=(0,),
         fixed_bytes=count * size[0] * size[1],
-        bytes=count * (size[0] * size[1] + 4 * 28 * 28),  # every pixel written, every logit read once
+        bytes=count * (size[0] * size[1] + 4 * 28 * 28),  # every pixel is written and every logit read once
     )
 
 
 def torchvision_paste(logits, boxes, size):
-    """Torchvision rounds and enlarges boxes, so its masks differ at the outline; it is here for its time."""
+    """Run torchvision, for its time only: it rounds and enlarges boxes, so its masks differ at the outline."""
     return detection.paste_masks_in_image(logits.sigmoid()[:, None], boxes, size)[:, 0] >= 0.5
 
 
 BENCHMARK = Benchmark(
     name="paste_masks",
-    title="28x28 logits, boxes of a few per cent of the image",
+    title="28x28 logits, boxes of a few percent of the image",
     setup=setup,
     sweep={
         "100 masks, 480x640": {"count": 100, "size": (480, 640)},

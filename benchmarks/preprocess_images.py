@@ -16,12 +16,12 @@ def setup(size: tuple[int, int]) -> Problem:
     padded = [-(-side // 32) * 32 for side in size]
     return Problem(
         inputs=(image, size, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-        bytes=image.numel() + 3 * 4 * padded[0] * padded[1],  # the photograph read, the batch written
+        bytes=image.numel() + 3 * 4 * padded[0] * padded[1],  # the photograph is read and the batch is written
     )
 
 
 def opencv_steps(image, size, mean, std):
-    """The steps one by one, as training does them: resize, normalize, to planes, pad."""
+    """Resize, normalize, convert to planes and pad, step by step, as training does."""
     return torch.from_numpy(pad(normalize(resize_image(image.cpu().numpy(), size), mean, std), 32))[None]
 
 

@@ -2,7 +2,7 @@
 """Baseline pipeline from a photograph to a panoptic map, in plain PyTorch, torchvision and numpy.
 
 It has plain modules, torchvision's NMS and RoIAlign, masks pasted one by one, and a merge loop in numpy.
-`end_to_end.py` compares with it. Its parts follow released code, without omitting a step of it:
+`end_to_end.py` compares with it. Its parts follow released code and omit none of its steps:
 
 - mmdetection: detections, mask head over all classes, logits resized to the padded image
 - detectron2: the merge loop, and masks pasted within their box, its fastest way on the CPU
@@ -189,11 +189,11 @@ class ReferencePipeline:
         levels = (areas.sqrt() / shape.finest_scale + 1e-6).log2().floor().clamp(0, len(features) - 1).long()
         crops = features[0].new_zeros((len(rois), features[0].shape[1], shape.roi_size, shape.roi_size))
         for level, feature in enumerate(features):
-            own = (levels == level).nonzero()[:, 0]
-            if len(own) > 0:
-                rows, scale = F.pad(rois[own], (1, 0)), 1 / STRIDES[level]
+            indices = (levels == level).nonzero()[:, 0]
+            if len(indices) > 0:
+                rows, scale = F.pad(rois[indices], (1, 0)), 1 / STRIDES[level]
                 pooled = roi_align(feature.float(), rows, shape.roi_size, scale, sampling_ratio=-1, aligned=True)
-                crops[own] = pooled.to(self.dtype)
+                crops[indices] = pooled.to(self.dtype)
         logits = self.model.thing_head(crops.contiguous(memory_format=self.format))  # (K, classes, 2S, 2S)
         return logits[torch.arange(len(rois)), labels].float().sigmoid()
 

@@ -24,7 +24,9 @@ def setup(layout: torch.memory_format, sampling_ratio: int, count: int = 100) ->
         options={"output_size": BINS, "spatial_scale": 1 / STRIDE, "sampling_ratio": sampling_ratio, "aligned": True},
         features=(0,),
         differentiable=(0,),
-        bytes=4 * CHANNELS * (HEIGHT * WIDTH + count * BINS * BINS),  # every cell read and every bin written once
+        bytes=4
+        * CHANNELS
+        * (HEIGHT * WIDTH + count * BINS * BINS),  # every cell is read once, and every bin written once
         operations=2 * 4 * CHANNELS * samples if sampling_ratio > 0 else None,  # four cells per sample
     )
 

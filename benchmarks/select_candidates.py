@@ -16,8 +16,8 @@ def setup(batch: int, classes: int = 80, anchors: int = 9, per_level: int = 1000
     sizes = [(math.ceil(800 / stride), math.ceil(1344 / stride)) for stride in STRIDES]
 
     def levels(channels: int, scale: float, mean: float) -> list[torch.Tensor]:
-        made = (mean + scale * torch.randn(batch, channels, *size) for size in sizes)
-        return [level.contiguous(memory_format=torch.channels_last) for level in made]
+        maps = (mean + scale * torch.randn(batch, channels, *size) for size in sizes)
+        return [level.contiguous(memory_format=torch.channels_last) for level in maps]
 
     half = 0.5 * torch.tensor(STRIDES)[:, None, None] * (4 + 4 * torch.rand(len(STRIDES), anchors, 2))
     logits = levels(anchors * classes, 1.0, -6.0)
@@ -37,7 +37,7 @@ def setup(batch: int, classes: int = 80, anchors: int = 9, per_level: int = 1000
 
 
 def prepared(class_logits, box_deltas, base_anchors, strides, *rest):
-    """Anchors of whole levels are made outside the timing."""
+    """Return the arguments with the anchors of all cells, which are not timed."""
     anchors = [
         grid_anchors(tuple(level.shape[2:]), stride, base)
         for level, stride, base in zip(class_logits, strides, base_anchors)
@@ -46,18 +46,18 @@ def prepared(class_logits, box_deltas, base_anchors, strides, *rest):
 
 
 def torch_steps(class_logits, box_deltas, anchors, valid_sizes, scale_factors, per_level):
-    """Top-k of the best logits, gather and decode, level by level; equal logits in any order."""
+    """Select the top k anchors of each level by their best logits, gather and decode; equal logits are in any order."""
     boxes, scores = [], []
-    for logits, deltas, own in zip(class_logits, box_deltas, anchors):
+    for logits, deltas, level_anchors in zip(class_logits, box_deltas, anchors):
         batch = len(logits)
-        logits = logits.permute(0, 2, 3, 1).reshape(batch, len(own), -1)
-        deltas = deltas.permute(0, 2, 3, 1).reshape(batch, len(own), 4)
-        if per_level < len(own):
+        logits = logits.permute(0, 2, 3, 1).reshape(batch, len(level_anchors), -1)
+        deltas = deltas.permute(0, 2, 3, 1).reshape(batch, len(level_anchors), 4)
+        if per_level < len(level_anchors):
             best = logits.amax(dim=-1).topk(per_level).indices
             logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[2]))
             deltas = deltas.gather(1, best[..., None].expand(-1, -1, 4))
-            own = own[best]
-        boxes.append(decode_boxes(own, deltas.float()))
+            level_anchors = level_anchors[best]
+        boxes.append(decode_boxes(level_anchors, deltas.float()))
         scores.append(logits.float().sigmoid())
     limits = valid_sizes.flip(-1).repeat(1, 2)[:, None].to(boxes[0])
     clipped = torch.cat(boxes, dim=1).clamp(min=0).minimum(limits)
@@ -65,9 +65,9 @@ def torch_steps(class_logits, box_deltas, anchors, valid_sizes, scale_factors, p
 
 
 def best_score_error(result: ops.Candidates, expected: ops.Candidates) -> float:
-    """Best scores by rank: which of equal anchors comes first is free in peers."""
-    one, other = (found.scores.double().amax(dim=2) for found in (result, expected))
-    return float((one - other).abs().max() / other.max())
+    """Compare the best scores by rank, because baselines may order anchors with equal scores in any way."""
+    scores, expected_scores = (candidates.scores.double().amax(dim=2) for candidates in (result, expected))
+    return float((scores - expected_scores).abs().max() / expected_scores.max())
 
 
 def oracle(*inputs) -> ops.Candidates:

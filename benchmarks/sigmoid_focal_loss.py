@@ -37,7 +37,7 @@ BENCHMARK = Benchmark(
     providers={
         "spatialflow": ops.sigmoid_focal_loss,
         "reference": reference.sigmoid_focal_loss,
-        # Its one-hot targets are made outside the timing, to its advantage.
+        # Making its one-hot targets is not timed, to its advantage.
         "torchvision": torchvision and Provider(torchvision.sigmoid_focal_loss, prepare=one_hot),
     },
 )

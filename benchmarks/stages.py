@@ -33,7 +33,7 @@ PREFIX = "stage: "
 
 
 def profile_stages(predictor: Predictor, image: Any, on_gpu: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """By innermost stage and by kernel: how many, and the sum of their milliseconds, of one image."""
+    """Return the number of kernels of one image and the sum of their milliseconds, by innermost stage and by kernel."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities) as profiler:
         predictor(image)
@@ -44,10 +44,10 @@ def profile_stages(predictor: Predictor, image: Any, on_gpu: bool) -> tuple[list
 
     def visit(event: Any, stage: str) -> None:
         stage = event.name.removeprefix(PREFIX) if event.name.startswith(PREFIX) else stage
-        own = [(kernel.name, kernel.duration) for kernel in event.kernels]
+        work = [(kernel.name, kernel.duration) for kernel in event.kernels]
         if not on_gpu and not event.cpu_children:
-            own = [(event.name, event.self_cpu_time_total)]
-        for name, microseconds in own:
+            work = [(event.name, event.self_cpu_time_total)]
+        for name, microseconds in work:
             for entry in (stages[stage], kernels[stage, name]):
                 entry[0] += 1
                 entry[1] += microseconds / 1e3
@@ -66,7 +66,7 @@ def profile_stages(predictor: Predictor, image: Any, on_gpu: bool) -> tuple[list
 
 
 def time_images(predictor: Predictor, image: Any, seconds: float) -> dict[str, Any]:
-    """Median latency of one array to its map on the host."""
+    """Measure the median latency from an array to its panoptic map on the host."""
     for _ in range(5):
         predictor(image)
     times: list[float] = []
@@ -79,7 +79,7 @@ def time_images(predictor: Predictor, image: Any, seconds: float) -> dict[str, A
 
 
 def graph_milliseconds(predictor: Predictor) -> float:
-    """Median replay of the captured graph of the image before, on the GPU alone."""
+    """Return the median time on the GPU of a replay of the graph that was captured for the previous image."""
     captured = next(reversed(predictor.pipeline.graphs._captured.values()))
     times = []
     for _ in range(30):
@@ -93,7 +93,7 @@ def graph_milliseconds(predictor: Predictor) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line of this script."""
+    """Run the command line of this script."""
     parser = argparse.ArgumentParser(description="The pipeline on a GPU: images per second, and kernels by stage.")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a dry run (default: cuda)")
     parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")

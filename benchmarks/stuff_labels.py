@@ -15,7 +15,7 @@ def setup(classes: int, cells: tuple[int, int], valid: tuple[int, int], original
         inputs=(logits.contiguous(memory_format=torch.channels_last)[0], valid, original),
         features=(0,),
         fixed_bytes=original[0] * original[1],
-        bytes=4 * logits.numel() + original[0] * original[1],  # every logit read once, every label written
+        bytes=4 * logits.numel() + original[0] * original[1],  # every logit is read once, and every label written
     )
 
 

@@ -29,14 +29,12 @@ from spatialflow.threads import leave_cores_to_others, map_ahead
 leave_cores_to_others()
 
 import torch
-from harness import environment, image_paths, require_positive, results_path, write_text
-from untrained import untrained_model
+from harness import environment, require_positive, results_path, write_text
+from pipeline_options import add_pipeline_options, find_images, load_model
 
-from spatialflow import Predictor, build_model, load_checkpoint
+from spatialflow import Predictor
 from spatialflow.cli.common import InputImage
 from spatialflow.cli.prediction_folder import PredictionFolder, writers
-from spatialflow.data.synthetic import synthesize
-from spatialflow.engine.checkpoints import packaged_weights
 from spatialflow.engine.predict import DECODERS, Outcome
 from spatialflow.images import read_image
 
@@ -133,36 +131,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Images per second, {TITLE}: each stage alone, and overlapped.")
     parser.add_argument("--config", default="demo", metavar="NAME", help="model (default: %(default)s)")
     parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="its weights (default: those that come with the package, else random ones that find about as much)",
-    )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: synthetic scenes)")
-    parser.add_argument(
         "--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"), help="of the scenes (default: 480 640)"
     )
     parser.add_argument("--count", type=int, default=100, metavar="N", help="the first pictures (default: 100)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="arithmetic of the network (default: float32)",
-    )
-    parser.add_argument(
-        "--cuda-graph", action=argparse.BooleanOptionalAction, help="replay CUDA graphs (default: on a GPU)"
-    )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per batch (default: 1)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time of all rounds; there are at least three")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        metavar="FOLDER",
-        help="folder of <device>/throughput.json (default: benchmarks/results)",
-    )
+    add_pipeline_options(parser, "throughput.json")
     options = parser.parse_args(arguments)
     require_positive(parser, options, "count", "batch_size", "threads", "seconds")
     return options
@@ -179,18 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.config} in {options.dtype}, batches of {options.batch_size}, {options.count} images"
     )
     with tempfile.TemporaryDirectory(prefix="spatialflow-benchmark-") as name:
-        folder, images = Path(name), options.images
-        if images is None:
-            list(synthesize(folder / "scenes", options.count, tuple(options.size), seed=0))
-            images = folder / "scenes" / "images"
-        paths = image_paths(images, options.count)
-        weights = options.checkpoint or packaged_weights(options.config)
-        if weights is None:
-            model = untrained_model(options.config, paths[0], {})
-        else:
-            model = load_checkpoint(build_model(options.config), weights)
+        folder = Path(name)
+        paths = find_images(options, folder, options.count, tuple(options.size))
         predictor = Predictor(
-            model,
+            load_model(options, paths[0], {}),
             options.device,
             getattr(torch, options.dtype),
             options.cuda_graph,

@@ -51,7 +51,8 @@ def training(kind: str, device: torch.device):
     if kind == "compiled":
         network = copy.copy(model)
         network.forward = torch.compile(model.forward, dynamic=False)
-    return model, network, torch.optim.SGD(trained, 1e-7, 0.9, weight_decay=1e-4)  # so slow that steps stay alike
+    optimizer = torch.optim.SGD(trained, 1e-7, 0.9, weight_decay=1e-4)  # with such a low rate, steps hardly differ
+    return model, network, optimizer
 
 
 def step(kind: str, images: torch.Tensor, truth: GroundTruth) -> list[torch.Tensor]:

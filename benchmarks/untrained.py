@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks without trained weights that have as much to compute, and detect about as much, as trained ones."""
+"""Untrained networks with as many computations, and about as many detections, as trained ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spatialflow.models.resnet import Bottleneck
 from spatialflow.models.spatialflow import SpatialFlow
 
 CANDIDATES, CONFIDENT = 1500, 20
-"""Pairs of anchor and class, before NMS, that `untrained_model` lets reach the score threshold, and the map."""
+"""Pairs of anchor and class, before NMS, above the score threshold and above the threshold of the panoptic map."""
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> Spat
         slope = (high - low) / (best[CONFIDENT - 1] - best[-1])
         adjust(model.box_head.class_logits, slope / deviation, low - slope * (best[-1] + mean / deviation))
         mean, deviation = (output.stuff_logits.mean(dim=(0, 2, 3)), output.stuff_logits.std(dim=(0, 2, 3)))
-        rarity = torch.arange(len(mean)) / 4  # a picture shows a few of the classes
+        rarity = torch.arange(len(mean)) / 4  # an image contains a few of the classes
         adjust(model.stuff_head.logits, 1 / deviation, -mean / deviation - rarity)
     return model
 

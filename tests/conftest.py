@@ -18,23 +18,23 @@ def pytest_configure() -> None:
         torch.backends.cudnn.allow_tf32 = False  # reference implementations in float32 must not use TF32
 
 
-def fixture_root() -> Path:
-    """Return the folder of the larger recordings: SPATIALFLOW_FIXTURES, or ../shared next to the checkout."""
-    root = Path(os.environ.get("SPATIALFLOW_FIXTURES", Path(__file__).resolve().parents[1] / ".." / "shared"))
-    return root.resolve()
-
-
 GOLDENS = Path(__file__).resolve().parent / "data" / "goldens"
 """Recorded results of the released implementation (tests/data/README.md)."""
+
+HOW_TO_GET_RECORDINGS = (
+    "the test needs recordings that are not in the repository; tests/data/README.md says how to record them"
+)
 
 
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
-    """Return `fixture_root()`; skip the test, with the reason, if the folder does not have the recordings."""
-    root = fixture_root()
-    if not (root / "goldens").is_dir():
-        pytest.skip(f"no goldens/ in {root}: set SPATIALFLOW_FIXTURES to a folder with it (tests/data/README.md)")
-    return root
+    """Return the folder of the larger recordings, which SPATIALFLOW_FIXTURES names; without it, skip the test."""
+    root = os.environ.get("SPATIALFLOW_FIXTURES")
+    if not root:
+        pytest.skip(f"SPATIALFLOW_FIXTURES is not set: {HOW_TO_GET_RECORDINGS}")
+    if not Path(root, "goldens").is_dir():
+        pytest.skip(f"SPATIALFLOW_FIXTURES={root} has no folder goldens/: {HOW_TO_GET_RECORDINGS}")
+    return Path(root).resolve()
 
 
 @pytest.fixture(scope="session")

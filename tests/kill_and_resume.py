@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from helpers.command_line import train_arguments
 from safetensors.torch import load_file
 
 from spatialflow.data.synthetic import synthesize
@@ -46,18 +47,7 @@ def command(data: Path, folder: Path, *settings: str, workers: int = 0) -> list[
         sys.executable,
         "-m",
         "spatialflow.cli",
-        "train",
-        "tiny",
-        *SETTINGS,
-        *settings,
-        "--images",
-        str(data / "images"),
-        "--annotations",
-        str(data / "panoptic.json"),
-        "--output",
-        str(folder),
-        "--workers",
-        str(workers),
+        *train_arguments(data, folder, *SETTINGS, *settings, workers=workers),
     ]
 
 
@@ -110,8 +100,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        root, equal = Path(place), 0
+    with tempfile.TemporaryDirectory() as folder:
+        root, equal = Path(folder), 0
         settings = ("epochs=6", "checkpoint_every_steps=1")
         list(synthesize(root / "data", 6, (64, 96)))
         subprocess.run(

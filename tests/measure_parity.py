@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Print the differences between the losses and gradients of one training step and the released ones.
 
-`python tests/measure_parity.py` measures the plain network and the network arranged for training. Both use the targets
+`python tests/measure_parity.py` measures the plain network and the network optimized for training. Both use the targets
 of the plain network, as in `test_training_targets.py`. The tolerances there are 1e-5 for losses and 1e-3 for gradients.
 """
 
@@ -14,14 +14,14 @@ from spatialflow.engine.checkpoints import name_from_released
 from spatialflow.models.optimized.training import optimize_for_training
 
 
-def measure(arranged: bool) -> tuple[float, float, float]:
+def measure(optimized: bool) -> tuple[float, float, float]:
     """Return the largest relative error of the losses, of the gradient norms, and of the gradients.
 
     The error of a gradient is relative to its largest value.
     """
     arrays, about, images, truth = golden_batch(GOLDENS)
     model = golden_model(GOLDENS, "tiny", "tiny").train()
-    step = released_step(optimize_for_training(model) if arranged else model, truth)
+    step = released_step(optimize_for_training(model) if optimized else model, truth)
     with torch.no_grad():
         things = step.assigner.thing_targets(model(images), truth)
     step.assigner.thing_targets = lambda output, truth: things

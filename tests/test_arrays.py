@@ -25,20 +25,12 @@ def box_rows(count, batch=None):
     return boxes if batch is None else torch.cat([torch.arange(count)[:, None] % batch, boxes], dim=1)
 
 
-def cases():
-    """Return (function, arguments) by name, including lists, optional arguments and named tuples."""
-    pyramid = [torch.randn(2, 8, 10, 12), torch.randn(2, 8, 5, 6)]
-    weight, bias, scores = torch.randn(8, 8, 3, 3), torch.randn(8), torch.rand(9)
-    packed = ops.pack_conv3x3(weight, bias)
-    convs = ops.SubnetParameters(cls=((weight, bias),), reg=((weight, None),), segmentation_levels=1)
-    photograph = torch.randint(256, (7, 9, 3), dtype=torch.uint8)
-    colors = {"mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0)}
-    counts = {"gt_segments": 2, "pred_segments": 2}
-    maps = [torch.randint(3, (6, 7), dtype=torch.int32) for _ in range(2)]
-    instances = (torch.rand(3, 8, 9) > 0.6, torch.rand(3), torch.tensor([5, 6, 7]))
-    stuff = torch.randint(2, (8, 9))
-    offset, mask = torch.randn(2, 18, 10, 12), torch.rand(2, 9, 10, 12)
-    logits, norm = torch.randn(4, 3), torch.randn(2, pyramid[0].shape[1])
+def feature_pyramid():
+    return [torch.randn(2, 8, 10, 12), torch.randn(2, 8, 5, 6)]
+
+
+def roi_cases():
+    pyramid = feature_pyramid()
     return {
         "roi_align": (ops.roi_align, {"input": pyramid[0], "boxes": box_rows(5, 2), "output_size": 3}),
         "roi_align, list": (
@@ -50,6 +42,12 @@ def cases():
             ops.multilevel_roi_align,
             {"features": pyramid, "boxes": [box_rows(2), box_rows(3)], "output_size": 3, "strides": (1, 2)},
         ),
+    }
+
+
+def detection_cases():
+    scores = torch.rand(9)
+    return {
         "nms": (ops.nms, {"boxes": box_rows(9), "scores": scores, "iou_threshold": 0.3}),
         "batched_nms": (
             ops.batched_nms,
@@ -77,15 +75,22 @@ def cases():
                 "per_level": 5,
             },
         ),
-        "deform_conv2d": (ops.deform_conv2d, {"input": pyramid[0], "offset": offset, "weight": weight, "padding": 1}),
+    }
+
+
+def deform_conv2d_cases():
+    input, weight, bias = torch.randn(2, 8, 10, 12), torch.randn(8, 8, 3, 3), torch.randn(8)
+    offset, mask = torch.randn(2, 18, 10, 12), torch.rand(2, 9, 10, 12)
+    return {
+        "deform_conv2d": (ops.deform_conv2d, {"input": input, "offset": offset, "weight": weight, "padding": 1}),
         "deform_conv2d, optional": (
             ops.deform_conv2d,
-            {"input": pyramid[0], "offset": offset, "weight": weight, "bias": bias, "padding": 1, "mask": mask},
+            {"input": input, "offset": offset, "weight": weight, "bias": bias, "padding": 1, "mask": mask},
         ),
         "deform_conv2d, packed": (
             ops.deform_conv2d,
             {
-                "input": pyramid[0],
+                "input": input,
                 "offset": offset,
                 "weight": ops.pack_deform_conv2d(weight, bias),
                 "padding": 1,
@@ -95,12 +100,14 @@ def cases():
             },
         ),
         "pack_deform_conv2d": (ops.pack_deform_conv2d, {"weight": weight, "bias": bias}),
-        "sigmoid_focal_loss": (ops.sigmoid_focal_loss, {"logits": logits, "labels": torch.tensor([0, 1, 3, -1])}),
-        "group_norm_relu": (ops.group_norm_relu, {"input": pyramid[0], "num_groups": 2, "upsample": True}),
-        "group_norm_relu, optional": (
-            ops.group_norm_relu,
-            {"input": pyramid[0], "num_groups": 1, "weight": norm[0], "bias": norm[1]},
-        ),
+    }
+
+
+def flow_cases():
+    pyramid, weight, bias = feature_pyramid(), torch.randn(8, 8, 3, 3), torch.randn(8)
+    packed = ops.pack_conv3x3(weight, bias)
+    subnets = ops.SubnetParameters(cls=((weight, bias),), reg=((weight, None),), segmentation_levels=1)
+    return {
         "flow_conv2d": (ops.flow_conv2d, {"x": pyramid[0], "flow": None, "weight": weight}),
         "flow_conv2d, list": (ops.flow_conv2d, {"x": pyramid, "flow": pyramid, "weight": weight, "bias": bias}),
         "flow_conv2d, several": (
@@ -113,18 +120,44 @@ def cases():
             {"x": pyramid, "flow": None, "weight": packed, "active": torch.tensor([False, True])},
         ),
         "pack_conv3x3": (ops.pack_conv3x3, {"weight": weight, "bias": bias}),
-        "fused_subnets": (ops.fused_subnets, {"levels": pyramid, "parameters": convs}),
-        "fused_subnets, packed": (ops.fused_subnets, {"levels": pyramid, "parameters": ops.pack_subnets(convs)}),
-        "pack_subnets": (ops.pack_subnets, {"parameters": convs}),
+        "fused_subnets": (ops.fused_subnets, {"levels": pyramid, "parameters": subnets}),
+        "fused_subnets, packed": (ops.fused_subnets, {"levels": pyramid, "parameters": ops.pack_subnets(subnets)}),
+        "pack_subnets": (ops.pack_subnets, {"parameters": subnets}),
+    }
+
+
+def normalization_and_loss_cases():
+    input, weight, bias = torch.randn(2, 8, 10, 12), torch.randn(8), torch.randn(8)
+    logits = torch.randn(4, 3)
+    return {
+        "sigmoid_focal_loss": (ops.sigmoid_focal_loss, {"logits": logits, "labels": torch.tensor([0, 1, 3, -1])}),
+        "group_norm_relu": (ops.group_norm_relu, {"input": input, "num_groups": 2, "upsample": True}),
+        "group_norm_relu, optional": (
+            ops.group_norm_relu,
+            {"input": input, "num_groups": 1, "weight": weight, "bias": bias},
+        ),
+    }
+
+
+def panoptic_cases():
+    instances = {
+        "masks": torch.rand(3, 8, 9) > 0.6,
+        "scores": torch.rand(3),
+        "labels": torch.tensor([5, 6, 7]),
+    }
+    stuff = torch.randint(2, (8, 9))
+    gt_map, pred_map = torch.randint(3, (2, 6, 7), dtype=torch.int32)
+    counts = {"gt_segments": 2, "pred_segments": 2}
+    return {
         "paste_masks": (ops.paste_masks, {"mask_logits": torch.randn(3, 5, 5), "boxes": box_rows(3), "size": (8, 9)}),
         "stuff_labels": (
             ops.stuff_labels,
-            {"logits": logits.T[:, None], "valid_size": (4, 9), "original_size": (6, 7)},
+            {"logits": torch.randn(4, 3).T[:, None], "valid_size": (4, 9), "original_size": (6, 7)},
         ),
         "panoptic_merge": (
             ops.panoptic_merge,
             {
-                **dict(zip(("masks", "scores", "labels"), instances)),
+                **instances,
                 "boxes": box_rows(3),
                 "stuff": stuff,
                 "stuff_labels": 2,
@@ -133,14 +166,34 @@ def cases():
         ),
         "panoptic_merge, no boxes": (
             ops.panoptic_merge,
-            {**dict(zip(("masks", "scores", "labels"), instances)), "boxes": None, "stuff": stuff, "stuff_labels": 2},
+            {**instances, "boxes": None, "stuff": stuff, "stuff_labels": 2},
         ),
-        "panoptic_quality_counts": (ops.panoptic_quality_counts, {"gt_map": maps[0], "pred_map": maps[1], **counts}),
+        "panoptic_quality_counts": (ops.panoptic_quality_counts, {"gt_map": gt_map, "pred_map": pred_map, **counts}),
+    }
+
+
+def image_cases():
+    photograph = torch.randint(256, (7, 9, 3), dtype=torch.uint8)
+    colors = {"mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0)}
+    return {
         "preprocess_images": (ops.preprocess_images, {"images": photograph, "sizes": (14, 18), **colors}),
         "preprocess_images, list": (
             ops.preprocess_images,
             {"images": [photograph, photograph[:5]], "sizes": [(14, 18), (4, 5)], **colors},
         ),
+    }
+
+
+def cases():
+    """Return (function, arguments) by name, including lists, optional arguments and named tuples."""
+    return {
+        **roi_cases(),
+        **detection_cases(),
+        **deform_conv2d_cases(),
+        **flow_cases(),
+        **normalization_and_loss_cases(),
+        **panoptic_cases(),
+        **image_cases(),
     }
 
 
@@ -196,23 +249,23 @@ def test_arrays_give_arrays(name, monkeypatch):
     """Results equal those of tensors, and neither inputs nor outputs are copied."""
     function, arguments = cases()[name]
     expected, arrays = function(**arguments), arrays_in(arguments)
-    library, taken, returned = cupy or np, [], []
+    library, imported, exported = cupy or np, [], []
     take, give = torch.from_dlpack, library.from_dlpack
 
     def taking(array):
-        taken.append((address(array), take(array)))
-        return taken[-1][1]
+        imported.append((address(array), take(array)))
+        return imported[-1][1]
 
     def giving(tensor):
-        returned.append((address(tensor), give(tensor)))
-        return returned[-1][1]
+        exported.append((address(tensor), give(tensor)))
+        return exported[-1][1]
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "from_dlpack", taking)
         patch.setattr(library, "from_dlpack", giving)
         result = function(**arrays)
-    assert taken and all(place == address(tensor) for place, tensor in taken)
-    assert all(place == address(array) for place, array in returned)
+    assert imported and all(pointer == address(tensor) for pointer, tensor in imported)
+    assert all(pointer == address(array) for pointer, array in exported)
     assert_equal(result, expected)
 
 
@@ -220,22 +273,22 @@ def test_arrays_give_arrays(name, monkeypatch):
 def test_arrays_and_tensors_do_not_mix(name):
     """A single array among tensors is refused by name, at every position."""
     function, arguments = cases()[name]
-    places = [key for key, value in arguments.items() if leaves(value)]
-    if sum(len(leaves(arguments[key])) for key in places) < 2:
-        places = []
-    for key in places:
-        count, seen = len(leaves(arguments[key])), []
+    names = [key for key, value in arguments.items() if leaves(value)]
+    if sum(len(leaves(arguments[key])) for key in names) < 2:
+        names = []
+    for key in names:
+        count, converted = len(leaves(arguments[key])), []
 
-        def last_one(tensor, count=count, seen=seen):
-            seen.append(tensor)
-            return to_array(tensor) if len(seen) == count else tensor
+        def convert_last(tensor, count=count, converted=converted):
+            converted.append(tensor)
+            return to_array(tensor) if len(converted) == count else tensor
 
         with pytest.raises(
             TypeError,
             match=rf"\b{key}\S* must be a tensor, got ndarray, as \S+ is a tensor|"
             r"the (weight|bias) of \S+ must be a tensor, got ndarray",
         ):
-            function(**arguments | {key: convert(last_one, arguments[key])})
+            function(**arguments | {key: convert(convert_last, arguments[key])})
 
 
 class Foreign:
@@ -333,16 +386,16 @@ class TestNumpy:
 
     def test_results_share_memory_in_both_directions(self):
         """The array and the tensor share memory: a write to one is visible in the other."""
-        seen = {}
+        tensors = {}
 
         def keep(x: "torch.Tensor"):
-            seen["taken"], seen["made"] = x, x * 2
-            return seen["made"]
+            tensors["input"], tensors["output"] = x, x * 2
+            return tensors["output"]
 
         array = np.arange(4.0)
         result = with_arrays(keep, {"x": array})
-        array[0], seen["made"][1] = 50.0, 60.0
-        assert seen["taken"][0] == 50 and result[1] == 60 and np.shares_memory(result, seen["made"].numpy())
+        array[0], tensors["output"][1] = 50.0, 60.0
+        assert tensors["input"][0] == 50 and result[1] == 60 and np.shares_memory(result, tensors["output"].numpy())
 
     @pytest.mark.parametrize(
         "change, reason",
@@ -405,11 +458,11 @@ def test_jax():
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU with CuPy and SPATIALFLOW_BACKEND=cuda")
 class TestCupy:
-    @pytest.mark.parametrize("own", ["cupy", "torch", "both"])
-    def test_streams_are_ordered(self, own):
+    @pytest.mark.parametrize("new_stream", ["cupy", "torch", "both"])
+    def test_streams_are_ordered(self, new_stream):
         """Operators wait for CuPy's stream before they read an array, and CuPy waits for torch's stream."""
-        side = cupy.cuda.Stream(non_blocking=True) if own != "torch" else cupy.cuda.Stream.null
-        stream = torch.cuda.Stream() if own != "cupy" else torch.cuda.default_stream()
+        side = cupy.cuda.Stream(non_blocking=True) if new_stream != "torch" else cupy.cuda.Stream.null
+        stream = torch.cuda.Stream() if new_stream != "cupy" else torch.cuda.default_stream()
         matrix = cupy.random.rand(4096, 4096, dtype=cupy.float32)
         boxes = cupy.asarray([[0.0, 0.0, 0.0, 8.0, 8.0]], dtype=cupy.float32)
         cupy.cuda.Device().synchronize()

@@ -48,10 +48,10 @@ def assert_same(a, b, pixels=1.0):
 
 
 def test_an_ensemble_of_one_model_twice_is_the_model(model, image):
-    alone, twice = (spatialflow.Predictor(models, **PLAIN)(image) for models in (model, [model, model]))
-    assert len(alone.segments) > 3
-    assert_same(twice, alone)
-    np.testing.assert_allclose(twice.mask_logits, alone.mask_logits, rtol=1e-4, atol=1e-4)
+    single, twice = (spatialflow.Predictor(models, **PLAIN)(image) for models in (model, [model, model]))
+    assert len(single.segments) > 3
+    assert_same(twice, single)
+    np.testing.assert_allclose(twice.mask_logits, single.mask_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
@@ -64,8 +64,8 @@ def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
     plain = spatialflow.Predictor(model, **PLAIN)(image)
     assert not np.array_equal(result.scores, plain.scores), "the mirrored view has no effect"
     np.testing.assert_allclose(mirrored.scores, result.scores, atol=1e-4)
-    back = postprocess.mirror_boxes(torch.from_numpy(mirrored.boxes)[None], torch.tensor([128.0]))[0]
-    np.testing.assert_allclose(back, result.boxes, atol=0.05)
+    restored = postprocess.mirror_boxes(torch.from_numpy(mirrored.boxes)[None], torch.tensor([128.0]))[0]
+    np.testing.assert_allclose(restored, result.boxes, atol=0.05)
     np.testing.assert_allclose(mirrored.mask_logits[..., ::-1], result.mask_logits, atol=2e-2)
     assert [s["category_id"] for s in mirrored.segments] == [s["category_id"] for s in result.segments]
     assert (mirrored.id_map[:, ::-1] == result.id_map).mean() > 0.98
@@ -87,9 +87,9 @@ def test_batches_of_augmented_images(model, image):
     images = [image, image[:, :120], np.ascontiguousarray(image.transpose(1, 0, 2)), image[::-1].copy()]
     settings = {**PLAIN, "test_short_edges": [64, 96], "test_flip": True}
     together = spatialflow.Predictor(model, batch_size=2, **settings)(images)
-    alone = spatialflow.Predictor(model, **settings)
+    predictor = spatialflow.Predictor(model, **settings)
     for single, result in zip(images, together, strict=False):
-        assert_same(result, alone(single), pixels=0.999)
+        assert_same(result, predictor(single), pixels=0.999)
 
 
 def test_sizes_of_the_released_augmentation(goldens, model):
@@ -106,9 +106,9 @@ def test_sizes_of_the_released_augmentation(goldens, model):
 def test_stuff_logits_at_original_size():
     """The matrices equal upsampling, crop and resize in sequence, with and without mirroring."""
     logits, valid, original = torch.randn(5, 8, 12), (27, 41), (33, 29)
-    whole = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)[..., :27, :41]
+    upsampled = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)[..., :27, :41]
     for mirrored in (False, True):
-        view = whole.flip(-1) if mirrored else whole
+        view = upsampled.flip(-1) if mirrored else upsampled
         expected = F.interpolate(view, size=original, mode="bilinear", align_corners=True)[0]
         actual = postprocess.resized_stuff_logits(logits, valid, original, mirrored)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -355,14 +355,14 @@ def test_clean_code(tool):
 
 
 @pytest.mark.parametrize(
-    "old, new, resources, said",
+    "old, new, resources, expected_messages",
     [
         # Read by the next instruction, which unpacks the first half of a value.
         (
             "    LDG.E.128 R16",
             "    PRMT R21, R12, 0x7632, R21\n    LDG.E.128 R16",
             {},
-            ["1 of 2 loads with a distance below 4: LDG", "1 of 2 loads with less than 2", "1 loads on the way", "4.0"],
+            ["1 of 2 loads with a distance below 4: LDG", "1 of 2 loads with less than 2", "1 loads in flight", "4.0"],
         ),
         ("    STS.128 [R20], R", "    LDL R6, [R1]\n    STS.128 [R20], R", {}, ["1 accesses to local", "4.0 instr"]),
         ("    STG.E.128", "    STL.64 [R1+0x8], R12\n    STG.E.128", {}, ["1 accesses to local memory"]),
@@ -373,18 +373,18 @@ def test_clean_code(tool):
             "LDG.E.128 R16, desc[UR4][R4.64]",
             "LDG.E R16, desc[UR4][R4.64]",
             {},
-            ["1 loads below 16 bytes in the main loop, not 0: LDG.E at 0x10", "1 loads on the way"],
+            ["1 loads below 16 bytes in the main loop, not 0: LDG.E at 0x10", "1 loads in flight"],
         ),
         ("LDG.E.128", "LDG.E", {}, ["widest global load 4 bytes, not 16", "2 loads below 16 bytes"]),
         ("STG.E.128", "STG.E.64", {}, ["widest global store 8 bytes, not 16"]),
         ("HMMA.16816.F32.BF16", "FFMA", {}, ["no loop with matrix instructions", "2 of 2 loads with less than 2 HMMA"]),
     ],
 )
-def test_planted_faults(tool, old, new, resources, said):
+def test_planted_faults(tool, old, new, resources, expected_messages):
     assert old in GOOD
     messages = faults(tool, GOOD.replace(old, new), resources, **LIMITS)
-    assert len(messages) == len(said), messages
-    assert all(any(words in fault for fault in messages) for words in said), messages
+    assert len(messages) == len(expected_messages), messages
+    assert all(any(words in fault for fault in messages) for words in expected_messages), messages
 
 
 def test_every_kernel_has_a_row(tool, monkeypatch):

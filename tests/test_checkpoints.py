@@ -240,10 +240,10 @@ class TestWrappers:
         state, files = small_model().state_dict(), (str(tmp_path / "weights.pth"), str(tmp_path / "ours.safetensors"))
         torch.save({"state_dict": named("_orig_mod.", plus_one(state)), "ema": named("module.", state)}, files[0])
         assert main(["convert", *files]) == 0
-        said = (
+        message = (
             "weights.pth: took the weights under 'state_dict'; left out the moving average under 'ema'; removed '_orig_"
         )
-        assert capsys.readouterr().err.count(said) == 1
+        assert capsys.readouterr().err.count(message) == 1
         assert main(["convert", "--ema", *files]) == 0
         assert_equal_states(load_checkpoint(small_model(), files[1]), small_model_of(state))
         nothing = str(tmp_path / "out")

@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from helpers.command_line import FAST, sentences
+from helpers.command_line import FAST, error_messages
 
 import spatialflow
 from spatialflow.cli import info
@@ -49,9 +49,13 @@ class TestEvaluate:
         assert main(["evaluate", str(prediction), str(prediction), "--workers", "0"]) == 2
         (prediction / "panoptic" / "gray.png").write_bytes(b"")
         assert main(["evaluate", str(prediction), str(prediction), "--output", str(tmp_path / "numbers.json")]) == 2
-        said = sentences(capsys)
-        assert len(said) == 3
-        assert "none.json: no such file" in said[0] and "--workers must be" in said[1] and "gray.png" in said[2]
+        messages = error_messages(capsys)
+        assert len(messages) == 3
+        assert (
+            "none.json: no such file" in messages[0]
+            and "--workers must be" in messages[1]
+            and "gray.png" in messages[2]
+        )
         assert not (tmp_path / "numbers.json").exists()
 
     def test_torch_is_not_imported(self, prediction):
@@ -75,14 +79,16 @@ class TestEvaluate:
         assert main(["convert", str(weights), str(weights), "--half"]) == 2
         for picture in (prediction / "panoptic").iterdir():
             assert main(["validate", paths[0], "--output", str(picture)]) == 2
-        said = sentences(capsys)
-        assert len(said) == 7 and all("is an input of this command, which does not replace it" in line for line in said)
+        messages = error_messages(capsys)
+        assert len(messages) == 7 and all(
+            "is an input of this command, which does not replace it" in line for line in messages
+        )
         assert before == ((prediction / "panoptic.json").read_bytes(), weights.read_bytes())
         report = prediction / "report.json"
         report.touch()
         assert main(["validate", paths[0], "--images", str(prediction / "absent"), "--output", str(report)]) == 2
         assert main(["convert", str(prediction / "absent.pth"), str(weights)]) == 2
-        assert [line.split(": ")[0] for line in sentences(capsys)] == [
+        assert [line.split(": ")[0] for line in error_messages(capsys)] == [
             str(prediction / "absent"),
             str(prediction / "absent.pth"),
         ]
@@ -106,8 +112,8 @@ class TestConvert:
     def test_errors(self, weights, tmp_path, capsys, source, target, reason):
         (tmp_path / "folder").write_text("")
         assert main(["convert", str(source or weights), str(tmp_path / target)]) == 2
-        (said,) = sentences(capsys)
-        assert reason in said
+        (message,) = error_messages(capsys)
+        assert reason in message
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
@@ -121,7 +127,7 @@ class TestSynthesize:
     @pytest.mark.parametrize("change", [["--count", "0"], ["--size", "4", "4"], ["--seed", "-1"]])
     def test_errors(self, tmp_path, capsys, change):
         assert main(["synthesize", str(tmp_path / "a"), *change]) == 2
-        assert len(sentences(capsys)) == 1 and not (tmp_path / "a" / "panoptic.json").exists()
+        assert len(error_messages(capsys)) == 1 and not (tmp_path / "a" / "panoptic.json").exists()
 
 
 class TestOutput:
@@ -179,8 +185,8 @@ class TestOutput:
     def test_a_ground_truth_of_others_is_not_replaced(self, tmp_path, capsys):
         (tmp_path / "panoptic.json").write_text('{"images": []}')
         assert main(["synthesize", str(tmp_path), "--count", "1", "--size", "48", "64"]) == 2
-        said = f"{tmp_path / 'panoptic.json'}: would be replaced, and was not written by synthesize"
-        assert sentences(capsys) == [said] and [path.name for path in tmp_path.iterdir()] == ["panoptic.json"]
+        message = f"{tmp_path / 'panoptic.json'}: would be replaced, and was not written by synthesize"
+        assert error_messages(capsys) == [message] and [path.name for path in tmp_path.iterdir()] == ["panoptic.json"]
 
 
 class TestInfoAndBenchmark:
@@ -193,7 +199,7 @@ class TestInfoAndBenchmark:
         assert main(["benchmark", "--list"]) == 0
         assert "roi_align" in capsys.readouterr().out.split()
         assert main(["benchmark", "no_such_op"]) == 2
-        assert "no benchmark named no_such_op" in sentences(capsys)[0]
+        assert "no benchmark named no_such_op" in error_messages(capsys)[0]
 
     def test_help_lists_the_commands(self, capsys):
         with pytest.raises(SystemExit) as ended:
@@ -208,7 +214,7 @@ def test_detections_without_pycocotools(photographs, weights, tmp_path, capsys, 
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     arguments = ["predict", str(photographs / "plain.jpg"), *FAST, "--checkpoint", str(weights), "--detections"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    assert sentences(capsys) == [
+    assert error_messages(capsys) == [
         "--detections: the package pycocotools is missing, so detections.json has boxes without masks"
     ]
     assert not any("segmentation" in row for row in json.loads((tmp_path / "detections.json").read_text()))
@@ -259,15 +265,15 @@ def test_every_option_is_read():
 def test_settings_that_ask_for_more_memory_than_there_is(photographs, tmp_path, capsys, setting):
     arguments = ["predict", str(photographs / "plain.jpg"), "--config", "tiny", "--set", setting, "--no-overlay"]
     assert main([*arguments, "--output", str(tmp_path)]) == 2
-    assert "out of memory: " in sentences(capsys)[-1]
+    assert "out of memory: " in error_messages(capsys)[-1]
 
 
 def test_other_runtime_errors_are_not_hidden(monkeypatch):
     def fails(_):
-        raise RuntimeError("a fault of ours")
+        raise RuntimeError("an internal error")
 
     monkeypatch.setattr(info, "run", fails)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(RuntimeError, match="an internal error"):
         main(["info"])
 
 
@@ -291,4 +297,4 @@ LONG = "a" * 300  # too long for a file name, so that pathlib's is_file() raises
 def test_names_that_are_too_long(photographs, tmp_path, capsys, command):
     words = command.replace("PHOTOGRAPHS", str(photographs)).replace("OUT", str(tmp_path / "out")).split()
     assert main(words) in (1, 2)
-    assert LONG[:30] in "".join(sentences(capsys))
+    assert LONG[:30] in "".join(error_messages(capsys))

@@ -161,7 +161,7 @@ class Row(NamedTuple):
 
     field: str
     value: Any
-    seen_in: Callable
+    observer: Callable
     base: dict = {}
 
 
@@ -257,17 +257,17 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def observe(data, tmp_path_factory):
     """Return a cached function: the result of an observer for overrides of `tiny`."""
-    kept = {}
+    cached = {}
 
-    def look(observer: Callable, overrides: dict) -> Any:
+    def observe_overrides(observer: Callable, overrides: dict) -> Any:
         key = observer, repr(sorted(overrides.items()))
-        if key not in kept:
+        if key not in cached:
             config = load_config("tiny", **overrides)
-            more = (tmp_path_factory.mktemp("run"),) if observer in (plan, run) else ()
-            kept[key] = _plain(observer(config, data, *more))
-        return kept[key]
+            extra = (tmp_path_factory.mktemp("run"),) if observer in (plan, run) else ()
+            cached[key] = _plain(observer(config, data, *extra))
+        return cached[key]
 
-    return look
+    return observe_overrides
 
 
 def _plain(value: Any) -> Any:
@@ -289,18 +289,18 @@ def test_every_field_has_a_row():
 @pytest.mark.parametrize("row", ROWS, ids=[row.field for row in ROWS])
 def test_another_value_changes_something(row, observe):
     base = BASE | row.base
-    assert observe(row.seen_in, base | {row.field: row.value}) != observe(row.seen_in, base)
+    assert observe(row.observer, base | {row.field: row.value}) != observe(row.observer, base)
 
 
 def test_no_two_accepted_networks_with_other_flags_are_the_same():
     """For every combination of heads, source and flows, a flag without effect is refused."""
-    seen, refused = {}, 0
+    flags_by_network, refused = {}, 0
     flags = ("thing_head", "stuff_head", "flow_to_detection", "flow_to_stuff", "flow_to_thing", "flow_stuff_to_thing")
     for source, *values in itertools.product((None, "reg", "cls"), *[(False, True)] * len(flags)):
-        chosen = dict(zip(flags, values, strict=True)) | dict(flow_source=source, detection_stages=1)
-        chosen |= dict(stuff_stages=int(chosen["stuff_head"]), thing_stages=int(chosen["thing_head"]))
+        overrides = dict(zip(flags, values, strict=True)) | dict(flow_source=source, detection_stages=1)
+        overrides |= dict(stuff_stages=int(overrides["stuff_head"]), thing_stages=int(overrides["thing_head"]))
         try:
-            config = load_config("tiny", **(BASE | chosen))
+            config = load_config("tiny", **(BASE | overrides))
         except ConfigError as error:
             assert any(flag in str(error) for flag in (*flags, "flow_source"))
             refused += 1
@@ -309,9 +309,9 @@ def test_no_two_accepted_networks_with_other_flags_are_the_same():
             backbone.return_value.out_channels = (4, 4, 4)
             model = build_model(config)
         network = source, repr([(name, p.shape) for name, p in model.named_parameters()])
-        assert network not in seen, (chosen, seen[network])
-        seen[network] = chosen
-    assert len(seen) == 3 + 7 + 7 + 30 and refused  # without heads, with one, with both
+        assert network not in flags_by_network, (overrides, flags_by_network[network])
+        flags_by_network[network] = overrides
+    assert len(flags_by_network) == 3 + 7 + 7 + 30 and refused  # without heads, with one, with both
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ import re
 import pytest
 import torch
 from helpers.op_matrix import (
-    DEVICE,
     THIN_SHAPES,
     OpMatrix,
     OpSample,
     assert_near,
+    assert_unchanged_by_autocast,
     channels_last,
     surrounded_by_nans,
-    to_dtype,
 )
 from torch.nn import functional as F
 
@@ -76,11 +75,7 @@ class TestConv1x1(OpMatrix):
 
     def test_autocast(self, make_sample):
         """The operator does not cast under autocast; `fused_conv2d` does."""
-        sample = make_sample()
-        tensors = to_dtype(sample, torch.float32)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            actual = sample.op(*tensors, **sample.options)
-        assert torch.equal(actual, sample.op(*tensors, **sample.options))
+        assert_unchanged_by_autocast(make_sample())
 
 
 # (N, C, H, W) and outputs: the shapes of a ResNet with fewer pixels and, from layer3, fewer channels. Then sizes that

@@ -56,7 +56,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local", "other threads use the device too"
+        assert capture_error_mode == "thread_local", "other threads may use the device during a capture"
         self.captures.append((pool, stream))
         yield
 
@@ -67,7 +67,7 @@ class Recorder:
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def mocked_cache(monkeypatch):
     """Return a class of graph caches that use the mock of torch.cuda."""
     monkeypatch.setattr(cuda_graphs.torch, "cuda", Recorder())
 
@@ -85,26 +85,26 @@ def stand_in(monkeypatch):
 
 
 @pytest.fixture
-def cache(stand_in):
-    return stand_in(torch.device("cpu"), limit=2)
+def cache(mocked_cache):
+    return mocked_cache(torch.device("cpu"), limit=2)
 
 
 def test_replays_read_new_values(cache):
-    made = []
+    calls = []
 
     def make():
-        made.append(0)
+        calls.append(0)
 
         def function(inputs):
-            made[-1] += 1
+            calls[-1] += 1
             return inputs[0] * inputs[1]
 
         return function
 
     first = cache("a", make, [torch.tensor([1.0]), torch.tensor([2.0])])
-    assert first.item() == 2 and made == [WARM_UPS + 2]  # calls of the function: warm-ups, capture and replay
+    assert first.item() == 2 and calls == [WARM_UPS + 2]  # calls of the function: warm-ups, capture and replay
     assert cache("a", make, [torch.tensor([5.0]), torch.tensor([2.0])]) is first and first.item() == 10
-    assert made == [WARM_UPS + 3]
+    assert calls == [WARM_UPS + 3]
 
 
 def test_inputs_are_not_shared(cache):
@@ -116,11 +116,11 @@ def test_inputs_are_not_shared(cache):
 
 
 def test_the_oldest_is_dropped(cache):
-    made = []
+    captured = []
     for key in "aababcac":
-        cache(key, lambda key=key: made.append(key) or (lambda inputs: -inputs[0]), [torch.zeros(1)])
+        cache(key, lambda key=key: captured.append(key) or (lambda inputs: -inputs[0]), [torch.zeros(1)])
         assert len(cache) <= 2
-    assert "".join(made) == "abca"
+    assert "".join(captured) == "abca"
 
 
 def test_copies_capture_their_own(cache):
@@ -154,9 +154,9 @@ def out_of_memory(where):
     raise torch.OutOfMemoryError(f"out of memory in {where}")
 
 
-def test_other_graphs_are_freed_when_memory_runs_out(stand_in):
+def test_other_graphs_are_freed_when_memory_runs_out(mocked_cache):
     """If memory runs out, all other graphs are freed before the capture fails."""
-    cache = stand_in(torch.device("cpu"))
+    cache = mocked_cache(torch.device("cpu"))
     for key in "ab":
         cache(key, lambda: lambda inputs: -inputs[0], [torch.ones(1)])
 
@@ -182,17 +182,17 @@ def test_a_capture_that_fails_leaves_the_next_a_new_pool(cache):
     assert pool is not failed
 
 
-def test_one_capture_at_a_time(stand_in):
+def test_one_capture_at_a_time(mocked_cache):
     """Only one capture runs at a time over all threads and caches, because each empties the allocator's cache."""
-    alone, errors = threading.Lock(), []
+    capture_lock, errors = threading.Lock(), []
 
     def make():
         def function(inputs):
-            if not alone.acquire(blocking=False):
+            if not capture_lock.acquire(blocking=False):
                 errors.append("two at once")
                 return inputs[0]
             time.sleep(0.05)
-            alone.release()
+            capture_lock.release()
             return -inputs[0]
 
         return function
@@ -201,7 +201,7 @@ def test_one_capture_at_a_time(stand_in):
         cache._capture(make(), [torch.ones(1)])
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(capture, [stand_in(torch.device("cpu")) for _ in range(2)]))
+        list(pool.map(capture, [mocked_cache(torch.device("cpu")) for _ in range(2)]))
     assert errors == []
 
 
@@ -227,13 +227,13 @@ class CopyingTransfers(Transfers):
         return Download(_map(torch.clone, value), Recorder.Event())
 
 
-def predictors(model, stand_in, **options):
+def predictors(model, mocked_cache, **options):
     """Return a predictor without graphs and one with graphs, both with the fixed shapes used on a GPU."""
     pair = [spatialflow.Predictor(model, **SETTINGS | options) for _ in range(2)]
     for predictor in pair:
         predictor.pipeline.reads_counts = False
         predictor._transfers = CopyingTransfers(predictor.device)
-    pair[1].pipeline.graphs = stand_in(torch.device("cpu"))
+    pair[1].pipeline.graphs = mocked_cache(torch.device("cpu"))
     return pair
 
 
@@ -248,9 +248,9 @@ def assert_same(first, second):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
-def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
+def test_one_graph_serves_all_images_of_a_padded_size(model, mocked_cache):
     """A hundred original sizes with three padded sizes give the results of a predictor without graphs."""
-    eager, graphed = predictors(model, stand_in)
+    eager, graphed = predictors(model, mocked_cache)
     padded = {tuple(geometry.padded_size for geometry in eager.pipeline.geometries(size)) for size in SIZES}
     assert len(set(SIZES)) == 100 and len(padded) == 3
     images = pictures(SIZES)
@@ -268,25 +268,25 @@ def test_one_graph_serves_all_images_of_a_padded_size(model, stand_in):
     ],
     ids=str,
 )
-def test_graphs_of_views_and_batches(model, stand_in, options, graphs):
+def test_graphs_of_views_and_batches(model, mocked_cache, options, graphs):
     """Four images have one padded size and six another; full and partial batches have separate graphs."""
-    eager, graphed = predictors(model, stand_in, **options)
+    eager, graphed = predictors(model, mocked_cache, **options)
     images = pictures(SIZES[30:40])
     for first, second in zip(graphed(images), eager(images), strict=True):
         assert_same(first, second)
     assert len(graphed.pipeline.graphs) == graphs
 
 
-def test_graphs_of_ensembles(model, stand_in):
-    eager, graphed = predictors([model, random_model("tiny_dcn")], stand_in)
+def test_graphs_of_ensembles(model, mocked_cache):
+    eager, graphed = predictors([model, random_model("tiny_dcn")], mocked_cache)
     for image in pictures(SIZES[:3]):
         assert_same(graphed(image), eager(image))
     assert len(graphed.pipeline.graphs) == 1
 
 
-def test_threads_share_a_predictor(model, stand_in):
+def test_threads_share_a_predictor(model, mocked_cache):
     """The replay in one thread waits until the results of the other thread are copied."""
-    eager, graphed = predictors(model, stand_in)
+    eager, graphed = predictors(model, mocked_cache)
     images = pictures([(40, 60), (41, 61)])
     expected = eager(images)
     graphed(images[0])
@@ -308,9 +308,9 @@ def test_threads_share_a_predictor(model, stand_in):
         assert_same(second.result(), expected[1])
 
 
-def test_autocast_is_not_captured(model, stand_in):
+def test_autocast_is_not_captured(model, mocked_cache):
     """A graph would replay the dtypes of its capture, regardless of later autocast settings."""
-    eager, graphed = predictors(model, stand_in)
+    eager, graphed = predictors(model, mocked_cache)
     image = pictures([(40, 60)])[0]
     expected = eager(image)
     with torch.autocast("cpu", torch.bfloat16):
@@ -320,9 +320,9 @@ def test_autocast_is_not_captured(model, stand_in):
     assert len(graphed.pipeline.graphs) == 1
 
 
-def test_checked_calls_are_not_captured(model, stand_in):
+def test_checked_calls_are_not_captured(model, mocked_cache):
     """Checks read values on the host, which a capture forbids and a replay would not repeat."""
-    eager, graphed = predictors(model, stand_in)
+    eager, graphed = predictors(model, mocked_cache)
     image = pictures([(40, 60)])[0]
     with spatialflow.ops.checked():
         assert_same(graphed(image), eager(image))

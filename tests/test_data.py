@@ -182,13 +182,13 @@ class TestCityscapes:
         """The panoptic ground truth has PQ 1 with itself and is written again after a label file has changed."""
         data = Cityscapes(write_cityscapes(tmp_path), "train", load_categories("cityscapes", 8, 11))
         label = next((tmp_path / "gtFine").rglob("*.png"))
-        whole = label.read_bytes()
+        content = label.read_bytes()
         label.write_bytes(b"")
         paths = data.panoptic_truth(tmp_path / "truth")
         written = paths[0].stat().st_mtime_ns
         assert data.panoptic_truth(tmp_path / "truth") == paths and paths[0].stat().st_mtime_ns == written
         assert len(json.loads(paths[0].read_text())["annotations"]) == len(data) - 1
-        label.write_bytes(whole)
+        label.write_bytes(content)
         os.utime(label, (0, 0))  # an old time, as archives restore
         data.panoptic_truth(tmp_path / "truth")
         assert len(json.loads(paths[0].read_text())["annotations"]) == len(data)
@@ -201,10 +201,10 @@ class TestCityscapes:
             Cityscapes(tmp_path, "val", load_categories("cityscapes", 8, 11))
         data = Cityscapes(tmp_path, "train", load_categories("cityscapes", 8, 11))
         label = next((tmp_path / "gtFine").rglob("*.png"))
-        whole, before = label.read_bytes(), data[0]
-        label.write_bytes(whole + bytes(1000))  # data after the last chunk are ignored
+        content, before = label.read_bytes(), data[0]
+        label.write_bytes(content + bytes(1000))  # data after the last chunk are ignored
         assert np.array_equal(data[0].instances, before.instances)
-        label.write_bytes(whole[:200])
+        label.write_bytes(content[:200])
         with pytest.raises(SampleError, match="instanceIds.png: is (truncated or )?damaged"):
             data[0]
         label.unlink()
@@ -330,26 +330,26 @@ class TestLoader:
 
         Losses are normalized per part.
         """
-        whole = list(self.schedule.batches(0, 7, 0, 1, 1))
+        single = list(self.schedule.batches(0, 7, 0, 1, 1))
         halves = [list(self.schedule.batches(0, 7, rank, 2, 2)) for rank in range(2)]
-        for step, requests in enumerate(whole):
+        for step, requests in enumerate(single):
             parts = [r for part in range(2) for rank in range(2) for r in halves[rank][2 * step + part]]
             assert parts == requests
-        assert list(self.schedule.batches(4, 7, 0, 1, 1)) == whole[4:]
+        assert list(self.schedule.batches(4, 7, 0, 1, 1)) == single[4:]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_batches_depend_on_nothing_but_the_draws(self, coco, workers):
         schedule = Schedule(coco.sizes, 2, 0)
         config = replace(PLAIN, flip_probability=0.5, train_short_edges=(64, 96))
-        whole = list(make_loader(coco, config, schedule.batches(0, 3, 0, 1, 1)))
+        single = list(make_loader(coco, config, schedule.batches(0, 3, 0, 1, 1)))
         rest = list(make_loader(coco, config, schedule.batches(1, 3, 0, 1, 1), workers))
-        for a, b in zip(whole[1:], rest, strict=False):
+        for a, b in zip(single[1:], rest, strict=False):
             assert (
                 torch.equal(a.images, b.images)
                 and torch.equal(a.instances, b.instances)
                 and torch.equal(a.boxes[1], b.boxes[1])
             )
-        truth = whole[0].truth()
+        truth = single[0].truth()
         assert [len(m) for m in truth.masks] == [len(b) for b in truth.boxes] and truth.masks[0][0].sum() > 0
 
     def test_batches_are_on_the_cpu_whatever_the_default_device(self, coco):

@@ -26,7 +26,7 @@ def pair(value):
     return value if isinstance(value, tuple) else (value, value)
 
 
-def arrange(function):
+def take_by_position(function):
     """Wrap `function` to take (input, offset, weight, bias, mask) first; bias and mask may be None."""
 
     def call(input, offset, weight, bias, mask, **options):
@@ -77,8 +77,8 @@ def sample(
     def build() -> OpSample:
         present = tuple(index for index, tensor in enumerate(tensors()) if tensor is not None)
         return OpSample(
-            op=arrange(ops.deform_conv2d),
-            reference=arrange(reference.deform_conv2d),
+            op=take_by_position(ops.deform_conv2d),
+            reference=take_by_position(reference.deform_conv2d),
             tensors=tensors(),
             options=options,
             differentiable=present,
@@ -145,10 +145,10 @@ class TestValues:
         # Tap 4 of output cell (2, 3) is changed by a coordinate of its offset or by its mask.
         altered[1 if which == "offset" else 4][0, 9 if which == "offset" else 4, 2, 3] = value
         # The result must equal that of a tap far outside the map, whose mask has no gradient either.
-        far = [None if t is None else t.clone() for t in tensors]
-        far[1][0, 8, 2, 3] = 1e6
+        outside = [None if t is None else t.clone() for t in tensors]
+        outside[1][0, 8, 2, 3] = 1e6
         results = []
-        for case in (altered, far):
+        for case in (altered, outside):
             leaves = [None if t is None else t.requires_grad_() for t in case]
             out = convolve(*leaves)
             present = [t for t in leaves if t is not None]
@@ -161,7 +161,7 @@ class TestValues:
         assert not grad_offset[0, 8:10, 2, 3].any()
         if masked:
             assert results[0][-1][0, 4, 2, 3] == 0
-        assert not torch.equal(out, convolve(*tensors)), "the altered tap took part before"
+        assert not torch.equal(out, convolve(*tensors)), "the altered tap contributed before"
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])  # 1e300 is infinite in float32
     def test_tangent_of_a_mask_that_is_not_finite(self, value):
@@ -178,17 +178,19 @@ class TestValues:
             "gradient of the input": lambda mask: torch.func.grad(loss)(tensors[0], tensors[2], mask),
             "gradient of the weight": lambda mask: torch.func.grad(loss, 1)(tensors[0], tensors[2], mask),
         }
-        whole = torch.randn_like(mask)
-        without = whole.clone()
+        finite_tangent = torch.randn_like(mask)
+        without = finite_tangent.clone()
         without[0, 4, 2, 3] = 0
         for name, function in functions.items():
-            with_tap, without_tap = (torch.func.jvp(function, (mask,), (tangent,))[1] for tangent in (whole, without))
+            with_tap, without_tap = (
+                torch.func.jvp(function, (mask,), (tangent,))[1] for tangent in (finite_tangent, without)
+            )
             assert_near([with_tap], [without_tap], torch.float32, what=name)
         _, pullback = torch.func.vjp(lambda weight: torch.func.grad(loss, 2)(tensors[0], weight, mask), tensors[2])
-        assert_near(list(pullback(whole)), list(pullback(without)), torch.float32)
+        assert_near(list(pullback(finite_tangent)), list(pullback(without)), torch.float32)
 
     def test_tangent_where_mask_and_feature_are_not_finite(self):
-        """Such a sample is zero, so its tangent is zero as well, not 0 * NaN."""
+        """A sample with a non-finite mask is zero, so its tangent is zero as well, not 0 * NaN."""
         altered, ones = torch.full((1, 1, 2, 2), float("nan")), torch.ones(1, 1, 2, 2)
         offset, weight = torch.zeros(1, 2, 2, 2), torch.ones(1, 1, 1, 1)
         out, tangent = torch.func.jvp(lambda m: ops.deform_conv2d(altered, offset, weight, mask=m), (altered,), (ones,))

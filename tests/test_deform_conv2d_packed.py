@@ -55,15 +55,15 @@ def test_equals_the_reference(shape, dtype, layout):
     """Results agree with float64 on the same rounded inputs, with and without bias, mask, sigmoid and ReLU."""
     (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
     x = layout(x)
-    for own_bias, own_mask, sigmoid, relu in (
+    for call_bias, call_mask, sigmoid, relu in (
         (bias, mask, True, True),
         (None, mask, True, False),
         (bias, mask, False, False),
         (None, None, False, True),
     ):
-        conv = ops.pack_deform_conv2d(weight, own_bias, *groups)
-        result = ops.deform_conv2d(x, offset, conv, None, *geometry, own_mask, mask_sigmoid=sigmoid, relu=relu)
-        tensors64 = [None if t is None else t.double() for t in (x, offset, weight, own_bias, own_mask)]
+        conv = ops.pack_deform_conv2d(weight, call_bias, *groups)
+        result = ops.deform_conv2d(x, offset, conv, None, *geometry, call_mask, mask_sigmoid=sigmoid, relu=relu)
+        tensors64 = [None if t is None else t.double() for t in (x, offset, weight, call_bias, call_mask)]
         factor = tensors64[4].sigmoid() if sigmoid else tensors64[4]
         expected = ops.deform_conv2d(*tensors64[:4], *geometry, factor)
         expected = expected.relu() if relu else expected
@@ -89,8 +89,14 @@ def test_offsets_in_16_bits_are_the_same_in_32(dtype):
     for shape in SHAPES[:4]:
         (x, offset, weight, bias, mask), geometry, groups = case(shape, dtype)
         conv, results, fused = ops.pack_deform_conv2d(weight, bias, *groups), [], []
-        for wide_offset, wide_mask in ((False, False), (True, True), (True, False), (False, True)):
-            inputs = [x, offset.float() if wide_offset else offset, weight, bias, mask.float() if wide_mask else mask]
+        for is_offset_float32, is_mask_float32 in ((False, False), (True, True), (True, False), (False, True)):
+            inputs = [
+                x,
+                offset.float() if is_offset_float32 else offset,
+                weight,
+                bias,
+                mask.float() if is_mask_float32 else mask,
+            ]
             inputs = [t.clone().requires_grad_() for t in inputs]
             y = ops.deform_conv2d(*inputs[:4], *geometry, inputs[4])
             with torch.no_grad():
@@ -154,10 +160,10 @@ def test_a_16_bit_mask_is_converted_before_the_sigmoid():
     conv, mask = ops.pack_deform_conv2d(weight, bias, *groups), mask.bfloat16()
     expected = ops.deform_conv2d(x, offset, weight, bias, *geometry, mask.float().sigmoid())
     for operand in (conv, weight):
-        own_bias = bias if operand is weight else None
+        call_bias = bias if operand is weight else None
         for needs_gradient in (False, True):
             x.requires_grad_(needs_gradient)
-            result = ops.deform_conv2d(x, offset, operand, own_bias, *geometry, mask, mask_sigmoid=True)
+            result = ops.deform_conv2d(x, offset, operand, call_bias, *geometry, mask, mask_sigmoid=True)
             torch.testing.assert_close(result.detach(), expected)
 
 

@@ -84,9 +84,9 @@ class TestErrors:
     def test_short_numbers_are_exact(self, algorithm, case):
         """Results are exact if 11 bits hold every input and 24 bits every sum."""
         input, offset, weight, bias, mask = tensors_of(*case)
-        whole = [(4 * t).round().clamp(-7, 7) for t in (input, 8 * weight, bias)]
+        integers = [(4 * t).round().clamp(-7, 7) for t in (input, 8 * weight, bias)]
         # Offsets are multiples of a quarter and the mask is 1, so a sample has at most six bits.
-        tensors = [whole[0], (offset * 4).floor() / 4, *whole[1:], torch.ones_like(mask)]
+        tensors = [integers[0], (offset * 4).floor() / 4, *integers[1:], torch.ones_like(mask)]
         computed = [
             results(op, tensors, dtype, lambda y: (y / 16).round().clamp(-3, 3), algorithm)
             for op, dtype in ((ops.deform_conv2d, torch.float32), (reference.deform_conv2d, torch.float64))
@@ -242,10 +242,10 @@ class TestAuto:
         tensors = tensors_of(*CASES["groups"])
         for setting, code in (("tf32", CODES["tf32"]), ("ieee", CODES["auto"])):
             torch.backends.cudnn.conv.fp32_precision = setting
-            seen = []
+            graph_codes = []
 
             def backend(graph, inputs):
-                seen.extend(node.args[-1] for node in graph.graph.nodes if "deform_conv2d" in str(node.target))
+                graph_codes.extend(node.args[-1] for node in graph.graph.nodes if "deform_conv2d" in str(node.target))
                 return graph.forward
 
             torch._dynamo.reset()
@@ -253,7 +253,7 @@ class TestAuto:
                 lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]), backend=backend, fullgraph=True
             )
             assert_near([call(*tensors)], [ops.deform_conv2d(*tensors[:4], padding=1, mask=tensors[4])], torch.float32)
-            assert seen == [code]
+            assert graph_codes == [code]
 
 
 class TestRawOperators:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not PAGES[0].is_file(), reason="not in a source 
 
 # Words with a slash that are not files of the source tree: inputs and outputs of commands, torch headers, patterns.
 NOT_OURS = re.compile(
-    r"[A-Z<*]|\.\./shared|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check_logs)/|^(mydata|out|pictures|run|scenes)/"
+    r"[A-Z<*]|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check_logs)/|^(mydata|out|pictures|run|scenes)/"
 )
 
 

@@ -265,12 +265,12 @@ class TestPacked:
         x = torch.randn(1, 4, 6, 6)
         for other_tag in (0, 1, tag - 2, tag + 1, 128):  # 0: a version without tags
             bare = packed.packed[:-tag]
-            held = packed._replace(packed=torch.cat([bare, bare.new_zeros(other_tag)]))
+            relabeled = packed._replace(packed=torch.cat([bare, bare.new_zeros(other_tag)]))
             message = rf"the packed weight has the layout of another .*\(tag {other_tag}, here {tag}\); pack the"
             with pytest.raises(RuntimeError, match="flow_conv2d: " + message):
-                ops.flow_conv2d(x, None, held)
+                ops.flow_conv2d(x, None, relabeled)
             with pytest.raises(RuntimeError, match="fused_subnets: " + message):
-                ops.fused_subnets([x], ops.SubnetParameters(cls=(held,), segmentation_levels=0))
+                ops.fused_subnets([x], ops.SubnetParameters(cls=(relabeled,), segmentation_levels=0))
         packed64 = packed._replace(packed=packed.packed.double())
         message = "flow_conv2d: the packed weight was made for other channels, another algorithm or another dtype"
         with pytest.raises(RuntimeError, match=message):
@@ -311,8 +311,8 @@ class TestValues:
         assert not tangents[1].any()
         leaf = good.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(ops.flow_conv2d([leaf, bad], None, weight, None, False)[0].sum(), leaf)
-        (alone,) = torch.autograd.grad(ops.flow_conv2d(leaf, None, weight, None, False).sum(), leaf)
-        assert torch.equal(gradient, alone)
+        (expected,) = torch.autograd.grad(ops.flow_conv2d(leaf, None, weight, None, False).sum(), leaf)
+        assert torch.equal(gradient, expected)
 
     def test_no_second_derivative_passes_the_mask_of_relu(self):
         """The mask of ReLU has no derivative; a zero derivative would become 0 * NaN where x is NaN."""

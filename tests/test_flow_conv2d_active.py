@@ -17,8 +17,8 @@ from spatialflow.ops import reference
 
 def tensors_of(channels: int, out_channels: int, sizes: list[tuple[int, int]], flow: bool, bias: bool, flags: list):
     """Return a function that makes x, flow, weight and bias in float64, and active."""
-    others = flow_conv2d_cases.tensors_of(channels, out_channels, sizes, flow, bias, len(flags))
-    return lambda grow=0: [*others(grow), torch.tensor(flags, dtype=torch.bool)]
+    make_tensors = flow_conv2d_cases.tensors_of(channels, out_channels, sizes, flow, bias, len(flags))
+    return lambda grow=0: [*make_tensors(grow), torch.tensor(flags, dtype=torch.bool)]
 
 
 def packed_call(x, flow, weight, bias, active, relu=True, algorithm="auto"):
@@ -84,9 +84,9 @@ class TestImages:
         expected = ops.flow_conv2d(x, flow, conv)
         for level, added in zip(x, flow):
             level[~active], added[~active] = float("nan"), float("inf")
-        for result, whole in zip(ops.flow_conv2d(x, flow, conv, active=active), expected, strict=True):
-            assert torch.equal(result[active], whole[active])
-            assert torch.equal(result[~active], torch.zeros_like(whole[~active]))
+        for result, all_active in zip(ops.flow_conv2d(x, flow, conv, active=active), expected, strict=True):
+            assert torch.equal(result[active], all_active[active])
+            assert torch.equal(result[~active], torch.zeros_like(all_active[~active]))
 
     @pytest.mark.parametrize("algorithm", list(CODES))
     def test_algorithms(self, algorithm):
@@ -95,8 +95,8 @@ class TestImages:
         conv = ops.pack_conv3x3(weight, bias, algorithm)
         for relu in (True, False):
             expected = ops.flow_conv2d(x, flow, conv, relu=relu)
-            for result, whole in zip(ops.flow_conv2d(x, flow, conv, relu=relu, active=active), expected):
-                assert torch.equal(result[active], whole[active]) and not result[1].any()
+            for result, all_active in zip(ops.flow_conv2d(x, flow, conv, relu=relu, active=active), expected):
+                assert torch.equal(result[active], all_active[active]) and not result[1].any()
 
     @pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=list(LAYOUTS))
     def test_layouts(self, layout):
@@ -104,23 +104,23 @@ class TestImages:
         x, flow, weight, bias = map_tensors(torch.Tensor.half, tensors)
         conv = ops.pack_conv3x3(weight, bias)
         x, flow = layout(x[0]), layout(flow[0])
-        result, whole = ops.flow_conv2d(x, flow, conv, active=active), ops.flow_conv2d(x, flow, conv)
-        assert result.stride() == whole.stride()
-        assert torch.equal(result[1], whole[1]) and not result[::2].any()
+        result, all_active = ops.flow_conv2d(x, flow, conv, active=active), ops.flow_conv2d(x, flow, conv)
+        assert result.stride() == all_active.stride()
+        assert torch.equal(result[1], all_active[1]) and not result[::2].any()
 
     def test_flags_of_any_form(self):
         """Flags may be strided, expanded, and bytes other than 0 and 1."""
         x, conv = torch.randn(4, 8, 5, 6), ops.pack_conv3x3(torch.randn(8, 8, 3, 3))
-        whole = ops.flow_conv2d(x, None, conv)
+        all_active = ops.flow_conv2d(x, None, conv)
         every_third = torch.zeros(12, dtype=torch.bool)
         every_third[[0, 6, 7]] = True
         odd_bytes = torch.tensor([2, 0, 128, 0], dtype=torch.uint8).view(torch.bool)
         for active in (every_third[::3], odd_bytes):
             result = ops.flow_conv2d(x, None, conv, active=active)
-            assert torch.equal(result[::2], whole[::2]) and not result[1::2].any()
+            assert torch.equal(result[::2], all_active[::2]) and not result[1::2].any()
         for flag in (True, False):
             result = ops.flow_conv2d(x, None, conv, active=torch.tensor(flag).expand(4))
-            assert torch.equal(result, whole if flag else torch.zeros_like(whole))
+            assert torch.equal(result, all_active if flag else torch.zeros_like(all_active))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_more_tiles_than_a_block_takes(self, dtype):
@@ -129,17 +129,17 @@ class TestImages:
         x = torch.randn(count, 8, 2, 1, dtype=dtype)
         conv = ops.pack_conv3x3(torch.randn(8, 8, 3, 3, dtype=dtype))
         active = torch.rand(count) < 0.1
-        whole = ops.flow_conv2d(x, None, conv)
+        all_active = ops.flow_conv2d(x, None, conv)
         result = ops.flow_conv2d(x, None, conv, active=active)
-        assert torch.equal(result, torch.where(active[:, None, None, None], whole, 0))
+        assert torch.equal(result, torch.where(active[:, None, None, None], all_active, 0))
 
     def test_more_levels_than_a_launch_takes(self):
         active = torch.tensor([False, True, False])
         x = [torch.randn(3, 64, 1 + i % 4, 2 + i % 3, dtype=torch.bfloat16) for i in range(30)]
         conv = ops.pack_conv3x3(torch.randn(8, 64, 3, 3, dtype=torch.bfloat16))
         results, wholes = ops.flow_conv2d(x, None, conv, active=active), ops.flow_conv2d(x, None, conv)
-        for result, whole in zip(results, wholes, strict=True):
-            assert torch.equal(result[1], whole[1]) and not result[::2].any()
+        for result, all_active in zip(results, wholes, strict=True):
+            assert torch.equal(result[1], all_active[1]) and not result[::2].any()
 
     @pytest.mark.parametrize("threads", [1, 2, 5])
     @pytest.mark.parametrize("algorithm", ["winograd", "direct"])

@@ -187,12 +187,12 @@ class TestAuto:
         packed = ops.pack_conv3x3(weight)
         for setting, code in (("tf32", CODES["tf32"]), ("ieee", CODES["auto"])):
             torch.backends.cudnn.conv.fp32_precision = setting
-            seen = []
+            graph_codes = []
 
             def backend(graph, inputs):
                 for node in graph.graph.nodes:
                     if "spatialflow" in str(node.target):
-                        seen.append(node.args[-1])
+                        graph_codes.append(node.args[-1])
                 return graph.forward
 
             torch._dynamo.reset()
@@ -202,4 +202,4 @@ class TestAuto:
                 fullgraph=True,
             )
             assert_near(list(call(x)), [ops.flow_conv2d(x, None, weight)] * 2, torch.float32)
-            assert seen == [code, code]
+            assert graph_codes == [code, code]

@@ -91,13 +91,17 @@ class TestNumbers:
     def test_which_convolutions_are_matrix_products(self):
         """On a GPU, 16-bit 1x1 convolutions without stride, padding or groups are matrix products."""
         x, weight = torch.empty(1, 8, 4, 4, device="meta"), torch.empty(8, 8, 1, 1, device="meta")
-        asked = fused_conv._is_matrix_product
+        is_matrix_product = fused_conv._is_matrix_product
         shape = Shape((1, 1), (0, 0), 1)
-        assert asked(x.half(), weight.half(), shape) and asked(x.bfloat16(), weight.bfloat16(), shape)
-        assert not asked(x, weight, shape) and not asked(torch.empty(1, 8, 4, 4, device="cpu").half(), weight, shape)
+        assert is_matrix_product(x.half(), weight.half(), shape) and is_matrix_product(
+            x.bfloat16(), weight.bfloat16(), shape
+        )
+        assert not is_matrix_product(x, weight, shape) and not is_matrix_product(
+            torch.empty(1, 8, 4, 4, device="cpu").half(), weight, shape
+        )
         for other_shape in (Shape((2, 2), (0, 0), 1), Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
-            assert not asked(x.half(), weight.half(), other_shape)
-        assert not asked(x.half(), torch.empty(8, 8, 3, 3, device="meta").half(), shape)
+            assert not is_matrix_product(x.half(), weight.half(), other_shape)
+        assert not is_matrix_product(x.half(), torch.empty(8, 8, 3, 3, device="meta").half(), shape)
 
     def test_linear_relu(self):
         x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
@@ -132,13 +136,13 @@ class TestOwnKernel:
 
     def test_which_convolutions_use_it(self, hopper):
         x, weight = torch.empty(1, 8, 4, 4).half(), torch.empty(16, 8, 1, 1).half()
-        shape, asked = Shape((1, 1), (0, 0), 1), fused_conv._has_conv1x1_kernel
-        assert asked(x, weight, shape) and asked(x.bfloat16(), weight.bfloat16(), Shape((2, 2), (0, 0), 1))
+        shape, has_kernel = Shape((1, 1), (0, 0), 1), fused_conv._has_conv1x1_kernel
+        assert has_kernel(x, weight, shape) and has_kernel(x.bfloat16(), weight.bfloat16(), Shape((2, 2), (0, 0), 1))
         for other_shape in (Shape((1, 1), (1, 1), 1), Shape((1, 1), (0, 0), 2)):
-            assert not asked(x, weight, other_shape)
+            assert not has_kernel(x, weight, other_shape)
         for size in ((12, 8, 1, 1), (16, 4, 1, 1), (16, 8, 3, 3)):
-            assert not asked(x, torch.empty(size).half(), shape)
-        assert not asked(x.float(), weight.float(), shape)
+            assert not has_kernel(x, torch.empty(size).half(), shape)
+        assert not has_kernel(x.float(), weight.float(), shape)
 
     @pytest.mark.parametrize(
         "built, capability, right",
@@ -152,9 +156,9 @@ class TestOwnKernel:
     )
     def test_devices(self, monkeypatch, built, capability, right):
         """A device is queried once, and torch.compile uses the result as a constant."""
-        asked = []
+        queried = []
         monkeypatch.setattr(fused_conv, "build_description", lambda: {"cuda_architectures": built})
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: queried.append(device) or capability)
         fused_conv._is_built_for.cache_clear()
         device = torch.device("cuda", 3)
         torch._dynamo.reset()
@@ -166,7 +170,7 @@ class TestOwnKernel:
                 assert fused_conv._runs_conv1x1_kernel(device) == right
                 assert not fused_conv._runs_conv1x1_kernel(torch.device("cpu"))
             assert compiled(torch.zeros(1)).item() == right
-            assert len(asked) == ("90a" in built)
+            assert len(queried) == ("90a" in built)
         finally:
             fused_conv._is_built_for.cache_clear()
 
@@ -226,15 +230,15 @@ class TestRefusals:
 class TestDtypes:
     """Different dtypes of features and weight are refused or, under autocast, cast."""
 
-    @pytest.mark.parametrize("given", [torch.float64, torch.bfloat16], ids=str)
-    def test_another_dtype_than_the_weight(self, cudnn, given):
+    @pytest.mark.parametrize("x_dtype", [torch.float64, torch.bfloat16], ids=str)
+    def test_another_dtype_than_the_weight(self, cudnn, x_dtype):
         kernel, shape = SHAPES["1x1"]
         x, weight, bias, _ = tensors(kernel, shape)
-        rule = f"x must be torch.float32 on {x.device}, as the weight is, got {given} on {x.device}"
+        rule = f"x must be torch.float32 on {x.device}, as the weight is, got {x_dtype} on {x.device}"
         with pytest.raises(RuntimeError, match=f"fused_conv2d: {rule}"):
-            fused_conv2d(x.to(given), weight, bias, shape, True)
+            fused_conv2d(x.to(x_dtype), weight, bias, shape, True)
         with pytest.raises(RuntimeError, match=f"linear_relu: {rule}"):
-            linear_relu(x[:, :, 0, 0].to(given), weight[:, :, 0, 0], bias)
+            linear_relu(x[:, :, 0, 0].to(x_dtype), weight[:, :, 0, 0], bias)
         assert cudnn == [] and fused_conv._refused == set()
 
     def test_another_device_than_the_weight(self):

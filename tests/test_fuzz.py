@@ -63,14 +63,14 @@ def execute_wrong(case):
         labels = ops.stuff_labels(logits, **sizes)
         return labels if logits.is_contiguous() else labels + 1
 
-    def deadly_nms(*, boxes, **rest):
+    def crashing_nms(*, boxes, **rest):
         if boxes.shape[0] == 1:
             os.kill(os.getpid(), signal.SIGSEGV)
         return ops.nms(boxes, **rest)
 
     if not case["valid"]:  # an invalid case is refused, so it tests nothing here
         return {"status": "refused", "differences": [], "compared": 0, "excluded": 0, "skipped": []}
-    for name, call in (("stuff_labels", wrong_labels), ("nms", deadly_nms)):
+    for name, call in (("stuff_labels", wrong_labels), ("nms", crashing_nms)):
         operators.OPERATORS[name] = dataclasses.replace(operators.OPERATORS[name], call=call)
     return execute.execute(case)
 
@@ -82,7 +82,7 @@ def test_supervisor_survives_its_worker():
     with Supervisor("test_fuzz:misbehave", seconds=2, gigabytes=1) as supervisor:
         first = supervisor.run("good")
         assert first.kind == "done" and first.value[0] == "good"
-        assert supervisor.run("print").value == ["print", first.value[1]]  # printed lines are not answers
+        assert supervisor.run("print").value == ["print", first.value[1]]  # printed lines are not results
         raised = supervisor.run("raise")
         assert raised.kind == "raised" and "KeyError: 'nothing'" in raised.message
         full = supervisor.run("fill")
@@ -90,8 +90,8 @@ def test_supervisor_survives_its_worker():
         assert supervisor.starts == 1
         died = supervisor.run("die")
         assert died.kind == "died" and "SIGSEGV" in died.message and "misbehave" in died.message
-        left = supervisor.run("exit")
-        assert left.kind == "died" and "exit code 3" in left.message
+        exited = supervisor.run("exit")
+        assert exited.kind == "died" and "exit code 3" in exited.message
         again = supervisor.run("good")
         assert again.kind == "done" and again.value[1] != first.value[1]
         hung = supervisor.run("hang")

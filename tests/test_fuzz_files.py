@@ -9,7 +9,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from fuzz import mutate, read_files
+from fuzz import mutate, read_files, workspace
 from fuzz.files import FILES
 
 SCENE = np.arange(40 * 50 * 3, dtype=np.uint32).astype(np.uint8).reshape(40, 50, 3)
@@ -23,7 +23,7 @@ def case(kind: str, base: int = 0, edits: list = ()) -> dict:
 def test_valid_files_are_read(kind):
     for base in range(FILES[kind][0]):
         report = read_files.execute(case(kind, base))
-        refused = base in read_files.REFUSED_AS_THEY_ARE.get(kind, ())
+        refused = base in read_files.REFUSED_WITHOUT_EDITS.get(kind, ())
         assert report["differences"] == [] and report["status"] == ("refused" if refused else "right"), (kind, base)
 
 
@@ -71,25 +71,25 @@ def _takes_memory(*_):
 
 
 def _writes_the_canary(*_):
-    return read_files._canary().write_text("")
+    return workspace.canary().write_text("")
 
 
 def _prints_a_traceback(*_):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_files.cli, "main", lambda _: print("Traceback (most recent call last):", file=sys.stderr))
-        return read_files._command("info")[0]
+        patch.setattr(workspace.cli, "main", lambda _: print("Traceback (most recent call last):", file=sys.stderr))
+        return workspace.run_command("info")[0]
 
 
 def _exits_without_a_message(*_):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_files.cli, "main", lambda _: 1)
-        return read_files._command("info")[0]
+        patch.setattr(workspace.cli, "main", lambda _: 1)
+        return workspace.run_command("info")[0]
 
 
 def _warns_with_a_source_line(*_):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_files.cli, "main", lambda _: warnings.warn("area 1 and 2 pixels", stacklevel=1) or 0)
-        return read_files._command("info")[0]
+        patch.setattr(workspace.cli, "main", lambda _: warnings.warn("area 1 and 2 pixels", stacklevel=1) or 0)
+        return workspace.run_command("info")[0]
 
 
 def _warns(*_):
@@ -104,7 +104,7 @@ def _warns(*_):
         (_takes_memory, "megabytes"),
         (_writes_the_canary, "code of the file was run"),
         (_prints_a_traceback, "a line that is not a message"),
-        (_exits_without_a_message, "exit code 1 with 0 sentences"),
+        (_exits_without_a_message, "exit code 1 with 0 lines"),
         (_warns, "RuntimeWarning: overflow encountered"),
         (_warns_with_a_source_line, "a warning with a line of source: UserWarning: area 1 and 2 pixels"),
     ],

@@ -100,7 +100,7 @@ def test_candidates_before_nms(tiny):
             .amax(-1)
             .argmin(1)
         )
-        assert (partner == index).float().mean() > 0.95  # nearly all anchors have the recorded order, too
+        assert (partner == index).float().mean() > 0.95  # nearly all anchors have the recorded order as well
         assert_close(
             "scores",
             candidates.scores[i][index][partner == index],

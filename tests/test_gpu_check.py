@@ -26,14 +26,19 @@ if not SCRIPT.is_file():
 
 @pytest.fixture(scope="module")
 def gpu_check():
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look up their module there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        spec.loader.exec_module(module)
-        yield module
-    del sys.modules["gpu_check"]
+        patch.syspath_prepend(SCRIPT.parent)
+        yield importlib.import_module("gpu_check")
+
+
+@pytest.fixture(scope="module")
+def gpu_execution(gpu_check):
+    return importlib.import_module("gpu_execution")
+
+
+@pytest.fixture(scope="module")
+def gpu_steps(gpu_check):
+    return importlib.import_module("gpu_steps")
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +70,8 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
-def test_steps_go_on_whatever_becomes_of_one(gpu_check, tmp_path, monkeypatch, capsys):
-    Step = gpu_check.Step
+def test_steps_go_on_whatever_becomes_of_one(gpu_check, gpu_execution, gpu_steps, tmp_path, monkeypatch, capsys):
+    Step = gpu_execution.Step
     steps = [
         Step("good", python("print('first'); print('3 passed')")),
         Step(
@@ -74,14 +79,14 @@ def test_steps_go_on_whatever_becomes_of_one(gpu_check, tmp_path, monkeypatch, c
             python("import sys; print(sys.argv[1] + ' passed, 1 skipped in 2.5s')"),
             ["3", "4"],
             limit=30,
-            detail=gpu_check.pytest_detail,
+            detail=gpu_steps.pytest_detail,
         ),
         Step("one of many", python("import sys; sys.exit(int(sys.argv[1]))"), ["0", "2"]),
         Step("bad", python("print('why it failed'); raise SystemExit(3)")),
         Step("slow", python("import time; print('begun', flush=True); time.sleep(60)"), limit=2),
         Step("planted", python("raise SystemExit(9)"), expected_code=9),
         Step("planted, not found", python("pass"), expected_code=9),
-        Step("absent", skipped="no such tool"),
+        Step("absent", skip_reason="no such tool"),
     ]
     monkeypatch.setattr(gpu_check, "make_steps", lambda backend, kind, output: steps)
     monkeypatch.setattr(gpu_check, "device_of", lambda backend: dict(DEVICE))
@@ -137,9 +142,9 @@ NOTHING_TO_DO = """============================= test session starts ===========
 """
 
 
-def test_what_did_not_end_is_named(gpu_check):
+def test_what_did_not_end_is_named(gpu_steps):
     """The file of an unfinished test is named; files in pytest's summary of warnings have finished."""
-    detail = gpu_check.pytest_detail
+    detail = gpu_steps.pytest_detail
     assert detail(ENDED) == "2 passed, 3 warnings"
     for runs, counts in (
         ([ENDED, CUT_OFF, ENDED, NOTHING_TO_DO], "4 passed, 6 warnings"),
@@ -150,20 +155,22 @@ def test_what_did_not_end_is_named(gpu_check):
 
 
 @pytest.mark.parametrize("kind", ["first", "second", "quick"])
-def test_time_of_all_steps_is_bounded(gpu_check, kind):
+def test_time_of_all_steps_is_bounded(gpu_check, gpu_execution, gpu_steps, kind):
     """The time reserved for the steps is at most the total; a step without any time left is timed out."""
-    steps = gpu_check.make_steps("cuda", kind, Path("results"))
+    steps = gpu_steps.make_steps("cuda", kind, Path("results"))
     assert len({step.name for step in steps}) == len(steps) and gpu_check.TOTALS[kind] <= 480
-    assert all(0 < step.least <= step.limit for step in steps)
-    assert gpu_check.kept(gpu_check.in_groups(steps)) <= gpu_check.TOTALS[kind]
-    outcome = gpu_check.run_step(gpu_check.Step("late", python("pass")), Path("."), dict(os.environ), remaining=0.0)
+    assert all(0 < step.reserved <= step.limit for step in steps)
+    assert gpu_execution.reserved_seconds(gpu_execution.group_steps(steps)) <= gpu_check.TOTALS[kind]
+    late = gpu_execution.Step("late", python("pass"))
+    outcome = gpu_execution.run_step(late, Path("."), dict(os.environ), remaining=0.0)
     assert outcome.status == "timed out" and "no time was left" in outcome.detail
 
 
-def test_time_is_kept_for_later_steps(gpu_check, tmp_path, monkeypatch):
+def test_time_is_kept_for_later_steps(gpu_check, gpu_execution, tmp_path, monkeypatch):
     """A step that would use all the time ends where the time reserved for later steps begins."""
     sleep = python("import time; time.sleep(30)")
-    steps = [gpu_check.Step("greedy", sleep, limit=60), gpu_check.Step("kept", python("print('done')"), least=20)]
+    Step = gpu_execution.Step
+    steps = [Step("greedy", sleep, limit=60), Step("kept", python("print('done')"), reserved=20)]
     monkeypatch.setattr(gpu_check, "make_steps", lambda backend, kind, output: steps)
     monkeypatch.setattr(gpu_check, "device_of", lambda backend: dict(DEVICE))
     assert gpu_check.main(["--output", str(tmp_path), "--seconds", "23"]) == 1
@@ -175,8 +182,8 @@ def test_time_is_kept_for_later_steps(gpu_check, tmp_path, monkeypatch):
     assert statuses == [("greedy", "timed out"), ("kept", "passed")]
 
 
-def test_steps_together(gpu_check, tmp_path, monkeypatch):
-    steps = [gpu_check.Step(name, python("import time; time.sleep(2)"), together="all") for name in ("a", "b", "c")]
+def test_steps_together(gpu_check, gpu_execution, tmp_path, monkeypatch):
+    steps = [gpu_execution.Step(name, python("import time; time.sleep(2)"), group="all") for name in ("a", "b", "c")]
     monkeypatch.setattr(gpu_check, "make_steps", lambda backend, kind, output: steps)
     monkeypatch.setattr(gpu_check, "device_of", lambda backend: dict(DEVICE))
     begin = time.monotonic()
@@ -185,7 +192,7 @@ def test_steps_together(gpu_check, tmp_path, monkeypatch):
 
 
 def test_the_page_has_roofline_and_stages(gpu_check, tmp_path):
-    gpu_page = sys.modules[gpu_check.as_markdown.__module__]
+    gpu_page = importlib.import_module("gpu_page")
     rates = {"copy_gigabytes_per_second": 4000.0, "bfloat16_teraflops_per_second": 800.0}
     (tmp_path / "card.json").write_text(json.dumps({"rates": rates}))
     row = {
@@ -215,16 +222,16 @@ def test_the_page_has_roofline_and_stages(gpu_check, tmp_path):
     assert gpu_page.stages(tmp_path, "another") == "" and gpu_page.results_of(tmp_path, "another") == []
 
 
-def test_shares_of_time_are_no_speeds(gpu_check):
+def test_shares_of_time_are_no_speeds(gpu_steps):
     """The table of images per second precedes the table of shares of time, whose rows have the same names."""
     text = "    spatialflow    50.487  19.8 \n    share of the time in %: load\n    spatialflow    11.7  0.6 \n"
-    assert gpu_check.images_per_second(text) == "spatialflow 50.487 images/s"
+    assert gpu_steps.end_to_end_detail(text) == "spatialflow 50.487 images/s"
 
 
-def test_prediction_from_files_is_summed_up_by_two_rows(gpu_check):
+def test_prediction_from_files_is_summed_up_by_two_rows(gpu_steps):
     text = "    decode    400.10  0.2\n    network   222.50  0.3\n    write  300.0 0.1\n    overlapped  210.75  0.3\n"
-    assert gpu_check.overlap(text) == "network 222.50 images/s; overlapped 210.75 images/s"
-    assert gpu_check.overlap("an error") == "an error"
+    assert gpu_steps.throughput_detail(text) == "network 222.50 images/s; overlapped 210.75 images/s"
+    assert gpu_steps.throughput_detail("an error") == "an error"
 
 
 def test_what_kernels_rest_on_is_asked_of_the_probes():
@@ -269,16 +276,16 @@ def test_a_dry_run_leaves_committed_results_alone(gpu_check):
     assert gpu_check.parse_arguments(["--backend", "simt"]).output == ROOT / "build" / "gpu_check"
 
 
-def test_every_command_names_a_file_that_is_there(gpu_check):
+def test_every_command_names_a_file_that_is_there(gpu_steps):
     for backend, kind in itertools.product(("cuda", "simt"), ("first", "second", "quick")):
-        for step in gpu_check.make_steps(backend, kind, Path("results")):
+        for step in gpu_steps.make_steps(backend, kind, Path("results")):
             for word in [*step.command[1:], *step.each]:
                 if word.endswith(".py"):
                     assert (ROOT / word).is_file(), f"{step.name}: {word}"
 
 
-def test_every_operator_is_watched_and_timed(gpu_check):
-    ops = gpu_check.operators()
+def test_every_operator_is_watched_and_timed(gpu_steps):
+    ops = gpu_steps.operators()
     targets = (ROOT / "tools" / "sanitizer_targets.py").read_text()
     plan = (ROOT / "benchmarks" / "gpu.py").read_text()
     assert len(ops) >= 8
@@ -286,15 +293,15 @@ def test_every_operator_is_watched_and_timed(gpu_check):
         assert f"ops.{op}(" in targets and f'Entry("{op}"' in plan
 
 
-def test_every_test_file_of_an_operator_runs(gpu_check):
+def test_every_test_file_of_an_operator_runs(gpu_steps):
     """All test files of operators run on the GPU and on the interpreter; a quick run has one per operator."""
     names = ["flow_conv2d", "flow_conv2d_group", "flow_conv2d_tensor_cores", "fused_subnets", "nms", "panoptic_merge"]
     wanted = {f"tests/test_{name}.py" for name in names}
-    (step,) = [step for step in gpu_check.first_steps(True, Path("results")) if step.name == "operator tests"]
+    (step,) = [step for step in gpu_steps.first_steps(True, Path("results")) if step.name == "operator tests"]
     assert wanted <= set(step.each) and len(step.each) == len(set(step.each))
     assert "tests/test_panoptic_quality.py" not in step.each
-    (quick,) = [step for step in gpu_check.quick_steps(True, Path("results")) if step.name == "operator tests"]
-    assert quick.each == [f"tests/test_{op}.py" for op in gpu_check.operators()]
+    (quick,) = [step for step in gpu_steps.quick_steps(True, Path("results")) if step.name == "operator tests"]
+    assert quick.each == [f"tests/test_{op}.py" for op in gpu_steps.operators()]
     if shutil.which("make"):
         rule = "print-simt-tests: ; @echo $(SIMT_TESTS)"
         command = ["make", "-s", f"PYTHON={sys.executable}", "--eval", rule, "print-simt-tests"]

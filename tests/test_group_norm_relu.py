@@ -44,13 +44,14 @@ def sample(shape: tuple[int, int, int, int], num_groups: int, affine: str = "wei
 
     def build() -> OpSample:
         every = tuple(range(1 + len(names)))
-        lone = math.prod(shape[1:]) == num_groups  # the gradient of the input is rounding error: see TestStatistics
+        # With one value per group, the gradient of the input is rounding error: see TestStatistics.
+        has_single_values = math.prod(shape[1:]) == num_groups
         return OpSample(
             op=op(ops.group_norm_relu),
             reference=op(reference.group_norm_relu),
             tensors=tensors(),
             options=options,
-            differentiable=every[1:] if lone else every,
+            differentiable=every[1:] if has_single_values else every,
             converted=every,
             raw=raw,
             resized=tensors,
@@ -205,8 +206,8 @@ class TestAgainstTorch:
         for bad in (NAN, INF, -INF):
             arguments[which][2] = bad
             result = ops.group_norm_relu(*arguments, upsample=upsample)
-            others = [0, 1, 3]
-            assert torch.equal(result[:, others], plain[:, others])
+            other_channels = [0, 1, 3]
+            assert torch.equal(result[:, other_channels], plain[:, other_channels])
             assert bad == bad or result[:, 2].isnan().all()
 
     def test_no_gradient_at_zero(self):

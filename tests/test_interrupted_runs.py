@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers.command_line import FAST, sentences
+from helpers.command_line import FAST, error_messages, train_arguments
 from helpers.scenes import contents
 
 import spatialflow
@@ -124,8 +124,8 @@ class TestPredict:
         while rows_of(tmp_path) < 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(number)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == code, said
+        _, message = process.communicate(timeout=120)
+        assert process.returncode == code, message
         rows = rows_of(tmp_path)
         assert 2 <= rows < len(NAMES)
         possible = {rows}
@@ -138,13 +138,13 @@ class TestPredict:
             assert rows - 1 <= done <= rows  # the signal may come right after the row of the current image
             assert [image["file_name"] for image in content["images"]] == NAMES[:done]
             word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
-            assert f"{word}: {done} of 6 images are done; run the same command again for the others" in said
+            assert f"{word}: {done} of 6 images are done; run the same command again for the others" in message
             assert len(json.loads((tmp_path / "detections.json").read_text())) > 0
         first = (tmp_path / "panoptic" / "a.png").stat().st_mtime_ns
         assert main(command) == 0
-        (said,) = sentences(capsys)
+        (message,) = error_messages(capsys)
         resumed = [f"{n} of 6 images were done by an interrupted run, which this run continues" for n in possible]
-        assert said.removeprefix(f"{tmp_path}: ") in resumed
+        assert message.removeprefix(f"{tmp_path}: ") in resumed
         assert (tmp_path / "panoptic" / "a.png").stat().st_mtime_ns == first
         assert contents(tmp_path) == uninterrupted
 
@@ -158,26 +158,26 @@ class TestPredict:
         assert sorted(uninterrupted) == sorted([*files, "panoptic.json", "detections.json"])
 
     @pytest.mark.parametrize(
-        "change, said",
+        "change, expected_message",
         [
             (["--score", "0.9"], "instance_score_threshold 0.[0-9]+ -> 0.9"),
             (["--no-overlay"], "overlays True -> False"),
             (["--dtype", "bfloat16"], "dtype 'float32' -> 'bfloat16'"),
         ],
     )
-    def test_other_settings_are_refused(self, arguments, stopped, capsys, change, said):
+    def test_other_settings_are_refused(self, arguments, stopped, capsys, change, expected_message):
         before = contents(stopped)
         capsys.readouterr()
         assert main([*arguments, "--output", str(stopped), *change]) == 2
-        (sentence,) = sentences(capsys)
-        assert "is the journal of an interrupted run with other settings: " + said.split(" ")[0] in sentence
-        assert sentence.endswith("use another --output, or start over with --restart")
+        (message,) = error_messages(capsys)
+        assert "is the journal of an interrupted run with other settings: " + expected_message.split(" ")[0] in message
+        assert message.endswith("use another --output, or start over with --restart")
         assert contents(stopped) == before
 
     def test_other_weights_are_refused(self, arguments, stopped, tmp_path, capsys):
         torch.manual_seed(2)
-        other = spatialflow.save_checkpoint(spatialflow.build_model("tiny"), tmp_path / "other.safetensors")
-        assert main([*arguments, "--output", str(stopped), "--checkpoint", str(other)]) == 2
+        checkpoint = spatialflow.save_checkpoint(spatialflow.build_model("tiny"), tmp_path / "other.safetensors")
+        assert main([*arguments, "--output", str(stopped), "--checkpoint", str(checkpoint)]) == 2
 
     def test_restart(self, arguments, uninterrupted, stopped):
         assert main([*arguments, "--output", str(stopped), "--score", "0.9", "--restart"]) == 0
@@ -191,7 +191,7 @@ class TestPredict:
         (stopped / "overlays" / "c" / "a.jpg").unlink()
         assert main([*arguments, "--output", str(stopped)]) == 0
         assert contents(stopped) == uninterrupted
-        assert not [line for line in sentences(capsys) if "goes on" in line and "of a run" in line]
+        assert not [line for line in error_messages(capsys) if "goes on" in line and "of a run" in line]
 
     def test_photographs_that_changed_are_done_again(self, photographs, weights, tmp_path):
         folder, output = tmp_path / "photographs", tmp_path / "out"
@@ -205,9 +205,12 @@ class TestPredict:
         (folder / "0.jpg").write_bytes((photographs / "b.png").read_bytes())
         assert main([*command, "--output", str(output)]) == 0
         assert main([*command, "--output", str(tmp_path / "whole")]) == 0
-        whole, resumed = contents(tmp_path / "whole"), contents(output)
-        assert resumed.keys() - whole.keys() == {"panoptic/b.png", "overlays/b.jpg"}  # runs delete no earlier files
-        assert whole == {name: resumed[name] for name in whole}
+        uninterrupted, resumed = contents(tmp_path / "whole"), contents(output)
+        assert resumed.keys() - uninterrupted.keys() == {
+            "panoptic/b.png",
+            "overlays/b.jpg",
+        }  # runs delete no earlier files
+        assert uninterrupted == {name: resumed[name] for name in uninterrupted}
 
     @pytest.mark.parametrize("restart", [[], ["--restart"]])
     def test_a_second_run_is_refused_while_one_writes(self, arguments, uninterrupted, tmp_path, capsys, restart):
@@ -223,8 +226,8 @@ class TestPredict:
             patch_reading(patch, beginning_another)
             assert main(command) == 0
         assert codes == [2] * len(NAMES)
-        said = f"{journal(tmp_path)}: is being written by another process; use another --output"
-        assert sentences(capsys) == [said] * len(NAMES)
+        message = f"{journal(tmp_path)}: is being written by another process; use another --output"
+        assert error_messages(capsys) == [message] * len(NAMES)
         assert contents(tmp_path) == uninterrupted
 
     def test_images_that_a_later_command_does_not_name_stay_in_the_journal(
@@ -234,10 +237,10 @@ class TestPredict:
         few = [argument for argument in arguments if argument != str(photographs)]
         few.insert(1, str(photographs / "f.jpg"))
         assert main([*few, "--output", str(stopped)]) == 0
-        said = "3 more images were done by the interrupted run; panoptic.json does not list them, and the"
-        assert sentences(capsys) == [f"{stopped}: {said} journal keeps them"]
+        message = "3 more images were done by the interrupted run; panoptic.json does not list them, and the"
+        assert error_messages(capsys) == [f"{stopped}: {message} journal keeps them"]
         assert main([*arguments, "--output", str(stopped)]) == 0
-        assert sentences(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by an interrupted run")
+        assert error_messages(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by an interrupted run")
         assert contents(stopped) == uninterrupted
 
     def test_the_handlers_are_put_back(self, arguments, stopped):
@@ -246,7 +249,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_a_library_that_turns_the_exception_into_its_own(self, arguments, tmp_path, monkeypatch, number, code):
-        """As safetensors does: the exit code is the signal's, not that of damaged weights."""
+        """If an interrupted loader raises another error, as safetensors does, the exit code is the signal's."""
         import safetensors.torch
 
         def load(path):
@@ -259,14 +262,14 @@ class TestPredict:
         assert main([*arguments, "--output", str(tmp_path)]) == code
 
     def test_results_that_an_interrupted_run_cannot_save(self, arguments, tmp_path, monkeypatch, capsys):
-        """As on a full disk: the last message is that of the failed write, not of the interrupt."""
+        """If a write fails after a signal, as on a full disk, the last message is that of the failed write."""
 
         def failing(stream, items):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(module, "_write_list", failing)
         assert stop_before("3.jpg", [*arguments, "--output", str(tmp_path)], signal.SIGTERM) == 2
-        assert "No space left on device" in sentences(capsys)[-1]
+        assert "No space left on device" in error_messages(capsys)[-1]
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_while_torch_is_imported(self, number):
@@ -283,7 +286,7 @@ def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys
     assert stop_before("3.jpg", command, signal.SIGTERM) == 143
     page = (tmp_path / "index.html").read_text()
     assert page.count("<img ") == 3 and "pictures/c/a.jpg" in page
-    assert sentences(capsys)[-1] == "terminated: 3 of 6 pictures are done"
+    assert error_messages(capsys)[-1] == "terminated: 3 of 6 pictures are done"
 
 
 def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
@@ -310,21 +313,11 @@ def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
         "train_short_edges=[64]",
         "train_long_edge=96",
     ]
-    command = [
-        "train",
-        "tiny",
-        *settings,
-        "--images",
-        str(data / "images"),
-        "--annotations",
-        str(data / "panoptic.json"),
-        "--output",
-        str(run),
-        "--workers",
-        "0",
-    ]
+    command = train_arguments(data, run, *settings)
     assert main(command) == 143
-    assert sentences(capsys)[-1] == f"terminated: run the same command again to continue from {run / 'checkpoint.pt'}"
+    assert (
+        error_messages(capsys)[-1] == f"terminated: run the same command again to continue from {run / 'checkpoint.pt'}"
+    )
     monkeypatch.undo()
     assert main(command) == 0
     assert "step 2 of 4" in capsys.readouterr().out

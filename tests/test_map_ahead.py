@@ -92,7 +92,7 @@ def test_an_error_of_a_call_belongs_to_its_item():
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, StopIteration])
 def test_an_error_of_the_items_comes_after_the_results_before_it(kind):
     class Items:
-        left = [1, 2]
+        remaining = [1, 2]
 
         def __iter__(self):
             return self
@@ -195,7 +195,7 @@ def test_a_thread_keeps_no_item():
 
 
 def test_an_iterator_that_is_open_at_the_end_of_the_process():
-    """As with a global variable: the process ends without an error message, with exit code 0."""
+    """A process that ends with an open iterator in a global variable has exit code 0 and no error message."""
     code = "import time; from spatialflow.threads import map_ahead as f; it = f(time.sleep, [0.01] * 9, 2, 4); next(it)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the network: sizes, switches, freezing, initial values."""
+"""The modules of the network: sizes, options, freezing, initial values."""
 
 import pytest
 import torch
@@ -180,7 +180,7 @@ def test_batch_of_two_equals_two_singles():
     for name in both._fields:
         value = getattr(both, name)
         for i in range(2):
-            alone = getattr(singles[i], name)
-            pairs = zip(value, alone) if isinstance(value, list) else [(value, alone)]
+            single = getattr(singles[i], name)
+            pairs = zip(value, single) if isinstance(value, list) else [(value, single)]
             for a, b in pairs:
                 torch.testing.assert_close(a[i : i + 1], b, rtol=1e-5, atol=1e-5)

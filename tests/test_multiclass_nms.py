@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.nms_cases import oracle, random_boxes
-from helpers.op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from helpers.nms_cases import nms_sample, oracle, random_boxes
+from helpers.op_matrix import OpMatrix, assert_unchanged_by_autocast, leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -28,20 +28,7 @@ def sample(batch: int, count: int, classes: int, **options):
         boxes, scores = (boxes, scores) if batch else (boxes[None], scores[None])
         return torch.ops.spatialflow.multiclass_nms, (boxes, scores, score_threshold, iou_threshold, max_detections)
 
-    def build() -> OpSample:
-        return OpSample(
-            op=ops.multiclass_nms,
-            reference=reference.multiclass_nms,
-            tensors=tensors(),
-            options=options,
-            differentiable=(),
-            converted=(0, 1),
-            raw=raw,
-            images=(),
-            resized=tensors,
-        )
-
-    return build
+    return lambda: nms_sample("multiclass_nms", tensors, options, raw)
 
 
 class TestMulticlassNms(OpMatrix):
@@ -72,12 +59,7 @@ class TestMulticlassNms(OpMatrix):
 
     def test_autocast(self, make_sample):
         """Boxes and scores keep their precision."""
-        sample = make_sample()
-        tensors = to_dtype(sample, torch.float32)
-        expected = sample.op(*tensors, **sample.options)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            result = sample.op(*tensors, **sample.options)
-        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(result, expected, strict=False))
+        assert_unchanged_by_autocast(make_sample())
 
     def test_detached(self, make_sample):
         """Results have neither a gradient in reverse mode nor a tangent in forward mode."""
@@ -201,8 +183,8 @@ class TestOracles:
     def test_large_image_in_parts(self):
         """Several threads scan the scores of one image; few scores are nonzero, and some parts have none."""
         boxes, scores = random_boxes(9000, extent=2000.0).float(), torch.zeros(9000, 40)
-        some = torch.randint(9000 * 20, (700,))
-        scores.view(-1)[some] = torch.rand(700)
+        nonzero = torch.randint(9000 * 20, (700,))
+        scores.view(-1)[nonzero] = torch.rand(700)
         detections = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
         expected = reference.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
         assert all(torch.equal(a, b) for a, b in zip(detections, expected, strict=False))

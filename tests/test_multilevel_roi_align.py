@@ -129,7 +129,7 @@ class TestValues:
             ops.multilevel_roi_align(pyramid(3), boxes, 2, STRIDES)
 
     def test_box_reversed_on_one_side_is_empty(self):
-        """Its area is negative, so its level is NaN: the finest level is used, where it has no samples."""
+        """A negative area gives the level NaN: the finest level is used, where the box has no samples."""
         pooled = ops.multilevel_roi_align(pyramid(3), torch.tensor([[0, 9.0, 1, 2, 8]]), 2, STRIDES)
         assert not pooled.any()
 

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from helpers.nms_cases import iou_matrix, oracle, random_boxes
-from helpers.op_matrix import DEVICE, OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from helpers.nms_cases import iou_matrix, nms_sample, oracle, random_boxes
+from helpers.op_matrix import OpMatrix, assert_unchanged_by_autocast, leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -23,20 +23,7 @@ def sample(count: int, classes: int, iou_threshold: float):
     def raw(*tensors, iou_threshold):
         return getattr(torch.ops.spatialflow, name), (*tensors, iou_threshold)
 
-    def build() -> OpSample:
-        return OpSample(
-            op=getattr(ops, name),
-            reference=getattr(reference, name),
-            tensors=tensors(),
-            options={"iou_threshold": iou_threshold},
-            differentiable=(),
-            converted=(0, 1),
-            raw=raw,
-            images=(),
-            resized=tensors,
-        )
-
-    return build
+    return lambda: nms_sample(name, tensors, {"iou_threshold": iou_threshold}, raw)
 
 
 class TestNms(OpMatrix):
@@ -75,11 +62,7 @@ class TestNms(OpMatrix):
 
     def test_autocast(self, make_sample):
         """Boxes and scores keep their precision."""
-        sample = make_sample()
-        tensors = to_dtype(sample, torch.float32)
-        expected = sample.op(*tensors, **sample.options)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            assert torch.equal(sample.op(*tensors, **sample.options), expected)
+        assert_unchanged_by_autocast(make_sample())
 
     def test_gradients_stop_here(self, make_sample):
         """Inputs may require gradients; the result, row numbers, has none, in forward mode too."""
@@ -122,7 +105,7 @@ class TestCases:
             ([A, A], [0.2, 0.2], 0.5, [0]),  # tie: the lower row
             ([FAR, A, A], [0.2, 0.2, 0.2], 0.5, [0, 1]),
             ([A, FAR], [0.1, 0.2], 0.5, [1, 0]),
-            ([A, HALF], [0.9, 0.8], 0.5, [0, 1]),  # IoU equal to the threshold: both stay
+            ([A, HALF], [0.9, 0.8], 0.5, [0, 1]),  # IoU equal to the threshold: both are kept
             ([A, HALF], [0.9, 0.8], 0.49999, [0]),
             ([A, HALF], [0.9, 0.8], 0.50001, [0, 1]),
             ([A, A], [0.9, 0.8], 1.0, [0, 1]),
@@ -164,10 +147,10 @@ class TestCases:
     def test_bad_and_degenerate_values(self, boxes, scores, expected, repeat):
         """NaN is never kept; boxes without a finite area suppress nothing, also among many distant boxes."""
         boxes, scores = torch.tensor(boxes), torch.tensor(scores)
-        far = torch.arange(repeat - 1.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor(
+        distant = torch.arange(repeat - 1.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor(
             [1e3, 1e3, 1e3 + 2, 1e3 + 2]
         )
-        all_boxes, all_scores = torch.cat([boxes, far]), torch.cat([scores, torch.full((repeat - 1,), -1.0)])
+        all_boxes, all_scores = torch.cat([boxes, distant]), torch.cat([scores, torch.full((repeat - 1,), -1.0)])
         everything = expected + list(range(len(boxes), len(boxes) + repeat - 1))
         assert ops.nms(all_boxes, all_scores, 0.4).tolist() == everything
         assert ops.batched_nms(all_boxes, all_scores, torch.zeros(len(all_boxes)).long(), 0.4).tolist() == everything

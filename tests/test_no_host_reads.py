@@ -48,11 +48,11 @@ class ForbidHostReads(TorchDispatchMode):
         else:
             forbidden = name in self.names or any(tag in func.tags for tag in self.tags)
         result = None if forbidden else func(*args, **(kwargs or {}))
-        places = {
+        devices = {
             t.device for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, torch.Tensor) and t.dim()
         }
-        if forbidden or len(places) > 1:
-            raise HostRead(f"{func} on {', '.join(map(str, places))}")
+        if forbidden or len(devices) > 1:
+            raise HostRead(f"{func} on {', '.join(map(str, devices))}")
         return result
 
 
@@ -167,8 +167,8 @@ def test_fixed_shapes_change_no_result(monkeypatch, masks):
     pipeline = pipeline_of()
     plan = pipeline.plan(GEOMETRIES)
     scores = torch.cat([result.scores for result in pipeline(pixels, plan)])
-    least, enough = scores.quantile(torch.tensor([0.2, 0.6])).tolist()
-    pipeline = pipeline_of(score_threshold=least, instance_score_threshold=enough)
+    score_threshold, instance_threshold = scores.quantile(torch.tensor([0.2, 0.6])).tolist()
+    pipeline = pipeline_of(score_threshold=score_threshold, instance_score_threshold=instance_threshold)
     short = pipeline(pixels, plan)
     assert flags and all(active is None for active in flags)
     flags.clear()
@@ -177,10 +177,10 @@ def test_fixed_shapes_change_no_result(monkeypatch, masks):
         fixed = pipeline(pixels, plan)
     labels, scores = torch.cat([result.labels for result in fixed]), torch.cat([result.scores for result in fixed])
     wanted = labels >= 0
-    detections, entering = int(wanted.sum()), int((wanted & (scores >= enough)).sum())
-    assert 0 < entering < detections < len(wanted)
+    detections, in_map = int(wanted.sum()), int((wanted & (scores >= instance_threshold)).sum())
+    assert 0 < in_map < detections < len(wanted)
     if not masks:
-        wanted &= scores >= enough
+        wanted &= scores >= instance_threshold
     row_flags, convs = [active for active in flags if active is not None], len(network.thing_head.convs)
     for index in range(convs):  # of each part of the detections
         assert torch.equal(torch.cat(row_flags[index::convs]), wanted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network arranged for inference equals the plain modules, for every kind of configuration."""
+"""The network optimized for inference equals the plain modules, for every kind of configuration."""
 
 import copy
 import itertools
@@ -109,7 +109,7 @@ def test_mask_head_computes_active_boxes(with_labels):
         features[~active] = float("nan")
         actual = head(features, labels, active)
         assert torch.equal(actual[active], expected[active])
-        assert actual.isfinite().all(), "the features of the others were read"
+        assert actual.isfinite().all(), "features of inactive boxes were read"
         plain = model.thing_head(features, labels, active)
     assert_close("masks", actual[active], plain[active].numpy())
 
@@ -151,15 +151,16 @@ def test_moved_to_another_dtype(name, dtypes):
         output = copy.deepcopy(model).double()(images)
         expected = [*output.class_logits, output.stuff_logits]
         expected.append(model.double().thing_logits(output.thing_features, rois, labels))
-        for made, moved in itertools.product(dtypes, dtypes):
-            fast = optimize_for_inference(model, dtype=made).to(moved)
-            output = fast(images.to(moved))
+        for original, target in itertools.product(dtypes, dtypes):
+            fast = optimize_for_inference(model, dtype=original).to(target)
+            output = fast(images.to(target))
             actual = [*output.class_logits, output.stuff_logits]
-            actual.append(fast.thing_logits(output.thing_features, rois.to(moved), labels))
-            tolerance = max(DTYPES[made], DTYPES[moved]) * (50 if name == "tiny_dcn" else 1)  # sampling points move
+            actual.append(fast.thing_logits(output.thing_features, rois.to(target), labels))
+            amplification = 50 if name == "tiny_dcn" else 1  # rounding moves sampling points
+            tolerance = max(DTYPES[original], DTYPES[target]) * amplification
             for value, wanted in zip(actual, expected, strict=True):
-                assert value.dtype == moved
-                assert (value - wanted).abs().max() < tolerance * wanted.abs().max(), (made, moved)
+                assert value.dtype == target
+                assert (value - wanted).abs().max() < tolerance * wanted.abs().max(), (original, target)
 
 
 def test_moved_to_where_it_is():

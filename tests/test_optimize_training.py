@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network arranged for training has the outputs of the plain modules and trains their parameters."""
+"""The network optimized for training has the outputs of the plain modules and trains their parameters."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_equals_the_plain_modules(name, overrides):
 
 
 def test_leaves_the_model_as_it_is():
-    """Modules and parameters stay the same, and the arranged network trains the parameters of the model."""
+    """Modules and parameters stay the same, and the optimized network trains the parameters of the model."""
     model = random_model("tiny").train()
     before, modules = {name: id(value) for name, value in model.named_parameters()}, list(model.modules())
     network = optimize_for_training(model)

@@ -79,8 +79,8 @@ def kill(folder, moment, number):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     assert write_five(folder) == list(range(5))
     return contents(folder)
 
@@ -101,21 +101,21 @@ class TestWriter:
             ("while the JSON is written", 3, 5),
         ],
     )
-    def test_killed_at_any_moment(self, whole, tmp_path, moment, number, kept):
+    def test_killed_at_any_moment(self, uninterrupted, tmp_path, moment, number, kept):
         kill(tmp_path, moment, number)
         assert write_five(tmp_path) == list(range(kept, 5))
-        assert {name: value for name, value in contents(tmp_path).items() if not name.endswith(".tmp")} == whole
+        assert {name: value for name, value in contents(tmp_path).items() if not name.endswith(".tmp")} == uninterrupted
         content = read_panoptic_json(tmp_path / "maps.json", with_categories=True)
         assert len(content["annotations"]) == 5 and len(json.loads((tmp_path / "detections.json").read_text())) == 5
 
-    def test_killed_again_and_again(self, whole, tmp_path):
+    def test_killed_again_and_again(self, uninterrupted, tmp_path):
         for moment, number in (("half a row", 3), ("before the row", 2), ("half a row", 1), ("before the PNG", 2)):
             kill(tmp_path, moment, number)
         assert write_five(tmp_path) == [3, 4]
-        assert contents(tmp_path) == whole
+        assert contents(tmp_path) == uninterrupted
 
     @pytest.mark.parametrize("damage", [b"{", b"\0" * 100, b"[]\n", b'{"image": 1}\n', b"\xff\n", b'{"image": {}}\n'])
-    def test_damaged_rows_are_done_again(self, whole, tmp_path, damage):
+    def test_damaged_rows_are_done_again(self, uninterrupted, tmp_path, damage):
         kill(tmp_path, "before the PNG", 5)
         path = tmp_path / "maps.journal.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
@@ -124,13 +124,13 @@ class TestWriter:
         assert path.read_bytes() == b"".join(lines[:4])  # damaged rows and all rows after them are removed
         path.write_bytes(b"".join(lines[:3]) + damage + b"".join(lines[3:]))
         assert write_five(tmp_path) == [2, 3, 4]
-        assert contents(tmp_path) == whole
+        assert contents(tmp_path) == uninterrupted
 
     @pytest.mark.parametrize("damage", [b"", b"{", b"\0\n", b"[1]\n"])
-    def test_a_damaged_first_line_starts_over(self, whole, tmp_path, damage):
+    def test_a_damaged_first_line_starts_over(self, uninterrupted, tmp_path, damage):
         (tmp_path / "maps.journal.jsonl").write_bytes(damage)
         assert write_five(tmp_path) == list(range(5))
-        assert contents(tmp_path) == whole
+        assert contents(tmp_path) == uninterrupted
 
     def test_without_resume_a_journal_is_replaced(self, tmp_path):
         kill(tmp_path, "before the PNG", 4)
@@ -180,7 +180,7 @@ class TestWriter:
         assert names == ["0.jpg", "2.jpg", "new.jpg"]
 
     def test_a_row_that_cannot_be_written_leaves_nothing(self, tmp_path, monkeypatch):
-        """As on a full disk: the image's PNG is removed; the rows before and after it are complete."""
+        """If a row cannot be written, as on a full disk, its PNG is removed; the rows before and after are complete."""
         write = journal._write
 
         def failing(stream, content):
@@ -315,7 +315,7 @@ class TestWriter:
             assert len((tmp_path / "maps.journal.jsonl").read_bytes().splitlines()) == 2
 
     def test_closed_and_used_again(self, tmp_path):
-        """As after a `with` block that failed: no row is lost."""
+        """A writer that was closed with its journal can be used again, and no row is lost."""
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         writer = PanopticWriter(tmp_path / "maps", resume=True)
         writer.add(0, "0.jpg", ids, segments)
@@ -374,7 +374,7 @@ class TestWriter:
     def test_rows_that_are_none_are_refused(self, tmp_path):
         writer = PanopticWriter(tmp_path / "maps", resume=True)
         annotation = {"image_id": 1, "file_name": "a.png", "segments_info": []}
-        whole = {
+        uninterrupted = {
             "image": {"file_name": "a"},
             "annotation": annotation,
             "detections": [],
@@ -382,7 +382,7 @@ class TestWriter:
             "photograph": None,
             "path": None,
         }
-        unhashable = whole | {"annotation": annotation | {"image_id": [1]}}
+        unhashable = uninterrupted | {"annotation": annotation | {"image_id": [1]}}
         for row in ({}, {"image": {"file_name": "a"}, "annotation": annotation}, None, unhashable):
             with pytest.raises(PanopticFormatError, match="a row must be one of another writer's `rows`, got"):
                 writer.extend([row])
@@ -391,7 +391,7 @@ class TestWriter:
         assert len(PanopticWriter(tmp_path / "maps", resume=True)) == 1
 
     @pytest.mark.parametrize(
-        "change, said",
+        "change, message",
         [
             ({"image_id": 1.5}, "image_id must be an integer or a string, got 1.5"),
             ({"image_id": None}, "image_id must be an integer or a string, got None"),
@@ -406,11 +406,11 @@ class TestWriter:
             ({"detections": [{"score": {1}}]}, "cannot be written as JSON: set cannot be"),
         ],
     )
-    def test_what_no_reader_takes_is_refused(self, tmp_path, change, said):
+    def test_what_no_reader_takes_is_refused(self, tmp_path, change, message):
         image = {"image_id": 1, "image_name": "a.jpg", "id_map": np.ones((2, 2), int)}
         image |= {"segments": [{"id": 1, "category_id": 1}]} | change
         with PanopticWriter(tmp_path / "maps") as writer:
-            with pytest.raises(PanopticFormatError, match=said):
+            with pytest.raises(PanopticFormatError, match=message):
                 writer.add(**image)
         assert sorted(contents(tmp_path)) == ["maps.json"]
 
@@ -495,7 +495,7 @@ class TestThreads:
     def test_an_image_that_is_being_written_keeps_what_is_its_own(
         self, tmp_path, monkeypatch, image_id, name, png, kind
     ):
-        """Its id, PNG and name are reserved before its row is written, and free again after a failure."""
+        """The id, PNG and name of an image are reserved before its row is written, and released after a failure."""
         write, begun, resume = writer_module.write_id_map, threading.Event(), threading.Event()
 
         def waiting(path, ids):

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers.command_line import FAST, sentences
+from helpers.command_line import FAST, error_messages
 
 import spatialflow
 from spatialflow import images
@@ -72,22 +72,22 @@ class TestPredict:
         output = tmp_path / "out"
         code = main(["predict", *map(str, inputs), "--checkpoint", str(weights), "--output", str(output), *FAST])
         assert code == 1
-        said = sentences(capsys)
+        messages = error_messages(capsys)
         for name, reason in {
             "missing.jpg": "No such file",
             "cut.jpg": "truncated",
             "text.jpg": "not an image",
             "empty.png": "empty",
         }.items():
-            assert len([line for line in said if f"/{name}: " in line and reason in line]) == 1, (name, said)
-        assert len(said) == 4
+            assert len([line for line in messages if f"/{name}: " in line and reason in line]) == 1, (name, messages)
+        assert len(messages) == 4
         assert_complete(output, ["plain.jpg", "dot.png"])
 
     def test_defects_are_sentences(self, photographs, weights, tmp_path, capsys):
         (tmp_path / "a.jpg").write_bytes((photographs / "plain.jpg").read_bytes()[:-2])
         command = ["predict", str(tmp_path / "a.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
         assert main(command) == 0
-        assert sentences(capsys) == [f"{tmp_path}/a.jpg: has no end marker, but all pixels"]
+        assert error_messages(capsys) == [f"{tmp_path}/a.jpg: has no end marker, but all pixels"]
 
     def test_interrupted(self, photographs, weights, tmp_path, monkeypatch):
         """Images that are done at an interrupt (Ctrl-C) are complete, and the JSON lists them."""
@@ -128,10 +128,10 @@ class TestPredict:
         monkeypatch.setattr(writer, "write_id_map", full)
         command = ["predict", *(str(tmp_path / name) for name in names), "--checkpoint", str(weights), *FAST]
         assert main([*command, "--output", str(tmp_path / "out")]) == 1
-        said = [": ".join(sentence.split("/")[-1].split(": ")[:2]) for sentence in sentences(capsys)]
+        messages = [": ".join(message.split("/")[-1].split(": ")[:2]) for message in error_messages(capsys)]
         damaged = "is not an image of a known format, or is damaged"
         refused = "cannot be written"
-        assert said == [f"1.jpg: {damaged}", f"2.png: {refused}", f"4.jpg: {damaged}", f"5.png: {refused}"]
+        assert messages == [f"1.jpg: {damaged}", f"2.png: {refused}", f"4.jpg: {damaged}", f"5.png: {refused}"]
         assert_complete(tmp_path / "out", ["0.jpg", "3.jpg", "6.jpg", "7.jpg"])
         assert max(most) == 1 if threads == 1 else max(most) > 1
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("map_ahead")]
@@ -160,11 +160,11 @@ class TestPredict:
     def test_an_error_that_ends_the_run(self, photographs, weights, tmp_path, monkeypatch, place):
         """An error in any thread reaches the caller, and the images before it are complete."""
         target, name = {"network": (Pipeline, "__call__"), "writing": (PredictionFolder, "_add")}[place]
-        plain, left = getattr(target, name), [3]
+        plain, remaining = getattr(target, name), [3]
 
         def failing(*args):
-            left[0] -= 1
-            if left[0] < 0:
+            remaining[0] -= 1
+            if remaining[0] < 0:
                 raise RuntimeError("a mistake in the program")
             return plain(*args)
 
@@ -197,8 +197,8 @@ class TestPredict:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes((photographs / "plain.jpg").read_bytes())
         assert main(["predict", *map(str, paths), "--output", str(tmp_path / "out"), *FAST]) == 2
-        (said,) = sentences(capsys)
-        assert said.startswith(f"{paths[1]}: has the same name as {paths[0]}, and output files are named by it")
+        (message,) = error_messages(capsys)
+        assert message.startswith(f"{paths[1]}: has the same name as {paths[0]}, and output files are named by it")
         assert not (tmp_path / "out").exists()
 
     def test_one_file_passed_twice(self, photographs, weights, tmp_path):
@@ -215,8 +215,8 @@ class TestPredict:
         output = tmp_path / output
         command = ["predict", str(tmp_path), "--checkpoint", str(weights), "--output", str(output), *FAST]
         replaces = f"{output}: holds the results of an earlier run, which this one replaces"
-        for said in ([], [replaces]):
-            assert main([*command, "--recursive"]) == 0 and sentences(capsys) == said
+        for messages in ([], [replaces]):
+            assert main([*command, "--recursive"]) == 0 and error_messages(capsys) == messages
         content = read_panoptic_json(output / "panoptic.json")
         names = ["one/plain.jpg", "one/two/dot.png", "plain.jpg"]
         assert [image["file_name"] for image in content["images"]] == names
@@ -227,18 +227,18 @@ class TestPredict:
             assert (output / "overlays" / name).with_suffix(".jpg").is_file()
         assert main(command) == 0
         left_out = "2 images in its sub-folders are left out; --recursive includes them"
-        assert sentences(capsys) == [f"{tmp_path}: {left_out}", replaces]
+        assert error_messages(capsys) == [f"{tmp_path}: {left_out}", replaces]
         assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]
 
     def test_a_folder_of_folders_alone(self, photographs, weights, tmp_path, capsys):
-        """As with the cities of Cityscapes: sub-folders are read without --recursive, and ids have no folder."""
+        """A folder that has images only in sub-folders, as in Cityscapes, needs no --recursive; ids have no folder."""
         path = tmp_path / "val" / "ulm" / "ulm_1_leftImg8bit.png"
         path.parent.mkdir(parents=True)
         path.write_bytes((photographs / "dot.png").read_bytes())
         output = tmp_path / "out"
         command = ["predict", str(tmp_path / "val"), "--checkpoint", str(weights), "--output", str(output), *FAST]
         assert main(command) == 0
-        assert sentences(capsys) == [f"{tmp_path / 'val'}: holds no image itself; its sub-folders hold 1 (ulm: 1)"]
+        assert error_messages(capsys) == [f"{tmp_path / 'val'}: holds no image itself; its sub-folders hold 1 (ulm: 1)"]
         (image,) = read_panoptic_json(output / "panoptic.json")["images"]
         assert (image["file_name"], image["id"]) == ("ulm/ulm_1_leftImg8bit.png", "ulm_1")
 
@@ -256,7 +256,7 @@ class TestPredict:
         assert [image.name for image in images] == names and not failed
         resolve_images([tmp_path / "in"])
         left_out = "2 images in its sub-folders are left out; --recursive includes them"  # links are not followed
-        assert sentences(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
+        assert error_messages(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
 
     def test_a_folder_that_cannot_be_read(self, tmp_path, monkeypatch, capsys):
         (tmp_path / "a.jpg").touch()
@@ -271,20 +271,20 @@ class TestPredict:
         monkeypatch.setattr(Path, "iterdir", refusing)
         images, failed = resolve_images([tmp_path])
         assert [image.name for image in images] == ["a.jpg"]
-        assert failed == sentences(capsys) == []  # sub-folders are skipped without --recursive
+        assert failed == error_messages(capsys) == []  # sub-folders are skipped without --recursive
         images, failed = resolve_images([tmp_path], recursive=True)
         assert [image.name for image in images] == ["a.jpg"]
-        assert failed == sentences(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
+        assert failed == error_messages(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
 
     @pytest.mark.parametrize("name", ["panoptic.json", "panoptic/plain.png", "overlays/plain.jpg", "detections.json"])
     def test_files_of_others_are_not_replaced(self, photographs, weights, tmp_path, capsys, name):
-        """Such as the ground truth in the parent folder of the photographs."""
+        """An output never replaces a file of another program, such as the ground truth in the parent folder."""
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST, "--detections"]
         assert main([*command, "--output", str(tmp_path)]) == 2
-        said = f"{tmp_path / name}: would be replaced, and is not a result of `predict`; use another --output"
-        assert sentences(capsys) == [said]
+        message = f"{tmp_path / name}: would be replaced, and is not a result of `predict`; use another --output"
+        assert error_messages(capsys) == [message]
         assert (tmp_path / name).read_bytes() == b"mine"
 
     def test_a_folder_with_a_journal_of_others(self, photographs, weights, tmp_path, capsys):
@@ -295,11 +295,11 @@ class TestPredict:
         for content in (b"", b"my notes\n", b'{"info": {"description": "written by spatialflow synthesize"}, '):
             (tmp_path / "panoptic.journal.jsonl").write_bytes(content)
             assert main([*command, "--output", str(tmp_path)]) == 2
-            assert "panoptic.json: would be replaced" in sentences(capsys)[-1]
+            assert "panoptic.json: would be replaced" in error_messages(capsys)[-1]
             assert (tmp_path / "panoptic.json").read_bytes() == truth
         (tmp_path / "panoptic.json").unlink()
         assert main([*command, "--output", str(tmp_path)]) == 2
-        assert "panoptic.journal.jsonl: would be replaced" in sentences(capsys)[-1]
+        assert "panoptic.journal.jsonl: would be replaced" in error_messages(capsys)[-1]
         assert (tmp_path / "panoptic.journal.jsonl").read_bytes() == content
 
     def test_a_result_that_cannot_be_read(self, photographs, weights, tmp_path, monkeypatch, capsys):
@@ -309,7 +309,7 @@ class TestPredict:
         monkeypatch.setattr(writer, "earlier_files", refusing)
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST]
         assert main([*command, "--output", str(tmp_path)]) == 2
-        assert sentences(capsys) == [f"{tmp_path / 'panoptic.json'}: cannot be read: Permission denied"]
+        assert error_messages(capsys) == [f"{tmp_path / 'panoptic.json'}: cannot be read: Permission denied"]
 
     def test_empty_paths(self, capsys):
         for arguments in (["", "--output", "out"], ["a.jpg", "--output", ""], ["a.jpg", "--checkpoint", ""]):
@@ -319,7 +319,7 @@ class TestPredict:
 
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
-        assert sentences(capsys) == ["no --checkpoint: the weights are random, and so are the results"]
+        assert error_messages(capsys) == ["no --checkpoint: the weights are random, and so are the results"]
         assert not (tmp_path / "overlays").exists()
 
     @pytest.mark.parametrize(
@@ -348,8 +348,8 @@ class TestPredict:
         arguments = [str(photographs / "dot.png"), "--output", str(tmp_path / "out"), "--checkpoint", str(weights)]
         usual = FAST[2:] if "--config" in change else FAST
         assert main(["predict", *arguments, *usual, *change]) == 2
-        (said,) = sentences(capsys)
-        assert re.search(reason, said), said
+        (message,) = error_messages(capsys)
+        assert re.search(reason, message), message
         assert not (tmp_path / "out").exists()
 
     def test_full_disk(self, photographs, weights, tmp_path):
@@ -376,8 +376,8 @@ class TestPredict:
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
         )
         assert result.returncode == 1, result.stderr
-        (said,) = result.stderr.splitlines()
-        assert said.endswith("overlays/large.jpg: cannot be written: File too large"), said
+        (message,) = result.stderr.splitlines()
+        assert message.endswith("overlays/large.jpg: cannot be written: File too large"), message
         assert_complete(output, ["dot.png"])
 
     def test_output_that_is_a_file(self, photographs, weights, tmp_path, capsys):
@@ -385,11 +385,11 @@ class TestPredict:
         output = tmp_path / "out"
         output.write_text("in the way")
         assert main(["predict", str(photographs), "--checkpoint", str(weights), "--output", str(output), *FAST]) == 2
-        (said,) = sentences(capsys)
-        assert said == f"{output}/panoptic: cannot be written: Not a directory"
+        (message,) = error_messages(capsys)
+        assert message == f"{output}/panoptic: cannot be written: Not a directory"
         assert output.read_text() == "in the way"
 
     def test_no_image(self, tmp_path, capsys):
         assert main(["predict", str(tmp_path), "--output", str(tmp_path / "out"), *FAST]) == 1
-        assert sentences(capsys) == [f"{tmp_path}: holds no image file", "no image to predict"]
+        assert error_messages(capsys) == [f"{tmp_path}: holds no image file", "no image to predict"]
         assert not (tmp_path / "out").exists()

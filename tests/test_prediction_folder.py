@@ -72,8 +72,8 @@ def run(root, photographs, outcomes, threads):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, photographs, outcomes):
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory, photographs, outcomes):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     assert run(folder, photographs, outcomes, threads=1) == (list(range(COUNT)), {})
     return contents(folder)
 
@@ -96,7 +96,7 @@ def shuffled(monkeypatch):
 
 
 @pytest.mark.parametrize("module, name", [(cv2, "imencode"), (formats, "encode_png"), (overlay, "__call__")])
-def test_images_are_encoded_at_once(tmp_path, monkeypatch, photographs, outcomes, whole, module, name):
+def test_images_are_encoded_at_once(tmp_path, monkeypatch, photographs, outcomes, uninterrupted, module, name):
     """Two images are encoded at the same time: each waits for the other."""
     both = threading.Barrier(2)
     if module is overlay:
@@ -109,17 +109,17 @@ def test_images_are_encoded_at_once(tmp_path, monkeypatch, photographs, outcomes
 
     monkeypatch.setattr(module, name, wait_for_both)
     assert run(tmp_path, photographs, outcomes, threads=2) == (list(range(COUNT)), {})
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4, 16])
-def test_same_files_in_any_interleaving(tmp_path, shuffled, photographs, outcomes, whole, threads):
+def test_same_files_in_any_interleaving(tmp_path, shuffled, photographs, outcomes, uninterrupted, threads):
     assert run(tmp_path, photographs, outcomes, threads) == (list(range(COUNT)), {})
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("place", ["disk", "row", "segments"])
-def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outcomes, whole, place):
+def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outcomes, uninterrupted, place):
     """The image leaves no files, its error comes in the order of the images, and the next run writes it."""
     bad, inputs = (2, 3, 9), list(outcomes)
     function = {"disk": (writer, "write_id_map"), "row": (journal, "_write"), "segments": (journal, "_write")}[place]
@@ -142,18 +142,18 @@ def test_an_image_fails_alone(tmp_path, shuffled, monkeypatch, photographs, outc
     assert written == [position for position in range(COUNT) if position not in bad]
     assert list(failed) == list(bad)
     assert {type(error) for error in failed.values()} == {PanopticFormatError if place == "segments" else OSError}
-    left = contents(tmp_path)
-    assert [name for name in whole if name not in left] == [
-        name for name in whole if name.split("/")[-1].split(".")[0] in map(str, bad)
+    remaining = contents(tmp_path)
+    assert [name for name in uninterrupted if name not in remaining] == [
+        name for name in uninterrupted if name.split("/")[-1].split(".")[0] in map(str, bad)
     ]
-    assert [image["id"] for image in json.loads(left["panoptic.json"])["images"]] == written
+    assert [image["id"] for image in json.loads(remaining["panoptic.json"])["images"]] == written
     monkeypatch.undo()
-    assert run(tmp_path, photographs, outcomes, threads=4)[1] == {} and contents(tmp_path) == whole
+    assert run(tmp_path, photographs, outcomes, threads=4)[1] == {} and contents(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("moment", ["overlay", "PNG", "row", "half a row", "rename"])
 @pytest.mark.parametrize("number", [1, 6])
-def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole, moment, number):
+def test_killed_while_several_are_written(tmp_path, photographs, outcomes, uninterrupted, moment, number):
     """Images in the journal are complete; after the next run, the files are those of an uninterrupted run."""
     child = os.fork()
     if child == 0:
@@ -167,7 +167,7 @@ def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole
 
             def killing(*arguments):
                 if next(calls) == number:
-                    time.sleep(0.02)  # time for the other threads
+                    time.sleep(0.02)  # so that the other threads run
                     if moment == "half a row":
                         arguments[0].write(journal.dumps(arguments[1]).encode()[:20])
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -184,13 +184,13 @@ def test_killed_while_several_are_written(tmp_path, photographs, outcomes, whole
         assert len(done) == max(number - 2, 0)  # the first row describes the run
     for position in done:
         for name in (f"panoptic/{position}.png", f"overlays/{position}.jpg"):
-            assert (tmp_path / name).read_bytes() == whole[name]
+            assert (tmp_path / name).read_bytes() == uninterrupted[name]
     assert run(tmp_path, photographs, outcomes, threads=4) == ([i for i in range(COUNT) if i not in done], {})
-    assert {name: value for name, value in contents(tmp_path).items() if not name.endswith(".tmp")} == whole
+    assert {name: value for name, value in contents(tmp_path).items() if not name.endswith(".tmp")} == uninterrupted
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_end_between_images(tmp_path, shuffled, photographs, outcomes, whole, error):
+def test_an_end_between_images(tmp_path, shuffled, photographs, outcomes, uninterrupted, error):
     """Started images are complete, the JSON lists them, and the next run resumes."""
 
     class Ending(list):
@@ -201,13 +201,15 @@ def test_an_end_between_images(tmp_path, shuffled, photographs, outcomes, whole,
 
     with pytest.raises(error):
         run(tmp_path, photographs, Ending(outcomes), threads=4)
-    left = contents(tmp_path)
-    assert [image["id"] for image in json.loads(left["panoptic.json"])["images"]] == list(range(7))
-    assert {name: left[name] for name in left if "/" in name} == {
-        name: value for name, value in whole.items() if "/" in name and int(name.split("/")[1].split(".")[0]) < 7
+    remaining = contents(tmp_path)
+    assert [image["id"] for image in json.loads(remaining["panoptic.json"])["images"]] == list(range(7))
+    assert {name: remaining[name] for name in remaining if "/" in name} == {
+        name: value
+        for name, value in uninterrupted.items()
+        if "/" in name and int(name.split("/")[1].split(".")[0]) < 7
     }
     assert run(tmp_path, photographs, outcomes, threads=2) == (list(range(7, COUNT)), {})
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("threads", [1, 3])

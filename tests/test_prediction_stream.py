@@ -120,7 +120,7 @@ def test_images_are_taken_a_few_ahead(model, batch_size):
 
 
 def test_an_iterator_may_reuse_its_array(predictor):
-    """As an iterator over the frames of a video does."""
+    """An iterator may return the same array for every image, as a reader of video frames does."""
 
     def frames():
         buffer = np.empty((32, 48, 3), np.uint8)
@@ -156,7 +156,7 @@ def test_batches_do_not_depend_on_timing(model, files, monkeypatch):
 
 
 def test_a_rare_size_does_not_wait_for_its_like(model):
-    """Its batch runs, even if incomplete, once `PATIENCE * batch_size` later images have come."""
+    """The batch of an image runs, even if incomplete, after `PATIENCE * batch_size` later images."""
     predictor = Predictor(model, batch_size=2, **SETTINGS)
     images = [picture(48, 32)] + [picture(32, 48, seed) for seed in range(20)]
     batches = batches_of(predictor, images)

@@ -145,8 +145,8 @@ def test_paths_arrays_and_iterables(tmp_path, predictor):
     image = picture(60, 80)
     cv2.imwrite(str(tmp_path / "a.png"), image)
     cv2.imwrite(str(tmp_path / "gray.png"), image[..., 0])
-    alone = predictor(str(tmp_path / "a.png"))
-    assert_same(alone, predictor(image))
+    single = predictor(str(tmp_path / "a.png"))
+    assert_same(single, predictor(image))
     many = predictor(path for path in (tmp_path / "a.png", tmp_path / "gray.png"))
     assert isinstance(many, list) and [r.image_name for r in many] == ["a.png", "gray.png"]
     assert_same(many[1], predictor(image[..., :1].repeat(3, axis=2)))

@@ -36,7 +36,7 @@ def sample(shapes: list[tuple[int, int]], sizes: list[tuple[int, int]]):
                 (images, [h for h, _ in sizes], [w for _, w in sizes], mean, std, divisor, torch.float32),
             ),
             resized=tensors,
-            unforeseen="no tensor arguments",  # torch's error message for an empty list
+            unpredicted_errors="no tensor arguments",  # torch's error message for an empty list
         )
 
     return build
@@ -98,8 +98,8 @@ def test_a_list_is_its_images_padded_to_one_size():
     batch = ops.preprocess_images(images, sizes, MEAN, STD, divisor=16)
     assert batch.shape == (19, 3, 48, 64)
     for image, (h, w), result in zip(images, sizes, batch, strict=False):
-        alone = ops.preprocess_images(image, (h, w), MEAN, STD, divisor=1)[0]
-        assert alone.shape == (3, h, w) and torch.equal(result[:, :h, :w], alone)
+        single = ops.preprocess_images(image, (h, w), MEAN, STD, divisor=1)[0]
+        assert single.shape == (3, h, w) and torch.equal(result[:, :h, :w], single)
         assert not result[:, h:].any() and not result[:, :, w:].any()
 
 

@@ -42,9 +42,8 @@ class TestBeyond31Bits:
     def test_roi_align(self):
         image = features(16)
         height = image.shape[2]
-        far = torch.tensor(
-            [[0.0, 4, height - 30, 32, height - 2]]
-        )  # samples at a distance of one cell: exact in float32
+        # Samples have a distance of one cell, so that they are exact in float32.
+        far = torch.tensor([[0.0, 4, height - 30, 32, height - 2]])
         near = far - torch.tensor([0, 0, height - 40, 0, height - 40])
         result = ops.roi_align(image, far, 7, aligned=True)
         torch.testing.assert_close(result, ops.roi_align(image[:, :, -40:], near, 7, aligned=True), rtol=0, atol=0)

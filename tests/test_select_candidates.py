@@ -7,7 +7,16 @@ import math
 
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, TOLERANCE, OpMatrix, OpSample, assert_near, leaves, map_tensors, to_dtype
+from helpers.op_matrix import (
+    TOLERANCE,
+    OpMatrix,
+    OpSample,
+    assert_near,
+    assert_unchanged_by_autocast,
+    leaves,
+    map_tensors,
+    to_dtype,
+)
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -109,12 +118,7 @@ class TestSelectCandidates(OpMatrix):
 
     def test_autocast(self, make_sample):
         """Autocast rounds neither inputs nor results."""
-        sample = make_sample()
-        values = to_dtype(sample, torch.float32)
-        plain = sample.op(*values, **sample.options)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            result = sample.op(*values, **sample.options)
-        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(result, plain, strict=False))
+        assert_unchanged_by_autocast(make_sample())
 
     def test_detached(self, make_sample):
         """In forward mode, the results have no tangent."""
@@ -306,8 +310,8 @@ class TestCases:
         for image in range(3):
             logits, deltas, base, valid, scale = values
             image_levels = [[level[image : image + 1] for level in levels] for levels in (logits, deltas)]
-            alone = select(*image_levels, base, valid[image : image + 1], scale[image : image + 1], 25)
-            assert all(torch.equal(a[image], b[0]) for a, b in zip(together, alone, strict=False))
+            single = select(*image_levels, base, valid[image : image + 1], scale[image : image + 1], 25)
+            assert all(torch.equal(a[image], b[0]) for a, b in zip(together, single, strict=False))
 
     def test_large_level(self):
         """Several threads share the level on the CPU, several blocks on a GPU."""

@@ -181,7 +181,7 @@ ON_THE_HOST = (
 
 @pytest.fixture(scope="module", params=["", "address,undefined"], ids=["plain", "sanitized"])
 def program(request, tmp_path_factory):
-    """Runs a case of the program of a source, compiled once: (source, case name, order) -> (exit status, output)."""
+    """Return a function that runs a case of a source: (source, case name, order) -> (exit status, output)."""
     folder = tmp_path_factory.mktemp("simt")
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-g1", "-pthread"]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]

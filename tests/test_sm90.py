@@ -28,7 +28,7 @@ EXACT = "direct"
 
 @pytest.fixture
 def launched(monkeypatch, capfd):
-    """Names of the kernels launched since the last call; None except on the interpreter."""
+    """Return a function that gives the kernels launched since its last call; None except on the interpreter."""
     monkeypatch.setenv("SPATIALFLOW_SIMT_TRACE", "1")
 
     def names() -> list[str] | None:
@@ -43,9 +43,9 @@ def ran_as_expected(names: list[str] | None, kernel: str, possible: bool = True)
     return names is None or any(f"{kernel}_sm90_kernel" in name for name in names) == (ON_SM90 and possible)
 
 
-def few(*size: int, most: int = 1, share: float = 1.0) -> torch.Tensor:
-    """Integers from -most to most, of which a fraction of at most `share` is nonzero."""
-    return torch.randint(-most, most + 1, size) * (torch.rand(size) < share).double()
+def few(*size: int, largest: int = 1, share: float = 1.0) -> torch.Tensor:
+    """Generate integers from -largest to largest; the fraction of nonzero ones is at most `share`."""
+    return torch.randint(-largest, largest + 1, size) * (torch.rand(size) < share).double()
 
 
 class TestFlowConv2d:
@@ -201,11 +201,11 @@ class TestDeformConv2d:
     def test_against_float64(self, shape, dtype, launched):
         tensors, geometry = self.case(shape)
         x, offset, weight, bias, mask = (tensor.to(dtype) for tensor in tensors)
-        wide = [tensor.double() for tensor in (x, offset, weight, bias, mask)]
+        tensors64 = [tensor.double() for tensor in (x, offset, weight, bias, mask)]
         launched()
         result = ops.deform_conv2d(channels_last(x), offset, weight, bias, *geometry, mask, relu=True)
         assert ran_as_expected(launched(), "deform_conv2d")
-        expected = reference.deform_conv2d(*wide[:4], *geometry, wide[4]).relu()
+        expected = reference.deform_conv2d(*tensors64[:4], *geometry, tensors64[4]).relu()
         assert_near(result, expected, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -229,9 +229,9 @@ class TestDeformConv2d:
         offset[:, :, 0] = 1e4
         offset[:, :, 1] = -torch.inf
         tensors = [tensor.to(dtype) for tensor in (x, offset, weight, bias, mask)]
-        wide = [tensor.double() for tensor in tensors]
+        tensors64 = [tensor.double() for tensor in tensors]
         result = ops.deform_conv2d(*tensors[:4], *geometry, tensors[4])
-        assert_near(result, reference.deform_conv2d(*wide[:4], *geometry, wide[4]), dtype)
+        assert_near(result, reference.deform_conv2d(*tensors64[:4], *geometry, tensors64[4]), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_unsupported_inputs(self, dtype, launched):
@@ -241,11 +241,11 @@ class TestDeformConv2d:
                 (channels, outputs, offset_groups, (3, 3), (5, 6), 1, 1, 1, 1)
             )
             tensors = [tensor.to(dtype) for tensor in (x, offset, weight[:, : channels // groups], bias, mask)]
-            wide = [tensor.double() for tensor in tensors]
+            tensors64 = [tensor.double() for tensor in tensors]
             launched()
             result = ops.deform_conv2d(*tensors[:4], *geometry, tensors[4])
             assert ran_as_expected(launched(), "deform_conv2d", possible=False)
-            assert_near(result, reference.deform_conv2d(*wide[:4], *geometry, wide[4]), dtype)
+            assert_near(result, reference.deform_conv2d(*tensors64[:4], *geometry, tensors64[4]), dtype)
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CUDACXX", "nvcc")) is None, reason="needs nvcc")
@@ -257,7 +257,7 @@ def test_other_architectures_have_no_such_kernels():
     source, architectures = ROOT / "csrc" / "cuda" / "sm90_deform_conv2d.cu", ["90a", "90", "80", "120"]
     output = tool["compile_output"](source, architectures, Path(torch.__file__).parent)
     assert "warning" not in output  # such as C7510: that products of wgmma run one by one
-    found = {name: uses["deform_conv2d_sm90_kernel"] for name, uses in tool["resources"](output).items()}
-    assert sorted(found) == sorted(architectures)
-    for name, uses in found.items():
+    resources = {name: uses["deform_conv2d_sm90_kernel"] for name, uses in tool["resources"](output).items()}
+    assert sorted(resources) == sorted(architectures)
+    for name, uses in resources.items():
         assert all((shared > 0) == (name == "90a") and spilled == 0 for _, shared, _, spilled in uses)

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, OpMatrix, OpSample, to_dtype
+from helpers.op_matrix import OpMatrix, OpSample, assert_unchanged_by_autocast, to_dtype
 
 from spatialflow import ops
 from spatialflow.ops import reference
@@ -64,20 +64,16 @@ class TestStuffLabels(OpMatrix):
         """Labels equal those in float64; where they differ, both classes have equal logits up to rounding."""
         sample = make_sample()
         (logits,) = to_dtype(sample, dtype)
-        labels, enlarged = sample.op(logits, **sample.options), enlarged_logits(logits.double(), **sample.options)
-        expected = enlarged.argmax(dim=0)
+        labels, upsampled = sample.op(logits, **sample.options), enlarged_logits(logits.double(), **sample.options)
+        expected = upsampled.argmax(dim=0)
         assert labels.dtype == (torch.uint8 if len(logits) <= 256 else torch.int64)
-        taken = enlarged.gather(0, labels.long()[None])[0]
+        chosen = upsampled.gather(0, labels.long()[None])[0]
         assert (labels != expected).float().mean() < 1e-2
-        assert (taken >= enlarged.amax(dim=0) - 4e-6).all()
+        assert (chosen >= upsampled.amax(dim=0) - 4e-6).all()
 
     def test_autocast(self, make_sample):
         """Autocast changes nothing, as labels only depend on comparisons."""
-        sample = make_sample()
-        tensors = to_dtype(sample, torch.float32)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            actual = sample.op(*tensors, **sample.options)
-        assert torch.equal(actual, sample.op(*tensors, **sample.options))
+        assert_unchanged_by_autocast(make_sample())
 
     def test_layouts(self, make_sample, dtype):
         sample = make_sample()
@@ -99,7 +95,7 @@ class TestStuffLabels(OpMatrix):
 
 
 def chain(logits: torch.Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
-    """Compute labels by the released steps: enlarge everything, argmax, crop, OpenCV's nearest-neighbor resizing."""
+    """Compute labels by the released steps: upsample all logits, argmax, crop, OpenCV's nearest-neighbor resizing."""
     enlarged = torch.nn.functional.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)
     labels = enlarged[0].argmax(dim=0)[: valid_size[0], : valid_size[1]].cpu().numpy().astype(np.uint8)
     return cv2.resize(labels, original_size[::-1], interpolation=cv2.INTER_NEAREST)

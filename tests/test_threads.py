@@ -6,6 +6,7 @@ of two threads (docs/sanitizers.md).
 """
 
 import importlib
+import itertools
 import json
 import re
 import threading
@@ -148,15 +149,20 @@ LARGE = {  # unlike the samples of the tests, large enough for several threads t
 }
 
 
-def calls() -> Iterator[Call]:
-    """Yield calls of every sample of the operators' tests, in two dtypes, and the large calls."""
+def matrices() -> Iterator[tuple[str, type[OpMatrix]]]:
+    """Yield every `OpMatrix` of the test files, with the name of the file."""
     for path in sorted(TESTS.glob("test_*.py")):
         if re.search(r"^class \w+\(OpMatrix\)", path.read_text(), re.MULTILINE):
-            for matrix in vars(importlib.import_module(path.stem)).values():
-                if isinstance(matrix, type) and issubclass(matrix, OpMatrix) and matrix is not OpMatrix:
-                    for name, sample in matrix.samples.items():
-                        for dtype in (torch.float32, torch.bfloat16):
-                            yield Call(f"{path.stem}, {name}, {dtype}", sample(), dtype)
+            for value in vars(importlib.import_module(path.stem)).values():
+                if isinstance(value, type) and issubclass(value, OpMatrix) and value is not OpMatrix:
+                    yield path.stem, value
+
+
+def calls() -> Iterator[Call]:
+    """Yield calls of every sample of the operators' tests, in two dtypes, and the large calls."""
+    for file, matrix in matrices():
+        for (name, sample), dtype in itertools.product(matrix.samples.items(), (torch.float32, torch.bfloat16)):
+            yield Call(f"{file}, {name}, {dtype}", sample(), dtype)
     for name, sample in LARGE.items():
         yield Call(f"large, {name}", sample(), torch.float32)
 
@@ -201,15 +207,15 @@ def assert_same(call: Call, actual: list[Tensor], expected: list[Tensor]) -> Non
 
 def test_one_operator_on_shared_tensors(expected):
     """All threads call the same operator on the same tensors at the same time."""
-    together = threading.Barrier(THREADS, timeout=600)
+    barrier = threading.Barrier(THREADS, timeout=600)
 
     def work(_: int) -> None:
         try:
-            for call, alone in expected:
-                together.wait()
-                assert_same(call, call(call.tensors), alone)
+            for call, single_thread in expected:
+                barrier.wait()
+                assert_same(call, call(call.tensors), single_thread)
         except BaseException:
-            together.abort()  # else the other threads would wait for this one
+            barrier.abort()  # otherwise the other threads wait for this thread
             raise
 
     in_threads(work)
@@ -217,15 +223,15 @@ def test_one_operator_on_shared_tensors(expected):
 
 def test_different_operators_on_their_own_tensors(expected):
     """Every thread starts with a different operator and uses copies of the tensors."""
-    together = threading.Barrier(THREADS, timeout=600)
+    barrier = threading.Barrier(THREADS, timeout=600)
     copies = [[map_tensors(torch.clone, call.tensors) for call, _ in expected] for _ in range(THREADS)]
 
     def work(thread: int) -> None:
-        together.wait()
+        barrier.wait()
         for index in range(len(expected)):
             index = (index + thread * len(expected) // THREADS) % len(expected)
-            call, alone = expected[index]
-            assert_same(call, call(copies[thread][index]), alone)
+            call, single_thread = expected[index]
+            assert_same(call, call(copies[thread][index]), single_thread)
 
     in_threads(work)
 
@@ -240,14 +246,14 @@ def test_scoring_with_eight_workers(tmp_path):
         ids = read_id_map(folder / "panoptic" / annotation["file_name"])
         ids[: len(ids) // 3] = ids[0, 0]  # make the prediction imperfect
         write_id_map(tmp_path / "prediction" / annotation["file_name"], ids)
-        left = [s for s in annotation["segments_info"] if (ids == s["id"]).any()]
-        segments = [{"id": s["id"], "category_id": s["category_id"]} for s in left]
+        visible = [s for s in annotation["segments_info"] if (ids == s["id"]).any()]
+        segments = [{"id": s["id"], "category_id": s["category_id"]} for s in visible]
         prediction["annotations"].append(annotation | {"segments_info": segments})
 
     def score(workers: int) -> dict:
         return evaluate(truth, folder / "panoptic", prediction, tmp_path / "prediction", workers=workers)
 
-    alone = score(1)
-    assert 0 < alone["All"]["pq"] < 1
+    single_worker = score(1)
+    assert 0 < single_worker["All"]["pq"] < 1
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(score, (THREADS, THREADS))) == [alone, alone]
+        assert list(pool.map(score, (THREADS, THREADS))) == [single_worker, single_worker]

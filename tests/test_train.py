@@ -194,9 +194,9 @@ class TestFinetuning:
         files |= {"--checkpoint": tmp_path / "donor.safetensors", "--workers": 0}
         settings = [f"{name}={value}" for name, value in SMALL_RUN.items()]
         assert main(["train", "tiny", *settings, *(str(part) for pair in files.items() for part in pair)]) == 0
-        said = capsys.readouterr().err
+        message = capsys.readouterr().err
         layers = "box_head.class_logits, thing_head.logits"
-        assert f"donor.safetensors: has other classes; {layers} start from random weights" in said
+        assert f"donor.safetensors: has other classes; {layers} start from random weights" in message
 
     def test_other_layers_must_fit(self, data, tmp_path):
 

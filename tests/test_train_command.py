@@ -54,7 +54,7 @@ class TestCommand:
         for kind in ("", "validation-"):
             arguments += [f"--{kind}images", str(scenes / "images"), f"--{kind}annotations", scenes / "panoptic.json"]
         assert main([*map(str, arguments), "--output", str(tmp_path)]) == 0
-        said = capsys.readouterr().err
-        assert "learning_rate_epochs [16, 19]: the run ends with epoch 1" in said
-        assert "warmup_iterations 3: the run ends after 2 steps" in said
-        assert "pycocotools is missing, so that evaluations have no average precision" in said
+        message = capsys.readouterr().err
+        assert "learning_rate_epochs [16, 19]: the run ends with epoch 1" in message
+        assert "warmup_iterations 3: the run ends after 2 steps" in message
+        assert "pycocotools is missing, so that evaluations have no average precision" in message

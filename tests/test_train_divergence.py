@@ -19,7 +19,7 @@ from spatialflow.engine.trainer import Trainer, TrainingError
 pytest_plugins = ["helpers.training"]  # fixtures `scenes` and `data`
 
 
-def poison(trainer, what):
+def make_infinite(trainer, what):
     """Make one value infinite, as an overflowing update does."""
     model = trainer.network
     tensor = {
@@ -49,7 +49,7 @@ class TestDivergence:
         Trainer(small(), data, tmp_path, SINGLE_PROCESS).run()
         files = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "model.safetensors")}
         trainer = Trainer(small(epochs=2), data, tmp_path, SINGLE_PROCESS)
-        after_steps(trainer, monkeypatch, lambda losses: poison(trainer, what), first=4)
+        after_steps(trainer, monkeypatch, lambda losses: make_infinite(trainer, what), first=4)
         with pytest.raises(TrainingError) as error:
             trainer.run()
         for words in (
@@ -59,16 +59,16 @@ class TestDivergence:
         ):
             assert words in str(error.value)
         assert files == {name: (tmp_path / name).read_bytes() for name in files}
-        calmer = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, SINGLE_PROCESS)
-        assert calmer.step == 2
-        assert calmer.store.changed_settings == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
-        calmer.run()
+        resumed = Trainer(small(epochs=2, learning_rate=0.0005, gradient_clip_norm=5.0), data, tmp_path, SINGLE_PROCESS)
+        assert resumed.step == 2
+        assert resumed.store.changed_settings == ["learning_rate 0.005 -> 0.0005", "gradient_clip_norm None -> 5.0"]
+        resumed.run()
         assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4]
 
     def test_loss_and_weights_are_named_together(self, data, tmp_path, monkeypatch):
         """If a non-finite loss is the first sign, the message also names the weights."""
         trainer = Trainer(small(epochs=2), data, tmp_path, SINGLE_PROCESS)
-        after_steps(trainer, monkeypatch, lambda losses: poison(trainer, "fpn.p6.weight"))
+        after_steps(trainer, monkeypatch, lambda losses: make_infinite(trainer, "fpn.p6.weight"))
         message = r"step 2: the loss is not finite \(total .*\); not finite after step 2: "
         with pytest.raises(TrainingError, match=message):
             trainer.run()
@@ -176,8 +176,8 @@ class TestDivergence:
         paths = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json"), "--workers", "0"]
         command = ["train", "tiny", *settings, "warmup_iterations=0", "checkpoint_every_steps=1", *paths]
         assert main([*command, "--output", str(tmp_path / "run")]) == 2
-        said = capsys.readouterr().err
-        assert "spatialflow: step 1: not finite after step 1: " in said and "a lower learning_rate" in said
+        message = capsys.readouterr().err
+        assert "spatialflow: step 1: not finite after step 1: " in message and "a lower learning_rate" in message
         assert {path.name for path in (tmp_path / "run").iterdir()} <= {"log.jsonl", "tensorboard"}
 
     def test_all_processes_end(self, tmp_path):

@@ -29,8 +29,8 @@ def test_two_processes_equal_one(tmp_path, norm_trains, epochs):
         "learning_rate=0.002",
         f"backbone_norm_trains={norm_trains}",
     )
-    whole = command(tmp_path, tmp_path / "one", *settings)
-    subprocess.run(whole, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
+    one_process = command(tmp_path, tmp_path / "one", *settings)
+    subprocess.run(one_process, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
     launcher = [
         sys.executable,
         "-m",

@@ -23,12 +23,12 @@ pytest_plugins = ["helpers.training"]  # fixtures `scenes` and `data`
 
 def test_resume_is_exact(data, tmp_path):
     """A run in two halves has the weights and the log of an uninterrupted run."""
-    whole = Trainer(small(epochs=2), data, tmp_path / "whole", SINGLE_PROCESS).run()
+    uninterrupted = Trainer(small(epochs=2), data, tmp_path / "whole", SINGLE_PROCESS).run()
     Trainer(small(epochs=1), data, tmp_path / "halves", SINGLE_PROCESS).run()
     resumed = Trainer(small(epochs=2), data, tmp_path / "halves", SINGLE_PROCESS)
     assert resumed.step == 2
     halves = resumed.run()
-    assert all(torch.equal(value, halves.state_dict()[key]) for key, value in whole.state_dict().items())
+    assert all(torch.equal(value, halves.state_dict()[key]) for key, value in uninterrupted.state_dict().items())
     assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "halves")
 
 

@@ -298,9 +298,9 @@ class TestEmptyBatches:
         truth = self.truth([[10.0, 10, 50, 50]])
         truth = truth._replace(semantic=torch.ones_like(truth.semantic))
         images = torch.randn(1, 3, 64, 96)
-        alone = TrainingStep(model, model.config)(images, truth)
+        single = TrainingStep(model, model.config)(images, truth)
         shared = TrainingStep(model, model.config, average=lambda counts: counts * 2)(images, truth)
-        for loss, half in zip(alone, shared):
+        for loss, half in zip(single, shared):
             assert half.item() == pytest.approx(loss.item() / 2, rel=1e-6)
 
     def test_images_of_different_padding(self):
@@ -335,9 +335,9 @@ def test_anchors_outside_claim_no_box():
 
 def test_base_anchors_are_made_once_per_device(monkeypatch):
     """Base anchors are computed again only when the device changes."""
-    made, make = [], assigner_module.pyramid_base_anchors
-    monkeypatch.setattr(assigner_module, "pyramid_base_anchors", lambda *args: made.append(args) or make(*args))
+    calls, make = [], assigner_module.pyramid_base_anchors
+    monkeypatch.setattr(assigner_module, "pyramid_base_anchors", lambda *args: calls.append(args) or make(*args))
     assigner = TargetAssigner(build_model("tiny").config)
     for device in ("cpu", "cpu", "meta", "cpu"):
         assert assigner._base_anchors(torch.device(device)).device.type == device
-    assert len(made) == 3
+    assert len(calls) == 3

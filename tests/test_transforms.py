@@ -149,7 +149,7 @@ def decoded(content):
 
 
 def test_data_behind_a_jpeg_are_passed_over(whole_jpeg, tmp_path, no_warning):
-    """As in the Motion Photos of phones; the noise includes start, scan and end markers."""
+    """Data after a JPEG, as in Motion Photos of phones, are ignored; the noise includes start, scan and end markers."""
     for seed in range(20):
         noise = np.random.default_rng(seed).integers(0, 256, 200_000, dtype=np.uint8).tobytes()
         (tmp_path / "a.jpg").write_bytes(whole_jpeg + noise)

@@ -115,10 +115,10 @@ class TestCommand:
         (photographs / "text.jpg").write_text("no picture")
         arguments = ["--prediction", str(prediction), "--output", str(tmp_path / "out")]
         assert main(["visualize", str(photographs), *arguments]) == 1
-        said = [line for line in capsys.readouterr().err.splitlines() if line]
-        assert len(said) == 3
-        assert "000001.png: is 96x64 pixels, 000001.jpg is 20x10" in said[0]
-        assert "street.png: the prediction in" in said[1] and "text.jpg: is not an image" in said[2]
+        messages = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert len(messages) == 3
+        assert "000001.png: is 96x64 pixels, 000001.jpg is 20x10" in messages[0]
+        assert "street.png: the prediction in" in messages[1] and "text.jpg: is not an image" in messages[2]
         assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == ["000002.jpg", "000003.jpg"]
 
     def test_photographs_in_folders(self, truth, tmp_path, capsys):
@@ -141,8 +141,12 @@ class TestCommand:
         assert not np.array_equal(cv2.imread(str(pictures / "a/x.jpg")), cv2.imread(str(pictures / "b/x.jpg")))
         capsys.readouterr()
         assert main([*command, str(tmp_path / "photographs" / "b")]) == 1
-        said = [line for line in capsys.readouterr().err.splitlines() if line]
-        assert len(said) == 1 and "b/x.jpg: the ground truth in" in said[0] and "no image of that name" in said[0]
+        messages = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert (
+            len(messages) == 1
+            and "b/x.jpg: the ground truth in" in messages[0]
+            and "no image of that name" in messages[0]
+        )
         assert (pictures / "y.jpg").is_file()
 
 
@@ -166,7 +170,7 @@ class TestActivations:
         assert maps.stuff.shape == (64, 96) and maps.stuff.min() == 0 and maps.stuff.max() == pytest.approx(1)
 
     def test_the_class_of_the_stuff_map(self):
-        """The class "other" if the network has it, else the most frequent class; no map without a stuff head."""
+        """The map shows the class "other" or else the most frequent class; without a stuff head there is none."""
         image = np.zeros((40, 50, 3), np.uint8)
         assert class_activation_maps(model(), image).stuff_class is None
         network = spatialflow.build_model("tiny", **{**SMALL, "num_stuff": 6}).eval()

@@ -46,11 +46,11 @@ def torch_folder() -> str | None:
     find = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
     without_path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for environment in (without_path, dict(os.environ)):
-        answer = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", find], env=environment, cwd="/", capture_output=True, text=True, check=True
         )
-        if answer.stdout.strip():
-            return answer.stdout.strip()
+        if done.stdout.strip():
+            return done.stdout.strip()
     return None
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
+from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run, select
 
 CLEAN_SECONDS = 20.0  # how long the fuzzer tries an operator without a fault
 
@@ -104,19 +104,19 @@ def fuzz(operator: str, backend: str, seconds: float) -> tuple[int, str]:
     done = run(
         sys.executable, "tests/fuzz", "--ops", operator, "--backend", backend, "--seconds", seconds, env=environment
     )
-    if found := re.search(r"^found after .*", done.stdout, re.M):
+    if match := re.search(r"^found after .*", done.stdout, re.M):
         difference = re.search(r"^found after [^\n]*\n([^\n]*)", done.stdout, re.M)[1]
-        return done.returncode, f"{found[0]}: {difference}"
+        return done.returncode, f"{match[0]}: {difference}"
     return done.returncode, (done.stdout + done.stderr).strip().rsplit("\n", 1)[-1]
 
 
 def is_found(fault: Fault, seconds: float) -> bool:
     with mutated(fault.file, fault.before, fault.after) as line:
-        build(library(fault.backend))  # also where the fault is in Python: the fault before may have been in C++
-        code, words = fuzz(fault.operator, fault.backend, seconds)
+        build(library(fault.backend))  # also for a fault in Python: the previous fault may have been in C++
+        code, verdict = fuzz(fault.operator, fault.backend, seconds)
     if code not in (0, 1):
-        raise RuntimeError(f"{fault.file}, {fault.name}: {words}")
-    print(f"{'found' if code else 'NOT FOUND':>9}  {fault.file}:{line}, {fault.name}: {words}", flush=True)
+        raise RuntimeError(f"{fault.file}, {fault.name}: {verdict}")
+    print(f"{'found' if code else 'NOT FOUND':>9}  {fault.file}:{line}, {fault.name}: {verdict}", flush=True)
     return code == 1
 
 
@@ -127,15 +127,15 @@ def main() -> int:
     options = parser.parse_args()
     if not 0 < options.seconds < float("inf"):  # false for NaN too
         parser.error(f"--seconds must be positive and finite, got {options.seconds:g}")
-    chosen = [f for f in FAULTS if not options.texts or any(text in f"{f.file} {f.name}" for text in options.texts)]
+    chosen = select(FAULTS, options.texts)
     copy_tree()
     try:
         build(*sorted({library(fault.backend) for fault in chosen}))
         for operator, backend in sorted({(fault.operator, fault.backend) for fault in chosen}):
-            code, words = fuzz(operator, backend, CLEAN_SECONDS)
+            code, verdict = fuzz(operator, backend, CLEAN_SECONDS)
             if code != 0:
-                raise RuntimeError(f"{operator} on {backend} fails without a fault: {words}")
-            print(f"    clean  {operator} on {backend}: {words}", flush=True)
+                raise RuntimeError(f"{operator} on {backend} fails without a fault: {verdict}")
+            print(f"    clean  {operator} on {backend}: {verdict}", flush=True)
         missed = sum(not is_found(fault, options.seconds) for fault in chosen)
     except (RuntimeError, subprocess.SubprocessError) as error:
         print(f"fuzz_planted: {error}", file=sys.stderr)

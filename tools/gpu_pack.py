@@ -29,7 +29,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 PROBES = ROOT / "build" / "hopper_probes" / "hopper_probes"
 LIMIT = 40 * 10**6
 LEFT_OUT = ("benchmarks/results/",)
-"""Of what git knows: results of other devices."""
+"""Tracked folders that are not packed: results of other devices."""
 
 
 def tracked_files() -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness import markdown
 
 if TYPE_CHECKING:
-    from gpu_check import Outcome
+    from gpu_execution import Outcome
 
 
 def as_markdown(about: dict[str, Any], outcomes: Sequence[Outcome], folder: Path) -> str:

@@ -4,7 +4,7 @@
     python tools/kernel_resources.py [--architectures 90a 80 ...] [--torch FOLDER] [--check]
 
 nvcc is needed (CUDACXX, or on PATH), but no GPU. Kernels are grouped by name, with the range over their instantiations.
-The table is for the first architecture, a sentence above it for the others. `--check` changes nothing and fails if a
+The table is for the first architecture; lines above it summarize the others. `--check` changes nothing and fails if a
 kernel spills or nvcc warns.
 """
 
@@ -77,7 +77,7 @@ def resources(output: str) -> dict[str, dict[str, list[tuple[int, int, int, int]
     Returns:
         Architecture -> kernel -> list of (registers, static shared bytes, stack bytes, spilled bytes).
     """
-    found: dict[str, dict[str, list[tuple[int, int, int, int]]]] = defaultdict(lambda: defaultdict(list))
+    by_architecture: dict[str, dict[str, list[tuple[int, int, int, int]]]] = defaultdict(lambda: defaultdict(list))
     architecture, kernel, stack, spilled = "", "", 0, 0
     for line in output.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
@@ -86,8 +86,10 @@ def resources(output: str) -> dict[str, dict[str, list[tuple[int, int, int, int]
             stack, spilled = int(match[1]), int(match[2]) + int(match[3])
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            found[architecture][kernel].append((int(match[1]), int(shared[1]) if shared else 0, stack, spilled))
-    return found
+            by_architecture[architecture][kernel].append(
+                (int(match[1]), int(shared[1]) if shared else 0, stack, spilled)
+            )
+    return by_architecture
 
 
 def span(values: list[int]) -> str:
@@ -101,12 +103,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     torch = options.torch or Path(importlib.util.find_spec("torch").submodule_search_locations[0])
-    tabled, *others = options.architectures
-    rows, complaints = [], []
+    tabled, *other_architectures = options.architectures
+    rows, failures = [], []
     totals: dict[str, list[tuple[int, int]]] = defaultdict(list)  # (registers, spilled bytes) of all instantiations
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         output = compile_output(source, options.architectures, torch)
-        complaints += [line for line in output.splitlines() if "warning" in line]
+        failures += [line for line in output.splitlines() if "warning" in line]
         for architecture, kernels in resources(output).items():
             for kernel, uses in sorted(kernels.items()):
                 registers, shared, stack, spilled = (list(column) for column in zip(*uses))
@@ -115,21 +117,19 @@ def main() -> None:
                     sizes = " | ".join(span(column) for column in (registers, shared, stack, spilled))
                     rows.append(f"| `{source.name}` | `{kernel}` | {len(uses)} | {sizes} |")
                 if any(spilled):
-                    complaints.append(f"sm_{architecture}: {source.name}: {kernel} spills {span(spilled)} bytes")
-    summary = complaints or [
-        f"{len(rows)} kernels on {len(options.architectures)} architectures: no spills, no warnings"
-    ]
+                    failures.append(f"sm_{architecture}: {source.name}: {kernel} spills {span(spilled)} bytes")
+    summary = failures or [f"{len(rows)} kernels on {len(options.architectures)} architectures: no spills, no warnings"]
     if options.check:
         print("\n".join(summary))
-        sys.exit(1 if complaints else 0)
+        sys.exit(1 if failures else 0)
     ranges = [
         f"- sm_{name}: {span([registers for registers, _ in totals[name]])} registers,"
         f" {sum(spilled for _, spilled in totals[name])} spilled bytes."
-        for name in others
+        for name in other_architectures
     ]
     table = [
         f"sm_{tabled}; ranges over the instantiations (dtypes, access widths).",
-        *(["The list has the same kernels on other architectures.", "", *ranges] if others else []),
+        *(["The list has the same kernels on other architectures.", "", *ranges] if other_architectures else []),
         "",
         "| file | kernel | instantiations | registers | static shared bytes | stack bytes | spilled bytes |",
         "|---|---|---|---|---|---|---|",

@@ -9,15 +9,22 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "mutations" / "tree"
+T = TypeVar("T", bound=Any)
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run([str(word) for word in command], cwd=COPY, capture_output=True, text=True, **options)
+
+
+def select(faults: Sequence[T], texts: Sequence[str]) -> list[T]:
+    """Return the faults whose file or name contains one of the texts; all of them without texts."""
+    return [f for f in faults if not texts or any(text in f"{f.file} {f.name}" for text in texts)]
 
 
 def copy_tree() -> None:

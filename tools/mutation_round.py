@@ -18,7 +18,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from mutated_tree import COPY, ROOT, build, copy_tree, mutated, run
+from mutated_tree import COPY, build, copy_tree, mutated, run, select
 
 
 class Mutation(NamedTuple):
@@ -375,16 +375,17 @@ def test(operator: str) -> tuple[int, str]:
     environment = {**os.environ, "SPATIALFLOW_BACKEND": "simt", "PYTHONPATH": str(COPY)}
     if operator in ("conv1x1", "sm90"):
         environment["SPATIALFLOW_SIMT_SM90"] = "late"
-    if (goldens := ROOT.parent / "shared").is_dir():
-        environment.setdefault("SPATIALFLOW_FIXTURES", str(goldens))
     files = [path for ending in ("", "_*") for path in COPY.glob(f"tests/test_{operator}{ending}.py")]
     done = run(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files, env=environment)
     return done.returncode, (done.stdout.strip() or done.stderr.strip()).rsplit("\n", 1)[-1]
 
 
-def report(one: Mutation | Fault, line: int, survived: bool, begin: float, verdict: str) -> bool:
+def report(mutation: Mutation | Fault, line: int, survived: bool, begin: float, verdict: str) -> bool:
     result = "SURVIVED" if survived else "caught"
-    print(f"{result:>8}  {one.file}:{line}, {one.name} ({time.monotonic() - begin:.0f} s): {verdict}", flush=True)
+    print(
+        f"{result:>8}  {mutation.file}:{line}, {mutation.name} ({time.monotonic() - begin:.0f} s): {verdict}",
+        flush=True,
+    )
     return survived
 
 
@@ -417,10 +418,10 @@ def escapes(fault: Fault) -> bool:
     begin = time.monotonic()
     with mutated(f"csrc/{fault.file}", fault.before, fault.after) as line:
         code, output = sanitize(fault)
-    found = fault.report in output
-    if code == 0 or not found:
+    is_reported = fault.report in output
+    if code == 0 or not is_reported:
         print(output[-2000:], file=sys.stderr)
-    return report(fault, line, code == 0 or not found, begin, fault.report if found else "no report")
+    return report(fault, line, code == 0 or not is_reported, begin, fault.report if is_reported else "no report")
 
 
 def main() -> int:
@@ -429,10 +430,7 @@ def main() -> int:
         "texts", nargs="*", metavar="TEXT", help="only mutations whose file or name contains one of these"
     )
     texts = parser.parse_args().texts
-    mutations, faults = (
-        [one for one in kind if not texts or any(text in f"{one.file} {one.name}" for text in texts)]
-        for kind in (MUTATIONS, FAULTS)
-    )
+    mutations, faults = select(MUTATIONS, texts), select(FAULTS, texts)
     copy_tree()
     try:
         if mutations:

@@ -75,26 +75,26 @@ def run_operators(device: str) -> int:
         run(lambda *f: ops.multilevel_roi_align(f, rois, 7, (8, 16)), *levels)
         run(lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]), levels[0], offset, weight, bias, mask)
         run(lambda *t: ops.flow_conv2d(*t), levels[0], levels[0] * 0.5, weight, bias)
-        # On compute capability 9.0 another kernel takes 16-bit convolutions of 64 channels and more.
-        wide = [draw(1, 64, *size, dtype=dtype).to(memory_format=torch.channels_last) for size in ((19, 23), (7, 7))]
-        wide_weight, wide_bias = draw(64, 64, 3, 3, dtype=dtype), draw(64, dtype=dtype)
-        run(lambda *t: ops.flow_conv2d(*t), wide[0], wide[0] * 0.5, wide_weight, wide_bias)
+        # Compute capability 9.0 has another kernel for 16-bit convolutions of 64 channels and more.
+        pyramid = [draw(1, 64, *size, dtype=dtype).to(memory_format=torch.channels_last) for size in ((19, 23), (7, 7))]
+        weight64, bias64 = draw(64, 64, 3, 3, dtype=dtype), draw(64, dtype=dtype)
+        run(lambda *t: ops.flow_conv2d(*t), pyramid[0], pyramid[0] * 0.5, weight64, bias64)
         pointwise = draw(72, 64, 1, 1, dtype=dtype)
-        run(lambda: ops.conv1x1(wide[0], pointwise, None, draw(1, 72, 19, 23, dtype=dtype), True))
-        wide_offset, wide_mask = draw(1, 18, 19, 23), torch.rand(1, 9, 19, 23).to(device)
+        run(lambda: ops.conv1x1(pyramid[0], pointwise, None, draw(1, 72, 19, 23, dtype=dtype), True))
+        offset64, mask64 = draw(1, 18, 19, 23), torch.rand(1, 9, 19, 23).to(device)
         run(
             lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]),
-            wide[0],
-            wide_offset,
-            wide_weight,
-            wide_bias,
-            wide_mask,
+            pyramid[0],
+            offset64,
+            weight64,
+            bias64,
+            mask64,
         )
         with torch.no_grad():
-            stage = ((wide_weight, wide_bias),)
+            stage = ((weight64, bias64),)
             parameters = ops.SubnetParameters(cls=stage, reg=stage, flow_cls=stage, segmentation_levels=1)
             subnets = ops.pack_subnets(parameters)
-            run(lambda: ops.fused_subnets(wide, subnets))
+            run(lambda: ops.fused_subnets(pyramid, subnets))
             stage = ((weight, bias),)
             parameters = ops.SubnetParameters(cls=stage, reg=stage, flow_cls=stage, segmentation_levels=1)
             subnets = ops.pack_subnets(parameters)

@@ -20,7 +20,7 @@ class Limit:
     store: int = 0  # bytes of the widest global store, at least
     distance: int = 1  # from each data load to its first reader, at least; the next instruction is 1
     matrix: int = 0  # matrix instructions between each data load and its first reader, at least
-    in_flight: int = 0  # data loads on the way at once, at least
+    in_flight: int = 0  # data loads in flight at once, at least
     per_matrix: float | None = None  # instructions of a main loop for each matrix instruction, at most
 
 
@@ -71,7 +71,7 @@ LIMITS = (
     ),
     Limit(
         "conv3x3_tensor_core_kernel<*, 8, 128>",
-        "two blocks of 128 threads: 255; loads fly during a column of taps",
+        "two blocks of 128 threads: 255; loads are in flight during a column of taps",
         registers=240,
         load=16,
         narrow=0,
@@ -111,7 +111,7 @@ LIMITS = (
     ),
     Limit(
         "conv1x1_sm90_kernel<*>",
-        "operands by TMA; the residual is on its way during the products; 384 threads share the registers",
+        "operands by TMA; the residual is loaded during the products; 384 threads share the registers",
         registers=168,
         load=16,
         narrow=0,
@@ -156,7 +156,7 @@ LIMITS = (
     ),
     Limit(
         "conv3x3_weight_gradient_tensor_core_kernel<*, 8>",
-        "one block of 8 warps: 255; loads fly during a step",
+        "one block of 8 warps: 255; loads are in flight during a step",
         registers=255,
         load=16,
         narrow=0,
@@ -179,7 +179,7 @@ LIMITS = (
     # A matrix instruction is 64 pixels by 128 outputs by 16 channels of a warpgroup: 64 cycles. Other warps gather.
     Limit(
         "deform_conv2d_sm90_kernel<*>",
-        "the corners of a step on the way during the blends of the last; 384 or 512 threads share the registers",
+        "the corners of a step are loaded while the previous step is blended; 384 or 512 threads share the registers",
         registers=168,
         load=16,
         store=8,
@@ -222,7 +222,7 @@ LIMITS = (
         in_flight=4,
         per_matrix=20.0,
     ),
-    # The main loop is one product of depth, without loads; the corners are on the way around it.
+    # The main loop is one product of depth, without loads; the corners are loaded outside it.
     Limit(
         "deform_conv2d_kernel<Tf32x3, *, 4>",
         "for three products two instructions take a number apart, four add",
@@ -234,7 +234,7 @@ LIMITS = (
     ),
     Limit(
         "deform_conv2d_kernel<*, 256, 8>",
-        "four corners on the way during the products; two blocks: 128 registers",
+        "four corners in flight during the products; two blocks: 128 registers",
         registers=128,
         load=16,
         narrow=0,
@@ -245,7 +245,7 @@ LIMITS = (
     ),
     Limit(
         "deform_conv2d_kernel<*, 128, 8>",
-        "four corners on the way during the products; two blocks: 128 registers",
+        "four corners in flight during the products; two blocks: 128 registers",
         registers=128,
         load=16,
         narrow=0,
@@ -256,7 +256,7 @@ LIMITS = (
     ),
     Limit(
         "deform_conv2d_kernel<*, 64, 8>",
-        "four corners on the way during the products; two blocks: 128 registers",
+        "four corners in flight during the products; two blocks: 128 registers",
         registers=128,
         load=16,
         narrow=0,
@@ -267,7 +267,7 @@ LIMITS = (
     ),
     Limit(
         "deform_conv2d_kernel<float, *, 4>",
-        "four corners on the way during the products",
+        "four corners in flight during the products",
         registers=128,
         load=16,
         narrow=11,
@@ -353,7 +353,7 @@ LIMITS = (
     ),
     Limit(
         "deform_conv2d_backward_data_kernel<Tf32*, *, 4>",
-        "four corners on the way at once; operands by LDGSTS",
+        "four corners in flight at once; operands by LDGSTS",
         registers=128,
         load=16,
         store=16,
@@ -371,7 +371,7 @@ LIMITS = (
     ),
     Limit(
         "deform_conv2d_backward_data_kernel<float, *, 4>",
-        "four corners on the way at once",
+        "four corners in flight at once",
         registers=128,
         load=16,
         store=16,
@@ -430,7 +430,7 @@ LIMITS = (
     ),
     Limit(
         "roi_align_gather_kernel<*, 8>",
-        "four bins on the way at once",
+        "four bins in flight at once",
         registers=128,
         load=16,
         narrow=0,
@@ -440,7 +440,7 @@ LIMITS = (
     ),
     Limit(
         "roi_align_gather_kernel<float, 4>",
-        "four bins on the way at once",
+        "four bins in flight at once",
         registers=96,
         load=16,
         narrow=0,
@@ -470,9 +470,9 @@ LIMITS = (
     # Labels are int64: a load of 8 bytes beside the 16 bytes of logits of a vector, which lies in one row.
     Limit("focal_sum_kernel<*, 8>", "streams logits", registers=64, load=16, narrow=2, distance=8, in_flight=2),
     Limit("focal_sum_kernel<float, 4>", "streams logits", registers=56, load=16, narrow=4, distance=20, in_flight=4),
-    Limit("group_norm_sums_kernel<*, 8>", "four pixels on the way at once", registers=80, load=16, in_flight=4),
+    Limit("group_norm_sums_kernel<*, 8>", "four pixels in flight at once", registers=80, load=16, in_flight=4),
     Limit(
-        "group_norm_relu_kernel<*, 8>", "four pixels on the way at once", registers=80, load=16, store=16, in_flight=4
+        "group_norm_relu_kernel<*, 8>", "four pixels in flight at once", registers=80, load=16, store=16, in_flight=4
     ),
     Limit(
         "group_norm_relu_upsample_kernel<*, 8>",
@@ -503,7 +503,7 @@ LIMITS = (
     Limit("preprocess_images_kernel<*>", "reads bytes of pixels, writes 16 bytes", registers=56, store=16, in_flight=8),
     Limit(
         "candidate_best_kernel<*, 8>",
-        "five vectors of an anchor's logits on the way at once; four blocks: 64",
+        "five vectors of an anchor's logits in flight at once; four blocks: 64",
         registers=64,
         load=16,
         narrow=0,
@@ -512,7 +512,7 @@ LIMITS = (
     ),
     Limit(
         "candidate_best_kernel<float, 4>",
-        "five vectors of an anchor's logits on the way at once; four blocks: 64",
+        "five vectors of an anchor's logits in flight at once; four blocks: 64",
         registers=64,
         load=16,
         narrow=0,

@@ -5,7 +5,7 @@ A script gives a `Benchmark`: the `setup` of the inputs of a case, the `provider
 float64 oracle. All providers compute the same result from the same inputs. The harness treats all operators alike:
 
 1. It compares each provider's result and gradient with the oracle in float64. A wrong result of spatialflow ends the
-   run. A baseline without support for a 16-bit dtype is timed in float32; its label says so.
+   run. A baseline without support for a 16-bit dtype is timed in float32; its label has the dtype.
 2. After a warm-up, the providers are timed in turns within one process, so that a disturbance affects all of them.
 3. It reports medians with the 10 % and 90 % quantiles. `ratio` is a provider's median over that of spatialflow.
 4. It prints a table and writes `results/<device>/<op>.json` with a plot.

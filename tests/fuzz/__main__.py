@@ -4,9 +4,8 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # replaces the package's folder by its parent, so that `fuzz` can be imported
+# Replace the package's folder by its parent, so that `fuzz` can be imported.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fuzz.command import main
 

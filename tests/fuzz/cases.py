@@ -49,17 +49,17 @@ def one_of(*values: Any) -> st.SearchStrategy:
 
 
 @functools.lru_cache(None)
-def sizes(most: int, least: int = 1) -> st.SearchStrategy:
+def sizes(maximum: int, minimum: int = 1) -> st.SearchStrategy:
     """Sizes around those at which kernels change their tiling; often 1."""
     around = (1, 2, 3, 1, 4, 5, 7, 8, 1, 9, 12, 15, 16, 17, 31, 32, 33, 40, 64, 65, 130)
-    return st.sampled_from([size for size in around if least <= size <= most] or [least])
+    return st.sampled_from([size for size in around if minimum <= size <= maximum] or [minimum])
 
 
 # Few bits, so that they are never drawn twice as "duplicates" but cost one draw.
 seeds = st.integers(0, 1 << 20)
 # True in one of four draws; Hypothesis shrinks to False.
 rarely = st.sampled_from([False, False, False, True])
-wrong_calls = st.sampled_from([False] * 9 + [True])
+invalid_calls = st.sampled_from([False] * 9 + [True])
 very_rarely = st.sampled_from([False] * 15 + [True])
 
 
@@ -188,8 +188,8 @@ def deform_conv2d(draw: Draw, limits: Limits) -> dict:
     size, out = [], []
     for axis in range(2):
         reach = dilation[axis] * (kernel[axis] - 1) + 1
-        least = max(reach - 2 * padding[axis], 1)
-        size.append(least + draw(one_of(0, 1, 2, 0, 3, 5, 6, 9)))
+        minimum = max(reach - 2 * padding[axis], 1)
+        size.append(minimum + draw(one_of(0, 1, 2, 0, 3, 5, 6, 9)))
         out.append((size[axis] + 2 * padding[axis] - reach) // stride[axis] + 1)
     samples = offset_groups * kernel[0] * kernel[1]
     sampling_dtype = draw(one_of(dtype, dtype, *FLOATS))
@@ -282,9 +282,8 @@ def group_norm_relu(draw: Draw, limits: Limits) -> dict:
     channels = groups * draw(sizes(max(limits.channels // groups, 1))) if not empty else draw(one_of(0, groups))
     height = draw(one_of(0, 1)) if empty else draw(sizes(limits.side))
     shape = [batch, channels, height, draw(sizes(limits.side))]
-    parameters = (
-        FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")
-    )  # parameters have the dtype of the sums or a narrower one
+    # Parameters have the dtype of the sums or a narrower one.
+    parameters = FLOATS if dtype == "float64" else ("float32", "float16", "bfloat16")
     by_channel = [
         tensor(draw, [channels], draw(one_of(dtype, *parameters)), weights(draw), grad=True)
         if draw(st.booleans())
@@ -491,7 +490,7 @@ OPERATORS: dict[str, Callable[[Draw, Limits], dict]] = {
 }
 
 
-# --- wrong calls -------------------------------------------------------------------------------------------------
+# --- invalid calls -----------------------------------------------------------------------------------------------
 
 
 def _tensors(value: Any) -> list[dict]:
@@ -502,7 +501,7 @@ def _tensors(value: Any) -> list[dict]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list) else []
 
 
-def _make_wrong(draw: Draw, arguments: dict) -> None:
+def _make_invalid(draw: Draw, arguments: dict) -> None:
     """Change one thing, such as the size or the dtype of a tensor, so that the call may be invalid."""
     tensors = _tensors(arguments)
     how = draw(one_of("dtype", "size", "dimension", "number"))
@@ -532,9 +531,9 @@ def _make_wrong(draw: Draw, arguments: dict) -> None:
 @st.composite
 def cases(draw: Draw, operator: str, limits: Limits = CPU) -> dict:
     arguments = OPERATORS[operator](draw, limits)
-    is_wrong = draw(wrong_calls)
+    is_wrong = draw(invalid_calls)
     if is_wrong:
-        _make_wrong(draw, arguments)
+        _make_invalid(draw, arguments)
     case = {"op": operator, "arguments": arguments, "valid": not is_wrong, "fake": draw(rarely)}
     if any(description.get("grad") for description in _tensors(arguments)):
         case["gradient"] = {"values": draw(features()), "layout": draw(layouts(4))}

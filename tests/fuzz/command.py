@@ -53,7 +53,7 @@ class Fuzzer:
         self.begin = time.monotonic()
         self.deadline = self.begin + seconds
         self.tried = 0  # cases of the current operator so far
-        self.found = ""
+        self.failure_time = ""
         self.counts: Counter = Counter()
         self.seconds: Counter = Counter()
 
@@ -70,7 +70,7 @@ class Fuzzer:
             if description is None:
                 return
             if smallest is None:
-                self.found = f"found after {time.monotonic() - self.begin:.0f} s, in case {self.tried}"
+                self.failure_time = f"found after {time.monotonic() - self.begin:.0f} s, in case {self.tried}"
                 end = time.monotonic() + SHRINK_SECONDS
             if smallest is None or len(json.dumps(case)) <= len(json.dumps(smallest[0])):
                 smallest = case, description
@@ -110,8 +110,8 @@ def describe_outcome(outcome: Outcome) -> str | None:
     """Return the error of a case, or None if it passed."""
     if outcome.kind == "done":
         return "\n".join(outcome.value["differences"]) or None
-    sentence = {"died": "the process ended", "hung": "the call did not come back", "raised": "an exception came out"}
-    return f"{sentence[outcome.kind]}: {outcome.message}"
+    reason = {"died": "the process ended", "hung": "the call did not return", "raised": "the call raised an exception"}
+    return f"{reason[outcome.kind]}: {outcome.message}"
 
 
 def describe_case(case: dict) -> str:
@@ -191,7 +191,7 @@ def fuzz(operators: list[str], backend: str, seconds: float, first: int) -> list
             if failure:
                 failures.append(failure)
                 operators.remove(operator)  # one failure per operator is enough
-                report(*failure, fuzzer.found, backend)
+                report(*failure, fuzzer.failure_time, backend)
     _print_table(fuzzer, time.monotonic() - fuzzer.begin)
     return failures
 

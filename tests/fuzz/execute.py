@@ -26,7 +26,7 @@ from fuzz.tensors import Memory, build_tensor
 # Exceptions by which an operator may refuse a call; any other one, such as an IndexError, is a defect.
 REFUSALS = (RuntimeError, ValueError, TypeError)
 BRUTE_FORCE_ELEMENTS = 250  # limit over all tensors of a case; the loops are slow
-MODE_CALLS = 200  # calls per FakeTensorMode, because it stores every size that depends on values
+MODE_CALLS = 200  # calls per FakeTensorMode, which stores every size that depends on values
 
 _memory = Memory()
 _fake_modes: list = []
@@ -36,17 +36,17 @@ def execute(case: dict) -> dict:
     """Execute a case and return its report.
 
     Returns:
-        status: "right", "refused" or "wrong"; differences: sentences; compared, excluded: numbers of elements; skipped:
+        status: "right", "refused" or "wrong"; differences: texts; compared, excluded: numbers of elements; skipped:
         judges that were not used.
     """
     if case["op"] in FILES:
         from fuzz import read_files
 
         return read_files.execute(case)
-    return _Trial(case).run()
+    return _CaseRun(case).run()
 
 
-class _Trial:
+class _CaseRun:
     """Execution of one case; every comparison adds to the report."""
 
     def __init__(self, case: dict) -> None:
@@ -97,7 +97,7 @@ class _Trial:
         if self.case.get("fake"):
             self._fake(outputs, gradients)
         if _memory.changed():
-            self.differs("the operator wrote into its arguments, or beside them")
+            self.differs("the operator wrote to its arguments or outside them")
         return self.report
 
     # --- judges ---
@@ -116,34 +116,34 @@ class _Trial:
                     self.operator.call(**map_tensors(_fake_of, self.arguments))
             except Exception:
                 return
-            if re.search(self.operator.unforeseen, text):
+            if re.search(self.operator.unpredicted_errors, text):
                 return
-            self.differs(f"the fake kernel accepts what the operator refuses with: {text}")
+            self.differs(f"the fake kernel accepts a call that the operator refuses: {text}")
 
     def _result(self, outputs: list[Tensor]) -> None:
-        def ask(function: Callable, arguments: dict, _: bool) -> list[Tensor]:
+        def results_of(function: Callable, arguments: dict, _: bool) -> list[Tensor]:
             return leaves(function(**arguments))
 
-        self._ask("result", outputs, ask, nearby="result")
+        self._compare_with_reference("result", outputs, results_of, nearby="result")
         if sum(t.numel() for t in (*self.tensors, *outputs)) <= BRUTE_FORCE_ELEMENTS:
-            self._ask_brute_force(outputs)
+            self._compare_with_brute_force(outputs)
 
-    def _ask_brute_force(self, outputs: list[Tensor]) -> None:
+    def _compare_with_brute_force(self, outputs: list[Tensor]) -> None:
         operator, plain = self.operator, map_tensors(Tensor.detach, self.arguments)
         if not operator.affordable(plain) or operator.unstable(plain, self.tensors):
             return
 
-        def answers(arguments: dict) -> list[Tensor]:
+        def brute_results(arguments: dict) -> list[Tensor]:
             return [torch.from_numpy(np.asarray(array)) for array in _arrays(operator.brute(**arguments))]
 
         nearby = operator.nearby if "result" in operator.nearby_for else lambda *_: ()
-        arguments64 = map_tensors(_wide, plain)  # perturbations of float64 values would be lost in float32
-        variants = functools.cache(lambda: [answers(variant) for variant in nearby(arguments64, self._epsilon())])
-        expected = answers(plain)
+        arguments64 = map_tensors(_to_float64, plain)  # perturbations of float64 values would be lost in float32
+        variants = functools.cache(lambda: [brute_results(variant) for variant in nearby(arguments64, self._epsilon())])
+        expected = brute_results(plain)
         if len(expected) != len(outputs):
             self.differs(f"result: {len(outputs)} tensors, {len(expected)} of the brute force")
             return
-        sizes = functools.cache(lambda: self._sizes(lambda f, a, _: leaves(f(**a)), map_tensors(_wide, plain)))
+        sizes = functools.cache(lambda: self._sizes(lambda f, a, _: leaves(f(**a)), map_tensors(_to_float64, plain)))
         for index, (result, wanted) in enumerate(zip(outputs, expected)):
             if operator.excused and result.shape == wanted.shape:
                 wanted = torch.where(operator.excused(plain, result), result.to(wanted.dtype), wanted)
@@ -155,20 +155,20 @@ class _Trial:
         _memory.remember()
         actual = torch.autograd.grad([outputs[i] for i in tracked], inputs, self.incoming, allow_unused=True)
         is_differentiable = [name in self.operator.differentiable for name in self._names()]
-        places = [i for i, t in enumerate(self.tensors) if t.requires_grad]
+        indices = [i for i, t in enumerate(self.tensors) if t.requires_grad]
         compared, positions = [], []
-        for tensor, gradient, want, place in zip(inputs, actual, is_differentiable, places):
-            if not want:
+        for tensor, gradient, is_expected, index in zip(inputs, actual, is_differentiable, indices):
+            if not is_expected:
                 if gradient is not None and bool((gradient != 0).any()):
-                    self.differs(f"argument {place} has no gradient, but one came")
+                    self.differs(f"argument {index} has a gradient and should have none")
                 continue
             compared.append(torch.zeros_like(tensor) if gradient is None else gradient)
-            positions.append(place)
+            positions.append(index)
             if gradient is not None and gradient.dtype != tensor.dtype:
-                self.differs(f"gradient of argument {place} has dtype {gradient.dtype}, the argument {tensor.dtype}")
+                self.differs(f"gradient of argument {index} has dtype {gradient.dtype}, the argument {tensor.dtype}")
         incoming64 = [c.double() for c in self.incoming]
 
-        def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
+        def gradients_of(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
             tracked_arguments, chosen = _tracked(arguments, positions)
             results = leaves(function(**tracked_arguments))
             incoming = [c.abs() if absolute else c for c in incoming64]
@@ -181,12 +181,14 @@ class _Trial:
             return [torch.zeros_like(c) if g is None else g for c, g in zip(chosen, input_gradients)]
 
         if compared:
-            self._ask("gradient", compared, ask, nearby="gradient", names=[self._all_names()[p] for p in positions])
+            self._compare_with_reference(
+                "gradient", compared, gradients_of, nearby="gradient", names=[self._all_names()[p] for p in positions]
+            )
         return list(actual)
 
     def _reference_tracks(self) -> bool:
         positions = [i for i, t in enumerate(self.tensors) if t.requires_grad]
-        arguments, _ = _tracked(map_tensors(_wide, self.arguments), positions)
+        arguments, _ = _tracked(map_tensors(_to_float64, self.arguments), positions)
         return any(o.requires_grad for o in leaves(self.operator.reference(**arguments)))
 
     def _tangents(self) -> None:
@@ -203,7 +205,7 @@ class _Trial:
         plain = map_tensors(Tensor.detach, self.arguments)
         pushed = _pushed(self.operator.call, plain, positions, tangents)
 
-        def ask(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
+        def tangents_of(function: Callable, arguments: dict, absolute: bool) -> list[Tensor]:
             pushed_tangents = [t.double().abs() if absolute else t.double() for t in tangents]
             return _pushed(function, arguments, positions, pushed_tangents)
 
@@ -214,11 +216,13 @@ class _Trial:
             """
             tracked_arguments, chosen = _tracked(arguments, positions)
             gradients = torch.autograd.grad(leaves(self.operator.reference(**tracked_arguments)), chosen)
-            least = [torch.finfo(t.dtype).tiny for t in tangents]
-            return [sum(((g.abs() + s) * t.double().abs() + s).sum() for g, s, t in zip(gradients, least, tangents))]
+            smallest = [torch.finfo(t.dtype).tiny for t in tangents]
+            return [sum(((g.abs() + s) * t.double().abs() + s).sum() for g, s, t in zip(gradients, smallest, tangents))]
 
         is_sum = len(pushed) == 1 and pushed[0].dim() == 0
-        self._ask("tangent", pushed, ask, nearby="gradient", sizes_of=sizes_of_sum if is_sum else None)
+        self._compare_with_reference(
+            "tangent", pushed, tangents_of, nearby="gradient", sizes_of=sizes_of_sum if is_sum else None
+        )
 
     def _fake(self, outputs: list[Tensor], gradients: list[Tensor | None] | None) -> None:
         try:
@@ -242,16 +246,16 @@ class _Trial:
 
     # --- the reference ---
 
-    def _ask(
+    def _compare_with_reference(
         self,
         what: str,
         actual: list[Tensor],
-        question: Callable,
+        compute: Callable,
         nearby: str,
         names: list[str] | None = None,
         sizes_of: Callable | None = None,
     ) -> None:
-        """Compare `actual` with `question(reference, arguments, absolute)`, given the operator's reference.
+        """Compare `actual` with `compute(reference, arguments, absolute)`, given the operator's reference.
 
         `sizes_of(arguments)` gives the sizes of the terms where absolute values of the arguments do not.
         """
@@ -260,9 +264,9 @@ class _Trial:
         if not operator.affordable(plain) or operator.unstable(plain, [*self.tensors, *self.incoming]):
             self.report["skipped"].append(what)
             return
-        reference_arguments = plain if operator.exact else map_tensors(_wide, plain)
+        reference_arguments = plain if operator.exact else map_tensors(_to_float64, plain)
         try:
-            expected = question(operator.reference, reference_arguments, False)
+            expected = compute(operator.reference, reference_arguments, False)
         except Exception as error:
             text = f"{type(error).__name__}: {error}".split("\n")[0]
             if "allocate memory" in text:
@@ -273,9 +277,9 @@ class _Trial:
         if len(actual) != len(expected):
             self.differs(f"{what}: {len(actual)} tensors, expected {len(expected)}")
             return
-        variants = functools.cache(lambda: list(self._variants(question, reference_arguments, nearby)))
+        variants = functools.cache(lambda: list(self._variants(compute, reference_arguments, nearby)))
         sizes = functools.cache(
-            lambda: sizes_of(reference_arguments) if sizes_of else self._sizes(question, reference_arguments)
+            lambda: sizes_of(reference_arguments) if sizes_of else self._sizes(compute, reference_arguments)
         )
         for index, (result, wanted) in enumerate(zip(actual, expected)):
             name = f"{what} of {names[index]}" if names else f"{what}[{index}]"
@@ -313,18 +317,18 @@ class _Trial:
         first = next((t.dtype for t in self.tensors if t.dtype.is_floating_point), torch.float32)
         return torch.finfo(first).eps if self.operator.layered else EPSILON[self.accumulator]
 
-    def _variants(self, question: Callable, arguments: dict, nearby: str) -> Iterator[list[Tensor]]:
+    def _variants(self, compute: Callable, arguments: dict, nearby: str) -> Iterator[list[Tensor]]:
         if nearby in self.operator.nearby_for:
             for variant in self.operator.nearby(arguments, self._epsilon()):
-                yield question(self.operator.reference, variant, False)
+                yield compute(self.operator.reference, variant, False)
 
-    def _sizes(self, question: Callable, arguments: dict) -> list[Tensor] | None:
+    def _sizes(self, compute: Callable, arguments: dict) -> list[Tensor] | None:
         """Return the results for absolute values of the linear arguments, or None if there are none."""
         operator = self.operator
         if not operator.linear:
             return None
         absolute = operator.absolute(arguments)
-        sizes = question(operator.sizes or operator.reference, absolute, True)
+        sizes = compute(operator.sizes or operator.reference, absolute, True)
         if operator.places and self.incoming:
             # Gradients w.r.t. sampling points are differences of neighbors, summed over the outputs; this bounds them.
             results = leaves(operator.reference(**absolute))
@@ -361,7 +365,7 @@ def _arrays(value: Any) -> list:
     return [array for item in value for array in _arrays(item)] if isinstance(value, (list, tuple)) else [value]
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _to_float64(tensor: Tensor) -> Tensor:
     return tensor.double().contiguous().clone() if tensor.is_floating_point() else tensor
 
 

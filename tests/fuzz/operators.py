@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Operator:
             gives another number.
         affordable: whether the reference is fast enough for these arguments.
         layered: layers round their results to the dtype of the features, so errors are larger than those of sums.
-        unforeseen: pattern of errors that the operator raises and its fake kernel does not.
+        unpredicted_errors: pattern of errors that the operator raises and its fake kernel does not.
     """
 
     call: Callable[..., Any]
@@ -69,7 +69,7 @@ class Operator:
     excused: Callable[[dict, Tensor], Tensor] | None = None
     affordable: Callable[[dict], bool] = lambda arguments: True
     layered: bool = False
-    unforeseen: str = "$^"
+    unpredicted_errors: str = "$^"
 
     def absolute(self, arguments: dict) -> dict:
         """Return the arguments with absolute values of the linear ones.
@@ -139,9 +139,8 @@ def _is_unstable_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     non-finite weight is multiplied by padding.
     """
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
-    many = any(
-        t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights
-    )  # "auto" selects Winograd by the number of channels
+    # "auto" selects Winograd by the number of channels.
+    many = any(t.dim() == 4 and min(t.shape[:2]) >= 32 for t in weights)
     algorithm = arguments["algorithm"]
     winograd = algorithm == "winograd" or (algorithm != "direct" and many)
     if winograd and tensors[0].dtype != torch.float64:
@@ -173,8 +172,8 @@ def _is_unstable_norm(arguments: dict, tensors: list[Tensor]) -> bool:
     group.
     """
     gradients = tensors[len(leaves(arguments)) :]
-    open_ones = leaves([arguments["weight"], arguments["bias"], gradients])
-    return any(bool(t.detach().isinf().any()) for t in open_ones) or _overflows(arguments, tensors)
+    factors = leaves([arguments["weight"], arguments["bias"], gradients])
+    return any(bool(t.detach().isinf().any()) for t in factors) or _overflows(arguments, tensors)
 
 
 def _sizes_of_norm(
@@ -296,38 +295,62 @@ def _nearby_threshold(arguments: dict, epsilon: float) -> Iterator[dict]:
         yield arguments | {"threshold": arguments["threshold"] * factor}
 
 
-OPERATORS: dict[str, Operator] = {
-    "roi_align": Operator(
-        ops.roi_align,
-        reference.roi_align,
-        brute_force.roi_align,
-        differentiable=("input",),
+_FLOW_CONV2D = Operator(
+    ops.flow_conv2d,
+    reference.flow_conv2d,
+    brute_force.flow_conv2d,
+    differentiable=("x", "flow", "weight", "bias"),
+    nearby=_nearby("weight", "x", "flow"),
+    nearby_for=("gradient",),
+    linear=("x", "flow", "weight", "bias"),
+    unstable=_is_unstable_convolution,
+)
+_DEFORM_CONV2D = Operator(
+    ops.deform_conv2d,
+    reference.deform_conv2d,
+    brute_force.deform_conv2d,
+    differentiable=("input", "offset", "weight", "bias", "mask"),
+    nearby=_nearby_offsets,
+    places=True,
+    unstable=_is_unstable_deform_conv2d,
+    nearby_for=("gradient",),
+    linear=("input", "weight", "bias", "mask"),
+    poisons=True,
+)
+_FUSED_SUBNETS = Operator(
+    _fused_subnets,
+    _fused_subnets_reference,
+    _fused_subnets_brute,
+    composed=True,
+    differentiable=("levels", "parameters"),
+    nearby=_nearby("parameters", "levels"),
+    nearby_for=("gradient",),
+    linear=("levels", "parameters"),
+    unstable=_is_unstable_convolution,
+    layered=True,
+    unpredicted_errors="was packed for other channels|channels of the feature it is added to",
+)
+
+
+def _roi_align(name: str, features: str, scale_of: Callable[[dict], float]) -> Operator:
+    """Return a RoIAlign operator with its judges; `features` is the name of its differentiable argument."""
+    return Operator(
+        getattr(ops, name),
+        getattr(reference, name),
+        getattr(brute_force, name),
+        differentiable=(features,),
         nearby=_nearby_boxes,
         nearby_for=("result", "gradient"),
-        linear=("input",),
+        linear=(features,),
         poisons=True,
-        affordable=lambda a: _moderate(a, a["spatial_scale"]),
-    ),
-    "flow_conv2d": Operator(
-        ops.flow_conv2d,
-        reference.flow_conv2d,
-        brute_force.flow_conv2d,
-        differentiable=("x", "flow", "weight", "bias"),
-        nearby=_nearby("weight", "x", "flow"),
-        nearby_for=("gradient",),
-        linear=("x", "flow", "weight", "bias"),
-        unstable=_is_unstable_convolution,
-    ),
-    "pack_conv3x3": Operator(
-        _flow_conv2d_packed,
-        reference.flow_conv2d,
-        brute_force.flow_conv2d,
-        differentiable=("x", "flow", "weight", "bias"),
-        nearby=_nearby("weight", "x", "flow"),
-        nearby_for=("gradient",),
-        linear=("x", "flow", "weight", "bias"),
-        unstable=_is_unstable_convolution,
-    ),
+        affordable=lambda arguments: _moderate(arguments, scale_of(arguments)),
+    )
+
+
+OPERATORS: dict[str, Operator] = {
+    "roi_align": _roi_align("roi_align", "input", lambda arguments: arguments["spatial_scale"]),
+    "flow_conv2d": _FLOW_CONV2D,
+    "pack_conv3x3": replace(_FLOW_CONV2D, call=_flow_conv2d_packed),
     "group_norm_relu": Operator(
         ops.group_norm_relu,
         reference.group_norm_relu,
@@ -339,16 +362,8 @@ OPERATORS: dict[str, Operator] = {
         sizes=_sizes_of_norm,
         unstable=_is_unstable_norm,
     ),
-    "multilevel_roi_align": Operator(
-        ops.multilevel_roi_align,
-        reference.multilevel_roi_align,
-        brute_force.multilevel_roi_align,
-        differentiable=("features",),
-        nearby=_nearby_boxes,
-        nearby_for=("result", "gradient"),
-        linear=("features",),
-        poisons=True,
-        affordable=lambda a: _moderate(a, 1 / min(a["strides"])),
+    "multilevel_roi_align": _roi_align(
+        "multilevel_roi_align", "features", lambda arguments: 1 / min(arguments["strides"])
     ),
     "nms": Operator(ops.nms, reference.nms, brute_force.nms, exact=True),
     "batched_nms": Operator(ops.batched_nms, reference.batched_nms, brute_force.batched_nms, exact=True),
@@ -386,32 +401,8 @@ OPERATORS: dict[str, Operator] = {
     "stuff_labels": Operator(
         ops.stuff_labels, reference.stuff_labels, brute_force.stuff_labels, exact=True, excused=_tied
     ),
+    "deform_conv2d": _DEFORM_CONV2D,
+    "pack_deform_conv2d": replace(_DEFORM_CONV2D, call=_deform_conv2d_packed),
+    "fused_subnets": _FUSED_SUBNETS,
+    "pack_subnets": replace(_FUSED_SUBNETS, call=_fused_subnets_packed),
 }
-for _name, _call in (("deform_conv2d", ops.deform_conv2d), ("pack_deform_conv2d", _deform_conv2d_packed)):
-    OPERATORS[_name] = Operator(
-        _call,
-        reference.deform_conv2d,
-        brute_force.deform_conv2d,
-        differentiable=("input", "offset", "weight", "bias", "mask"),
-        nearby=_nearby_offsets,
-        places=True,
-        unstable=_is_unstable_deform_conv2d,
-        nearby_for=("gradient",),
-        linear=("input", "weight", "bias", "mask"),
-        poisons=True,
-    )
-
-for _name, _call in (("fused_subnets", _fused_subnets), ("pack_subnets", _fused_subnets_packed)):
-    OPERATORS[_name] = Operator(
-        _call,
-        _fused_subnets_reference,
-        _fused_subnets_brute,
-        composed=True,
-        differentiable=("levels", "parameters"),
-        nearby=_nearby("parameters", "levels"),
-        nearby_for=("gradient",),
-        linear=("levels", "parameters"),
-        unstable=_is_unstable_convolution,
-        layered=True,
-        unforeseen="was packed for other channels|channels of the feature it is added to",
-    )

@@ -94,7 +94,7 @@ class Supervisor:
             message = f"no answer within {limit:g} s\n{self._kill()}"
             return Outcome("hung", message=message)
         if not line:
-            return Outcome("died", message=self._how_it_ended())
+            return Outcome("died", message=self._describe_end())
         kind, value = json.loads(line)
         return Outcome("done", value) if kind == "done" else Outcome("raised", message=value)
 
@@ -135,17 +135,17 @@ class Supervisor:
         line, self._answers = self._answers.split(b"\n", 1)
         return line
 
-    def _how_it_ended(self) -> str:
+    def _describe_end(self) -> str:
         """Describe the signal or exit code of a worker that closed its pipe, and the end of its output."""
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:  # the pipe is closed, but the process is running
             code = None
-        words = self._kill()
+        output = self._kill()
         if code is None:
-            return f"the worker closed its pipe\n{words}"
+            return f"the worker closed its pipe\n{output}"
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"{how}\n{words}"
+        return f"{how}\n{output}"
 
     def _kill(self) -> str:
         """Kill the worker and return the end of its output."""
@@ -156,9 +156,9 @@ class Supervisor:
         self._process = None
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(size - LOG_TAIL, 0))
-        words = self._log.read().decode(errors="replace")
+        output = self._log.read().decode(errors="replace")
         self._log.close()
-        return words
+        return output
 
 
 def _limit_memory(gigabytes: float) -> None:
@@ -168,14 +168,14 @@ def _limit_memory(gigabytes: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _work(function: Callable[[Any], Any], answers: int) -> None:
+def _work(function: Callable[[Any], Any], pipe: int) -> None:
     for line in sys.stdin.buffer:
         try:
-            answer = ["done", function(json.loads(line))]
-            text = json.dumps(answer)
+            outcome = ["done", function(json.loads(line))]
+            text = json.dumps(outcome)
         except Exception:
             text = json.dumps(["raised", traceback.format_exc()])
-        os.write(answers, text.encode() + b"\n")
+        os.write(pipe, text.encode() + b"\n")
 
 
 def _main() -> None:

@@ -42,25 +42,25 @@ class Memory:
         buffers = [(ctypes.c_char * SLOT_BYTES).from_address(start) for start in starts]
         self._slots = [torch.frombuffer(buffer, dtype=torch.uint8) for buffer in buffers]
         self._used = 0
-        self._given: list[Tensor] = []
+        self._slots_in_use: list[Tensor] = []
         self._copies: list[Tensor] = []
 
     def begin(self) -> None:
         """Mark all slots as free."""
         self._used = 0
-        self._given, self._copies = [], []
+        self._slots_in_use, self._copies = [], []
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
         """Return `count` elements that end, or in every fourth slot begin, at a page without access."""
         size = count * dtype.itemsize
         if size > SLOT_BYTES or self._used == SLOTS:
             memory = torch.empty(count, dtype=dtype)
-            self._given.append(memory.view(torch.uint8))
+            self._slots_in_use.append(memory.view(torch.uint8))
         else:
             slot = self._slots[self._used]
             memory = slot[SLOT_BYTES - size :] if self._used % 4 != 3 else slot[:size]
             self._used += 1
-            self._given.append(memory)
+            self._slots_in_use.append(memory)
             memory = memory.view(dtype)
         if dtype.is_floating_point:
             memory.fill_(float("nan"))
@@ -72,10 +72,10 @@ class Memory:
 
     def remember(self) -> None:
         """Copy the bytes of all tensors, for comparison by `changed`."""
-        self._copies = [memory.clone() for memory in self._given]
+        self._copies = [memory.clone() for memory in self._slots_in_use]
 
     def changed(self) -> bool:
-        return not all(map(torch.equal, self._given, self._copies))
+        return not all(map(torch.equal, self._slots_in_use, self._copies))
 
 
 def build_tensor(description: dict, memory: Memory) -> Tensor:

@@ -19,7 +19,13 @@ def conv(channels: int, out_channels: int, bias: bool = True, clear: bool = Fals
 
 
 def wiring(
-    stages=(2, 2, 2, 1), channels=6, inner=None, flows=(True, True, True, True), source="reg", some=None, clear=False
+    stages=(2, 2, 2, 1),
+    channels=6,
+    inner=None,
+    flows=(True, True, True, True),
+    source="reg",
+    flow_stages=None,
+    clear=False,
 ) -> list:
     """Make the eight lists of convolutions: `inner` channels inside the sub-networks, `channels` in the levels."""
     inner = inner or channels
@@ -38,7 +44,7 @@ def wiring(
         ("semantic_flow", flows[3], stages[3], stuff_channels),
     ):
         lists[name] = [
-            conv(width, channels if s == 0 else inner, bias=s != 1) if some is None or s in some else None
+            conv(width, channels if s == 0 else inner, bias=s != 1) if flow_stages is None or s in flow_stages else None
             for s in range(max(count, 1) if wanted else 0)
         ]
     return [lists[name] for name in LISTS]
@@ -71,7 +77,7 @@ WIRINGS = {
     "three thing stages": {"stages": (1, 1, 1, 3)},
     "no stages, flows": {"stages": (2, 2, 0, 0)},
     "other width": {"stages": (2, 2, 2, 2), "inner": 40},
-    "some flows": {"stages": (3, 3, 3, 3), "some": (0, 2)},
+    "some flows": {"stages": (3, 3, 3, 3), "flow_stages": (0, 2)},
     "nothing": {"stages": (0, 0, 0, 0), "flows": (False,) * 4},
 }
 """Keyword arguments of `wiring` for every ablation of the paper."""

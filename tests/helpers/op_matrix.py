@@ -60,7 +60,7 @@ class OpSample:
         raw: returns the raw operator and its arguments, for opcheck.
         images: indices of tensors (or lists) with layout (N, C, H, W).
         resized: returns tensors of another size, for dynamic shapes.
-        unforeseen: pattern of errors that the operator raises and its fake kernel does not.
+        unpredicted_errors: pattern of errors that the operator raises and its fake kernel does not.
     """
 
     op: Callable[..., Any]
@@ -72,7 +72,7 @@ class OpSample:
     raw: Callable[..., tuple[Any, tuple]] | None = None
     images: tuple[int, ...] = (0,)
     resized: Callable[[int], list] | None = None
-    unforeseen: str = "$^"
+    unpredicted_errors: str = "$^"
 
 
 # Same values, other strides: layouts of (N, C, H, W) tensors after common operations.
@@ -203,14 +203,14 @@ def outcome(op: Callable, args: Sequence) -> Any:
         return str(error).splitlines()[0]
 
 
-def wrong_versions(value: Any) -> list:
-    """Return variations of an argument, many of which no operator accepts."""
+def invalid_variants(value: Any) -> list:
+    """Return variations of an argument; most of them are invalid for every operator."""
     if isinstance(value, Tensor):
         dtype = torch.int16 if value.is_floating_point() else torch.float32
         shorter = [value.narrow(d, 0, n) for d, size in enumerate(value.shape) for n in {0, size - 1} if n >= 0]
         return [value[None], value.flatten(), value.to(dtype), *shorter]
     if isinstance(value, (list, tuple)) and value:
-        return [[], value[:-1], *([*value[:-1], last] for last in wrong_versions(value[-1]))]
+        return [[], value[:-1], *([*value[:-1], last] for last in invalid_variants(value[-1]))]
     if isinstance(value, int) and not isinstance(value, bool):
         return [-1, 0, value + 1]
     return [float("nan"), float("inf"), -1.0] if isinstance(value, float) else []
@@ -253,6 +253,16 @@ def to_dtype(sample: OpSample, dtype: torch.dtype) -> list:
         map_tensors(lambda t: t.to(dtype), value) if index in sample.converted else value
         for index, value in enumerate(sample.tensors)
     ]
+
+
+def assert_unchanged_by_autocast(sample: OpSample) -> None:
+    """Assert that autocast to bfloat16 changes neither the values nor the dtypes of the results for float32 inputs."""
+    tensors = to_dtype(sample, torch.float32)
+    expected = leaves(sample.op(*tensors, **sample.options))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        results = leaves(sample.op(*tensors, **sample.options))
+    assert len(results) == len(expected)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(results, expected, strict=True))
 
 
 GRADIENT_TESTS = frozenset(
@@ -369,12 +379,12 @@ class OpMatrix:
             for index, value in enumerate(tensors)
         ]
         as_reference = OpSample(**{**sample.__dict__, "op": sample.reference})
-        function, wide_inputs = self._bound(as_reference, tensors64)
-        wide_inputs = [t.detach().requires_grad_() for t in wide_inputs]
+        function, inputs64 = self._bound(as_reference, tensors64)
+        inputs64 = [t.detach().requires_grad_() for t in inputs64]
         expected = torch.autograd.grad(
-            leaves(function(*wide_inputs)), wide_inputs, [g.double() for g in grads], allow_unused=True
+            leaves(function(*inputs64)), inputs64, [g.double() for g in grads], allow_unused=True
         )
-        expected = [torch.zeros_like(i) if e is None else e for i, e in zip(wide_inputs, expected, strict=True)]
+        expected = [torch.zeros_like(i) if e is None else e for i, e in zip(inputs64, expected, strict=True)]
         assert_near(list(actual), expected, dtype, factor=4, what="gradient")
 
     def test_gradcheck(self, make_sample: Callable[[], OpSample]) -> None:
@@ -515,10 +525,10 @@ class OpMatrix:
         """Mixing meta and real tensors raises instead of returning uninitialized memory."""
         sample = make_sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
-        places = [index for index, value in enumerate(args) if leaves(value)]
-        if sum(len(leaves(args[index])) for index in places) < 2:
+        indices = [index for index, value in enumerate(args) if leaves(value)]
+        if sum(len(leaves(args[index])) for index in indices) < 2:
             return
-        for index in places:
+        for index in indices:
             moved = map_tensors(lambda t: t.to("meta"), args[index])
             if isinstance(args[index], (list, tuple)):
                 moved = [*args[index][:-1], moved[-1]]
@@ -626,10 +636,10 @@ class OpMatrix:
         sample = make_sample()
         op, args = sample.raw(*sample.tensors, **sample.options)
         for index, argument in enumerate(args):
-            for value in wrong_versions(argument):
+            for value in invalid_variants(argument):
                 changed = [*args[:index], value, *args[index + 1 :]]
                 real = outcome(op, changed)
-                if isinstance(real, str) and re.search(sample.unforeseen, real):
+                if isinstance(real, str) and re.search(sample.unpredicted_errors, real):
                     continue
                 mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
                 fakes = [map_tensors(mode.from_tensor, value) for value in changed]

@@ -6,14 +6,14 @@ from torch import nn
 from spatialflow.models.build import build_model
 
 
-def channels(base: int, others: int) -> dict:
-    """Return overrides for the base channels of the backbone and the channels of the other modules."""
+def channels(backbone: int, rest: int) -> dict:
+    """Return overrides for the base channels of the backbone, and for the channels of the rest of the network."""
     return dict(
-        backbone_base_channels=base,
-        fpn_channels=others,
-        head_channels=others,
-        thing_head_channels=others,
-        stuff_head_channels=others,
+        backbone_base_channels=backbone,
+        fpn_channels=rest,
+        head_channels=rest,
+        thing_head_channels=rest,
+        stuff_head_channels=rest,
     )
 
 

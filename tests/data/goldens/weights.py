@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deterministic weights for the SpatialFlow goldens.
 
-Every tensor of the official state dict is a pure function of its official NAME, its SHAPE and a VARIANT name,
-so an independent implementation that can map its own parameters to the official names and shapes
-(keys/*_keys.json) can rebuild the exact float32 values.  Only numpy's legacy `RandomState` is used; its stream
-is frozen by numpy's compatibility policy.
+Every tensor of the official state dict is a function of its official name, its shape and the name of a variant. An
+independent implementation needs only the official names and shapes (keys/*_keys.json) to compute the exact float32
+values. The random numbers are those of NumPy's legacy `RandomState`, whose stream NumPy's compatibility policy freezes.
 
     seed = first 4 bytes, little endian, of sha256((variant + ':' + name).encode())
     rs   = numpy.random.RandomState(seed)
 
-then the FIRST matching line of the table gives the tensor (n = prod(shape); values are drawn in C order as
-float64, scaled in float64 and rounded once to float32):
+The first matching line of this table gives the tensor, with n = prod(shape). Values are drawn in C order as float64,
+scaled in float64 and rounded once to float32.
 
     name                                     value
     ...num_batches_tracked                   0 (int64)
@@ -41,7 +40,7 @@ GAINS = [
     (r"bbox_head\.\w+_flow_convs\.\d+\.conv\.weight$", 0.5),
     (r"stuff_head\.conv\.weight$", 0.7),
 ]
-_DCN = [  # the sigmoid mask halves what a deformable conv sees
+_DCN = [  # the sigmoid mask halves the samples of a deformable convolution
     (r"bbox_head\.(cls|stuff|mask)_convs\.\d+\.conv\.weight$", 2.0),
     (r"bbox_head\.(cls|stuff|mask)_spatial_flow_convs\.\d+\.conv\.weight$", 0.35),
 ]
@@ -55,7 +54,7 @@ VARIANTS = {
 
 
 def fill(name, shape, variant):
-    """Value of one official state-dict entry as a float32 (int64 for num_batches_tracked) array."""
+    """Return the value of an entry of the official state dict as float32 (num_batches_tracked: int64)."""
     cfg = VARIANTS[variant]
     shape = tuple(int(s) for s in shape)
     n = int(np.prod(shape)) if shape else 1
@@ -84,5 +83,5 @@ def fill(name, shape, variant):
 
 
 def fill_state_dict(names_and_shapes, variant):
-    """{name: array} for an iterable of (official name, shape)."""
+    """Return {name: array} for an iterable of (official name, shape)."""
     return {name: fill(name, shape, variant) for name, shape in names_and_shapes}

@@ -184,7 +184,7 @@ class TestDivergence:
         """If an update overflows, both processes end with an error, and none waits for the other."""
         write_coco(tmp_path, 4, (64, 96))
         settings = ("learning_rate=3e36", "warmup_iterations=0", "images_per_step=2", "checkpoint_every_steps=1")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
         rest = command(tmp_path, tmp_path / "run", *settings)[3:]
         done = subprocess.run(
             [*launcher, "-m", "spatialflow.cli", *rest], env=environment(), timeout=240, capture_output=True, text=True

@@ -36,7 +36,7 @@ def test_two_processes_equal_one(tmp_path, norm_trains, epochs):
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=29617",
+        "--standalone",
         "-m",
         "spatialflow.cli",
     ]

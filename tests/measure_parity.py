@@ -44,7 +44,7 @@ def measure(optimized: bool) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    for arranged in (False, True):
-        loss, norm, gradient = measure(arranged)
-        name = "arranged for training" if arranged else "plain modules"
+    for optimized in (False, True):
+        loss, norm, gradient = measure(optimized)
+        name = "optimized for training" if optimized else "plain modules"
         print(f"{name}: losses {loss:.1e}, gradient norms {norm:.1e}, whole gradients {gradient:.1e}")

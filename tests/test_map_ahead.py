@@ -98,8 +98,8 @@ def test_an_error_of_the_items_comes_after_the_results_before_it(kind):
             return self
 
         def __next__(self):
-            if self.left:
-                return self.left.pop(0)
+            if self.remaining:
+                return self.remaining.pop(0)
             raise kind("no more")
 
     results = []

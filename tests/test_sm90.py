@@ -67,7 +67,7 @@ class TestFlowConv2d:
         channels, outputs, sizes, batch = shape
         x = [few(batch, channels, *size, share=0.2) for size in sizes]
         flows = [few(*level.shape, share=0.2) for level in x] if flow else None
-        return x, flows, few(outputs, channels, 3, 3, share=0.3), few(outputs, most=9)
+        return x, flows, few(outputs, channels, 3, 3, share=0.3), few(outputs, largest=9)
 
     @pytest.mark.parametrize("flow", [False, True], ids=["x", "x and flow"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,7 +87,7 @@ class TestFlowConv2d:
     def test_views(self, dtype, launched):
         """TMA reads strided views if each stride is a multiple of the previous one."""
         whole = few(2, 10, 11, 200, share=0.2)
-        weight, bias = few(72, 64, 3, 3, share=0.3), few(72, most=9)
+        weight, bias = few(72, 64, 3, 3, share=0.3), few(72, largest=9)
         views = [
             (True, lambda t: t.permute(0, 3, 1, 2)[:, 64:128]),
             (True, lambda t: t.permute(0, 3, 1, 2)[:, 8:72, ::2]),
@@ -213,8 +213,8 @@ class TestDeformConv2d:
         """Integers sampled at integer positions: sums are exact, so that a wrong cell is detected."""
         shape = (64, 136, 1, (3, 3), (11, 12), 1, 1, 1, 2)
         (_, offset, _, _, _), geometry = self.case(shape)
-        x, weight, bias = few(2, 64, 11, 12, share=0.3), few(136, 64, 3, 3, share=0.3), few(136, most=9)
-        offset, mask = few(*offset.shape, most=4), few(2, 9, 11, 12).abs()
+        x, weight, bias = few(2, 64, 11, 12, share=0.3), few(136, 64, 3, 3, share=0.3), few(136, largest=9)
+        offset, mask = few(*offset.shape, largest=4), few(2, 9, 11, 12).abs()
         expected = reference.deform_conv2d(x, offset, weight, bias, *geometry, mask)
         assert expected.abs().max() < 256
         x, offset, weight, bias, mask = (tensor.to(dtype) for tensor in (x, offset, weight, bias, mask))

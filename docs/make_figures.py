@@ -273,7 +273,7 @@ def _plot_panoptic_merge() -> plt.Figure:
     boxes = torch.tensor(corners, dtype=torch.float32)
     scores = torch.linspace(0.9, 0.5, len(things))
     labels = torch.tensor([segment["category_id"] for segment in things])
-    merged = ops.panoptic_merge(masks, scores, labels, boxes, torch.from_numpy(stuff), 7, stuff_area_limit=50)
+    merged = ops.panoptic_merge(masks, scores, labels, boxes, torch.from_numpy(stuff), 7, stuff_area_threshold=50)
     figure, axes = panels("image", "instances and boxes", "stuff labels", "panoptic map", width=2)
     axes[0].imshow(picture)
     axes[1].imshow(masks.any(0), cmap="gray_r", vmax=2)

@@ -3,6 +3,7 @@
 
 import argparse
 import importlib
+import inspect
 import itertools
 import os
 import re
@@ -20,14 +21,17 @@ from spatialflow.cli.main import _parser
 from spatialflow.config import SECTIONS, parse_settings, place_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SITE = sorted((ROOT / "docs").rglob("*.md"))
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [ROOT / "README.md", CONTRIBUTING, *SITE]
 TUTORIALS = [ROOT / "docs" / "tour.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 
 pytestmark = pytest.mark.skipif(not PAGES[0].is_file(), reason="not in a source tree")
 
-# Words with a slash that are not files of the source tree: inputs and outputs of commands, torch headers, patterns.
+# Words with a slash that are not files of the source tree: inputs and outputs of commands, torch headers, patterns, and
+# the operator that CONTRIBUTING.md adds as an example.
 NOT_OURS = re.compile(
-    r"[A-Z<*]|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check_logs)/|^(mydata|out|pictures|run|scenes)/"
+    r"[A-Z<*]|count_above|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check_logs)/|^(mydata|out|pictures|run|scenes)/"
 )
 
 
@@ -100,7 +104,9 @@ def has_python_blocks(page: Path) -> bool:
     return any(block.language == "python" and not block.reason for block in blocks_of(page))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if has_python_blocks(p) and p not in TUTORIALS], ids=page_name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if has_python_blocks(p) and p not in (CONTRIBUTING, *TUTORIALS)], ids=page_name
+)
 def test_python_blocks(page, tmp_path, monkeypatch):
     """The blocks of a page run in order in one session."""
     monkeypatch.chdir(tmp_path)
@@ -115,6 +121,21 @@ def test_python_syntax(page):
     for block in blocks_of(page):
         if block.language == "python":
             compile(block.text, page_name(page), "exec")
+
+
+def test_example_of_an_operator():
+    """Its tests use arguments that `OpMatrix` provides, and its signature is text, as in every module."""
+    sources = [block.text for block in blocks_of(CONTRIBUTING) if block.language == "python"]
+    tests: dict = {}
+    exec(next(source for source in sources if "class TestCountAbove" in source), tests)
+
+    def arguments(kind: type) -> set[str]:
+        methods = [value for name, value in vars(kind).items() if name.startswith("test_") and callable(value)]
+        return {key for method in methods for key in inspect.signature(method).parameters}
+
+    assert arguments(tests["TestCountAbove"]) <= arguments(tests["OpMatrix"])
+    function = next(source for source in sources if "@register_fake" in source)
+    assert "from __future__ import annotations" in function
 
 
 @pytest.mark.skipif("SPATIALFLOW_BACKEND" in os.environ, reason="the commands are tested on the CPU kernels")
@@ -190,7 +211,7 @@ def test_no_line_numbers_of_files(page):
 def test_navigation():
     """Every page is in mkdocs.yml once, and every operator has a page with a figure of its name."""
     navigation = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text())
-    assert sorted(navigation) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES[1:])
+    assert sorted(navigation) == sorted(str(page.relative_to(ROOT / "docs")) for page in SITE)
     operators = [path.stem for path in (ROOT / "csrc" / "ops").glob("*.cpp")]
     public = set(spatialflow.ops.__all__) & {*operators, "batched_nms"}
     for operator in public:
@@ -233,6 +254,8 @@ def test_python_names(page):
         assert hasattr(importlib.import_module(module), name), f"{page.name}: {module}.{name}"
     text = re.sub(r"^::: .*", "", text, flags=re.M)
     for name in sorted(set(re.findall(r"\bspatialflow(?:\.[A-Za-z_]\w*)+", text))):
+        if name.endswith(".count_above"):  # the example of CONTRIBUTING.md
+            continue
         value, *parts = (spatialflow, *name.split(".")[1:])
         for part in parts:
             if not hasattr(value, part):

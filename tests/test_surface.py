@@ -88,7 +88,7 @@ def tensor_arguments() -> list[tuple[str, str]]:
         (op, key)
         for op, parameters in signatures.items()
         for key in parameters
-        if "Tensor" in parameters[key].annotation
+        if "Tensor" in str(parameters[key].annotation)
     ]
 
 
@@ -252,6 +252,12 @@ class TestPublicOperator:
         if not (ROOT / "csrc").is_dir():
             pytest.skip("not in a source tree")
         assert [file for file in files if not (ROOT / file).is_file()] == []
+
+    @pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="not in a source tree")
+    def test_listed(self, name):
+        """The table of operators and the calls whose host time is measured have it."""
+        texts = {"docs/operators/index.md": f"({name}.md)", "benchmarks/host_overhead.py": f"ops.{name},"}
+        assert [file for file, text in texts.items() if text not in (ROOT / file).read_text()] == []
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not in a source tree")

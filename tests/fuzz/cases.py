@@ -43,7 +43,7 @@ CPU = Limits()
 SIMT = Limits(side=7, channels=34, rows=9)
 
 
-@functools.lru_cache(None)
+@functools.lru_cache(None, typed=True)
 def one_of(*values: Any) -> st.SearchStrategy:
     return st.sampled_from(values)
 

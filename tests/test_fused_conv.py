@@ -48,7 +48,7 @@ def cudnn(monkeypatch):
         def __init__(self, function):
             self.default = function
 
-    monkeypatch.setattr(fused_conv, "_refused", set())
+    monkeypatch.setattr(fused_conv, "_unsupported", set())
     monkeypatch.setattr(fused_conv, "_has_onednn_epilogue", lambda x: False)
     monkeypatch.setattr(fused_conv, "_is_registered", lambda device: True)
     relu = Operator(lambda *args: convolution(*args).relu())
@@ -239,7 +239,7 @@ class TestDtypes:
             fused_conv2d(x.to(x_dtype), weight, bias, shape, True)
         with pytest.raises(RuntimeError, match=f"linear_relu: {rule}"):
             linear_relu(x[:, :, 0, 0].to(x_dtype), weight[:, :, 0, 0], bias)
-        assert cudnn == [] and fused_conv._refused == set()
+        assert cudnn == [] and fused_conv._unsupported == set()
 
     def test_another_device_than_the_weight(self):
         kernel, shape = SHAPES["1x1"]
@@ -281,7 +281,7 @@ def test_fake_kernels_describe_the_result(dtype):
             y = fused_conv2d(x, weight, bias, shape, True, added)
             assert y.shape == residual.shape and y.dtype == dtype
             assert y.is_contiguous(memory_format=torch.channels_last)
-        assert fused_conv._refused == set()
+        assert fused_conv._unsupported == set()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -289,11 +289,11 @@ def test_fake_kernels_describe_the_result(dtype):
 def test_cudnn(dtype):
     """The operators of cuDNN are right; the test prints convolutions for which they have no kernel."""
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-3}[dtype]
-    fused_conv._refused.clear()
+    fused_conv._unsupported.clear()
     for (kernel, shape), relu, with_bias, with_residual in questions():
         x, weight, bias, residual = (t.to("cuda", dtype) for t in tensors(kernel, shape, 64, 64))
         bias, residual = bias if with_bias else None, residual if with_residual else None
         right = expected(x, weight, bias, shape, relu, residual)
         y = fused_conv2d(x, weight, bias, shape, relu, residual)
         assert float((y.double() - right).abs().max() / right.abs().max()) < tolerance
-    print("without a fused kernel:", fused_conv._refused)
+    print("without a fused kernel:", fused_conv._unsupported)

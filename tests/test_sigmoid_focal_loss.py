@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sigmoid_focal_loss: the op matrix, known answers, large logits, labels of every kind, the released values."""
+"""sigmoid_focal_loss: `OpMatrix`, known answers, large logits, labels of every kind, values of the released code."""
 
 import json
 import math
@@ -16,7 +16,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def sample(shape: tuple[int, ...], **options):
-    """Return the builder of a sample; labels cover all classes, background (C) and ignored rows (-1)."""
+    """Return a function that builds a sample; labels are random classes, background (C) and ignored rows (-1)."""
     reduced = options.get("reduction", "none") != "none"
 
     def tensors(size: int = 0) -> list:
@@ -25,7 +25,7 @@ def sample(shape: tuple[int, ...], **options):
 
     def op(logits, labels, **options):
         loss = ops.sigmoid_focal_loss(logits, labels, **options)
-        return loss.to(logits.dtype) if reduced else loss  # the op matrix expects one dtype; see TestReduction
+        return loss.to(logits.dtype) if reduced else loss  # OpMatrix expects the dtype of the logits; see TestReduction
 
     def raw(logits, labels, gamma=2.0, alpha=0.25, reduction="none"):
         name = "_sigmoid_focal_loss_sum" if reduced else "sigmoid_focal_loss"
@@ -62,7 +62,10 @@ class TestSigmoidFocalLoss(OpMatrix):
     } | {"one row of each image": sample((3, 1, 8)), "one image": sample((1, 3, 8)), "no images": sample((0, 3, 8))}
 
     def test_second_derivative(self, make_sample):
-        """The operator is not linear; second derivatives by reverse and forward over reverse mode are correct."""
+        """Second derivatives are correct by reverse over reverse and by forward over reverse mode.
+
+        OpMatrix tests them for linear operators only.
+        """
         sample = make_sample()
         logits, labels = sample.tensors
         logits = logits.detach().requires_grad_()
@@ -107,7 +110,7 @@ class TestSigmoidFocalLoss(OpMatrix):
         assert torch.equal(dense[0], expanded[0])
 
     def test_autocast(self, make_sample):
-        """Autocast keeps the dtype of the logits for the loss."""
+        """Under autocast the loss has the dtype of the logits."""
         sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)
@@ -118,7 +121,7 @@ class TestSigmoidFocalLoss(OpMatrix):
 
 class TestValues:
     def test_known_answers(self):
-        """At logit 0 every probability is one half: loss w * 0.25 * log 2."""
+        """At logit 0 every probability is one half; the loss is w * 0.25 * log 2, where w is alpha or 1 - alpha."""
         labels = torch.tensor([1, 2, -1, 5, -100])  # class 1, background, ignored, ignored, ignored
         loss = ops.sigmoid_focal_loss(torch.zeros(5, 2), labels)
         quarter = 0.25 * np.log(2)
@@ -134,7 +137,7 @@ class TestValues:
         torch.testing.assert_close(ops.sigmoid_focal_loss(logits, labels, 0.0, -1.0), expected)
 
     def test_large_gamma(self):
-        """(1 - p) ** gamma is precise even where p is so small that 1 - p rounds to 1."""
+        """(1 - p) ** gamma is precise even where the target's probability p is so small that 1 - p rounds to 1."""
         logits, gamma = torch.tensor([[30.0], [46.0]], dtype=torch.float64), 1e12
         expected = [math.exp(-gamma * math.log1p(math.exp(-x))) * x for x in (30.0, 46.0)]
         for implementation in (ops, reference):
@@ -172,8 +175,8 @@ class TestValues:
         expected = torch.tensor([[0, 0], [INF, INF], [0, 0], [0.25 * big, 0.75 * big]], dtype=dtype)
         torch.testing.assert_close(loss, expected)
         (grad,) = torch.autograd.grad(loss.sum(), logits)
-        wrong = [[0, 0], [-0.25, 0.75], [0, 0], [-0.25, 0.75]]
-        torch.testing.assert_close(grad, torch.tensor(wrong, dtype=dtype))
+        expected_grad = [[0, 0], [-0.25, 0.75], [0, 0], [-0.25, 0.75]]
+        torch.testing.assert_close(grad, torch.tensor(expected_grad, dtype=dtype))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
     def test_nan_is_seen_unless_ignored(self, dtype):
@@ -203,7 +206,7 @@ class TestValues:
 class TestReduction:
     @pytest.mark.parametrize("shape", [(700, 80), (5000, 1), (3, 5000), (2, 9, 40, 3)])
     def test_sum_and_mean_of_elements(self, shape):
-        """Several blocks, several rows per block or blocks per row, and remainders."""
+        """The shapes need several blocks, with several rows per block or several blocks per row, and remainders."""
         logits, labels = torch.randn(shape), torch.randint(-1, shape[-1] + 1, shape[:-1])
         elements = ops.sigmoid_focal_loss(logits, labels)
         assert_near(elements, reference.sigmoid_focal_loss(logits.double(), labels), torch.float32)
@@ -282,7 +285,7 @@ class TestErrors:
 
 
 class TestGoldens:
-    """The released loss (background label C, weight 0 = ignored), except for rows with logits beyond 17."""
+    """Values of the released code (background label C, weight 0 = ignored), except for rows with logits beyond 17."""
 
     def test_released(self, goldens):
         arrays = {name: torch.as_tensor(a) for name, a in np.load(goldens / "ops" / "losses.npz").items()}

@@ -18,8 +18,11 @@ LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][\w.]*
 REGISTER = re.compile(r"(?<![A-Za-z])R(\d+)((?:\.\w+)*)")
 PREDICATE = re.compile(r"!?U?P(\d|T)")
 
+# Guards that are always true, and guards that are never true.
 ALWAYS, NEVER = ("", "PT", "UPT"), ("!PT", "!UPT")
+# Branches to an address in a register.
 INDIRECT = {"BRX", "BRXU", "JMX", "JMXU"}
+# Instructions that end the function or jump to an unknown address.
 LEAVING = INDIRECT | {"EXIT", "RET"}
 MATRIX = {"HMMA", "IMMA", "DMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA"}
 GLOBAL_LOADS = {"LD", "LDG", "LDGSTS", "UTMALDG"}
@@ -69,7 +72,8 @@ class Instruction:
 
     def _registers(self) -> tuple[frozenset[int], frozenset[int]]:
         if self._accesses is None:
-            # SHFL.BFLY PT, R5, ...; ISETP P0, PT, R2, ...; IMAD.WIDE R4, P0, R2, ...
+            # Predicates may stand on both sides of the destination: SHFL.BFLY PT, R5, ...; IMAD.WIDE R4, P0, R2, ...
+            # Comparisons write only predicates: ISETP P0, PT, R2, ...
             values = [operand for operand in self.operands if not PREDICATE.fullmatch(operand)]
             written: frozenset[int] = frozenset()
             if self.base not in ONLY_READ and not re.search(r"SETP2?$", self.base) and values:
@@ -83,7 +87,7 @@ class Instruction:
 
 
 def named_registers(operand: str, width: int) -> frozenset[int]:
-    """Return the 32-bit registers of an operand that holds values of `width` registers, or an address."""
+    """Return the 32-bit registers that an operand uses: `width` for each name, but one or two (.64) in an address."""
     numbers: set[int] = set()
     for match in REGISTER.finditer(operand):
         count = 2 if ".64" in match[2] else 1 if "[" in operand else width
@@ -95,18 +99,18 @@ def access_bytes(opcode: str) -> int:
     """Return the bytes that a thread moves with a memory instruction."""
     parts = opcode.split(".")
     if parts[0].startswith("UTMA"):
-        return 16  # alignment of TMA
+        return 16  # TMA: one thread copies a whole tile; 16 bytes is its alignment
     if match := re.search(r"\.(?:B?F(\d+))x(\d+)", opcode):  # REDG.E.ADD.F32x4
         return int(match[1]) * int(match[2]) // 8
     if parts[0] == "LDSM" or parts[0] == "STSM":
         return 4 * int(parts[-1]) if parts[-1].isdigit() else 4
-    narrow = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "F64": 8}
-    return next((narrow[part] for part in parts if part in narrow), 4)
+    bytes_of = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "F64": 8}
+    return next((bytes_of[part] for part in parts if part in bytes_of), 4)
 
 
 @functools.cache
 def value_width(opcode: str, role: str) -> int:
-    """Return the registers of one operand: `to` is the destination; `a`, `b` and `c` are the sources in order."""
+    """Return the number of registers of an operand: `to` is the destination; `a`, `b`, `c` are the sources in order."""
     base, *parts = opcode.split(".")
     if base.startswith(("LD", "ST", "RED", "ATOM")):
         return -(-access_bytes(opcode) // 4)
@@ -135,16 +139,16 @@ class Kernel:
     name: str
     code: list[Instruction]
     registers: int = 0
-    stack: int = 0  # bytes of stack and local memory that the resource table names
+    stack: int = 0  # bytes of stack and local memory, from `parse_resources`
     blocks: list[tuple[int, int]] = field(default_factory=list)
     successors: list[list[int]] = field(default_factory=list)
-    entries: list[int] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)  # first blocks of the kernel and of called subroutines
 
     def __post_init__(self) -> None:
         at = {instruction.address: position for position, instruction in enumerate(self.code)}
         leaders, jumps, called = {0}, {}, set()
         for position, instruction in enumerate(self.code):
-            # BRA.DIV jumps to code that repeats one shuffle for diverged lanes and returns to the branch's successor.
+            # BRA.DIV adds no edge: its target repeats a shuffle for diverged lanes and returns to the next instruction.
             if instruction.base == "BRA" and ".DIV" not in instruction.opcode:
                 jumps[position] = at[int(instruction.operands[-1], 16)]
                 leaders |= {jumps[position], position + 1}
@@ -166,7 +170,10 @@ class Kernel:
             self.successors.append(sorted(block_of[target] for target in targets))
 
     def dominators(self) -> dict[int, int]:
-        """Return the immediate dominator of each reachable block (Cooper, Harvey, Kennedy); -1 precedes all entries."""
+        """Return the immediate dominator of each reachable block (Cooper, Harvey, Kennedy).
+
+        Block -1 is virtual: it precedes all entries.
+        """
         order: list[int] = []
         visited = {-1}
         edges = {-1: self.entries, **dict(enumerate(self.successors))}
@@ -186,35 +193,35 @@ class Kernel:
         for block in order:
             for successor in edges[block]:
                 predecessors[successor].append(block)
-        above = {-1: -1}
+        idom = {-1: -1}
         changed = True
         while changed:
             changed = False
             for block in reversed(order[:-1]):
-                candidates = [predecessor for predecessor in predecessors[block] if predecessor in above]
+                candidates = [predecessor for predecessor in predecessors[block] if predecessor in idom]
                 common = candidates[0]
                 for candidate in candidates[1:]:
                     while common != candidate:
                         if rank[common] < rank[candidate]:
-                            common = above[common]
+                            common = idom[common]
                         else:
-                            candidate = above[candidate]
-                if above.get(block) != common:
-                    above[block] = common
+                            candidate = idom[candidate]
+                if idom.get(block) != common:
+                    idom[block] = common
                     changed = True
-        return above
+        return idom
 
     def loops(self) -> list[set[int]]:
-        """Return the blocks of each natural loop: the loop of an edge back to a block that dominates its start."""
-        above = self.dominators()
+        """Return the blocks of each natural loop, which an edge from a block to one of its dominators closes."""
+        idom = self.dominators()
         predecessors: dict[int, list[int]] = defaultdict(list)
-        for block in above:
+        for block in idom:
             for successor in self.successors[block] if block >= 0 else []:
                 predecessors[successor].append(block)
 
         def dominates(header: int, block: int) -> bool:
             while block not in (header, -1):
-                block = above[block]
+                block = idom[block]
             return block == header
 
         loop_of: dict[int, set[int]] = {}
@@ -235,8 +242,8 @@ class Kernel:
     def main_loops(self) -> list[list[int]]:
         """Return the positions of the instructions of each main loop.
 
-        With matrix instructions: the innermost loops that contain some, without those that have less than half as many
-        as another. Otherwise: the innermost loops that contain a load from global memory.
+        These are the innermost loops with matrix instructions, except those with less than half of the largest number.
+        Without such loops, they are the innermost loops that contain a load from global memory.
         """
         for is_counted in (lambda instruction: instruction.is_matrix, lambda instruction: instruction.is_global_load):
             counts = [(body, sum(is_counted(self.code[at]) for at in self.positions(body))) for body in self.loops()]
@@ -293,7 +300,7 @@ class Kernel:
     def _jumps_over(self, positions: list[int], block: int, successor: int) -> bool:
         """Tell whether an edge jumps forward over some of `positions` to a block that the skipped code also reaches.
 
-        Both branches of an `if ... else` count as paths, but not the jump around an `if`.
+        This is true of the jump around an `if`. It is false of the jump to an `else`: both branches are paths.
         """
         end, target = self.blocks[block][1], self.blocks[successor][0]
         if not any(end <= at < target for at in positions):
@@ -324,7 +331,7 @@ def parse_resources(text: str) -> dict[str, tuple[int, int]]:
     """Parse the output of `cuobjdump -res-usage`.
 
     Returns:
-        By symbol of a function: registers, bytes of stack and bytes of local memory.
+        By symbol of a function: the number of registers, and the bytes of stack and local memory together.
     """
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     return {name: (int(used), int(stack) + int(local)) for name, used, stack, local in re.findall(pattern, text)}

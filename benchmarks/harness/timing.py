@@ -79,30 +79,30 @@ class Call:
 
 
 def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last and not tensor.is_contiguous() else torch.contiguous_format
+    is_channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last and not tensor.is_contiguous() else torch.contiguous_format
 
 
-def _flush(cache: torch.Tensor | None) -> None:
-    """Overwrite the L2 cache of the GPU; do nothing on the CPU."""
-    if cache is not None:
-        cache.zero_()
+def _flush(buffer: torch.Tensor | None) -> None:
+    """Overwrite the L2 cache of the GPU with `buffer`, from `_flush_buffer`; do nothing on the CPU."""
+    if buffer is not None:
+        buffer.zero_()
         torch.cuda.synchronize()
 
 
-def _clock(call: Call, cache: torch.Tensor | None) -> float:
+def _clock(call: Call, buffer: torch.Tensor | None) -> float:
     """Return the seconds from the call to its completion."""
-    _flush(cache)
+    _flush(buffer)
     begin = time.perf_counter()
     call.run()
-    if cache is not None:
+    if buffer is not None:
         torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
 def measure(calls: Mapping[str, Call], seconds: float, device: str) -> dict[str, list[float]]:
-    """Time the calls in turns; return seconds per run. Each call gets about `seconds`, but at least three runs."""
-    cache = _l2_cache(device)
+    """Time the calls in turns; return seconds per run. Each call gets about `seconds`, and 3 to 200 runs."""
+    buffer = _flush_buffer(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():  # warm-up: allocator, thread pool, caches
         begin = time.perf_counter()
@@ -113,20 +113,20 @@ def measure(calls: Mapping[str, Call], seconds: float, device: str) -> dict[str,
     unfinished = set(calls)
     while unfinished:
         for name in [name for name in calls if name in unfinished]:
-            times[name].append(_clock(calls[name], cache))
+            times[name].append(_clock(calls[name], buffer))
             if len(times[name]) >= 3 and (sum(times[name]) > seconds or len(times[name]) >= 200):
                 unfinished.discard(name)
     return times
 
 
-def _l2_cache(device: str) -> torch.Tensor | None:
+def _flush_buffer(device: str) -> torch.Tensor | None:
     """Return a tensor larger than the L2 cache of any GPU; None on the CPU."""
     return torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.startswith("cuda") else None
 
 
 def measure_kernels(calls: Mapping[str, Call], seconds: float, device: str) -> dict[str, float]:
-    """Return the seconds of GPU work of each call (see `harness`), without providers that fail in a graph."""
-    cache, replays, result = _l2_cache(device), {}, {}
+    """Return the seconds of GPU work of each call (see `harness`), except those that cannot be captured or profiled."""
+    buffer, replays, result = _flush_buffer(device), {}, {}
     for name, call in calls.items():
         try:
             if call.waits:
@@ -142,7 +142,7 @@ def measure_kernels(calls: Mapping[str, Call], seconds: float, device: str) -> d
     while unfinished:
         for name in [name for name in replays if name in unfinished]:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cache.zero_()  # the host queues the graph while this kernel runs
+            buffer.zero_()  # overwrites the L2 cache; the host queues the graph while this kernel runs
             begin.record()
             replays[name].replay()
             end.record()
@@ -168,13 +168,13 @@ def _captured(call: Call) -> torch.cuda.CUDAGraph:
 
 
 def _profiled_seconds(call: Call, runs: int = 3) -> float:
-    """Return the summed duration of the kernels and copies of a run, by torch's profiler."""
+    """Return the total duration of the kernels and copies of a run, by torch's profiler, as a mean over `runs`."""
     from torch.profiler import ProfilerActivity, profile
 
-    cache = _l2_cache("cuda")
+    buffer = _flush_buffer("cuda")
     total = 0.0
     for _ in range(runs):
-        _flush(cache)
+        _flush(buffer)
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             call.run()
             torch.cuda.synchronize()
@@ -240,7 +240,7 @@ def _run_case(
             try:
                 call = Call(provider, attempt, mode)
                 errors[attempt_name] = compare(call.run(), expected)
-            except Exception as failure:  # a baseline that fails loses that row; the others are still timed
+            except Exception as failure:  # a baseline that fails is tried in float32 or left out
                 if name == OURS:
                     raise
                 print(f"  {attempt_name} fails on {label}, {mode}: {(str(failure).splitlines() or ['?'])[0]}")

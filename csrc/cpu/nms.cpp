@@ -3,9 +3,9 @@
 // Greedy non-maximum suppression on the CPU. Candidates are visited by descending score. A candidate is kept unless a
 // kept box of its class suppresses it.
 //
-// All rows are sorted by score once. A second stable sort groups them by class, and a task is one class. Kept boxes are
-// tested a vector at a time. In large classes, only boxes in nearby cells of a grid are tested (nms_buckets.h). Memory
-// is linear in the number of boxes.
+// The rows without NaN are sorted by score once. A second stable sort groups them by class, and a thread processes one
+// class at a time. Kept boxes are tested a vector at a time. In large classes, only boxes in nearby cells of a grid are
+// tested (nms_buckets.h). Memory is linear in the number of boxes.
 #include "ops/nms.h"
 
 #include <atomic>
@@ -48,7 +48,7 @@ SortedCandidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_
     return candidates;
 }
 
-// Whether a kept box in the cells that `box` can reach suppresses it.
+// Whether a kept box suppresses `box`. Only the cells that can contain the center of such a box are searched.
 template <typename real_t>
 bool suppressed_by_neighbors(
     const SelectedBoxes<real_t>& kept, const UniformGrid<real_t>& grid, const Box<real_t>& box, real_t area,
@@ -75,7 +75,7 @@ void greedy_nms(
             const int64_t position = positions(i);
             const Box<real_t> box = candidates.box(position);
             const real_t area = box_area(box);
-            if (area_competes(area)) {
+            if (area_competes(area)) {  // other boxes neither suppress nor are suppressed
                 if (suppressed(box, area)) {
                     continue;
                 }

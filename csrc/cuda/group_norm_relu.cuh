@@ -2,10 +2,10 @@
 //
 // Code shared by the forward and backward kernels of group_norm_relu: layouts, division into blocks, block sums.
 //
-// Layouts: maps are read as (N, H, W, C) by strides with adjacent channels; other layouts are copied first. Results and
-// tables are dense. A block of 256 threads processes a slice of channels and some pixels, 8 vectors of channels by 32
-// pixels at a time. A vector has 16 bytes if all pixels are aligned to them, else one channel. Both slices and pixels
-// are distributed over blocks, so that small maps occupy a large GPU too.
+// Layouts: a map is read as (N, H, W, C) with adjacent channels and any other strides; other layouts are copied first.
+// Results and the tables of partial sums are dense. A block of 256 threads processes a slice of channels and some
+// pixels, 8 vectors of channels by 32 pixels at a time. A vector has 16 bytes if all pixels are aligned to 16 bytes,
+// else one channel. Both slices and pixels are distributed over blocks, so that small maps occupy a large GPU too.
 #pragma once
 
 #include "common/group_norm_relu.h"
@@ -24,14 +24,14 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kVectorLanes = 8;                       // threads along channels, a vector each
 constexpr int kPixelLanes = kThreads / kVectorLanes;  // threads along pixels or columns
 constexpr int kPixelsAhead = 4;                       // vectors that a thread loads before it uses the first
-constexpr int64_t kBlocks = 256;                      // wanted in a launch, for a large GPU
+constexpr int64_t kBlocks = 256;                      // target number of blocks per launch, for a large GPU
 
 template <int kWidth>
 constexpr int kSlice = kVectorLanes * kWidth;  // channels of a block
 
 struct NormShape {
     int batch, channels, groups, group_channels, height, width;
-    int slices, pieces;          // slices of the channels; maximum slices that a group spans
+    int slices, pieces;          // number of slices; largest number of slices that a group spans
     int sum_blocks, sum_pixels;  // blocks per image and slice in the launch of the sums; pixels of each block
     double eps;
 
@@ -39,10 +39,10 @@ struct NormShape {
     __host__ __device__ double group_size() const { return static_cast<double>(group_channels) * pixels(); }
 };
 
-// Division of an image and slice into blocks: consecutive pixels, or columns x segments of rows.
+// Division of one slice of an image into blocks. A block has consecutive pixels, or kPixelLanes columns of some rows.
 struct NormParts {
     int blocks, extent;  // extent: pixels or rows of a block
-    int column_blocks;   // 0: consecutive pixels
+    int column_blocks;   // blocks side by side in a row; 0 for blocks of consecutive pixels
 };
 
 template <typename scalar_t>
@@ -122,8 +122,8 @@ __device__ __forceinline__ void for_pixels(const PixelRange& range, const Load& 
     }
 }
 
-// Sum over the lanes of a warp that differ only in the bits of `from`, a power of two, and above. The order is fixed,
-// and all of these lanes get the sum.
+// Sum over the lanes of a warp whose numbers are equal modulo `from`, a power of two. The order of the additions is
+// fixed, and all of these lanes get the sum.
 __device__ __forceinline__ double sum_lanes(double value, int from) {
     for (int step = from; step < kWarpSize; step *= 2) {
         value += __shfl_xor_sync(kAllLanes, value, step);
@@ -132,6 +132,7 @@ __device__ __forceinline__ double sum_lanes(double value, int from) {
 }
 
 // Sum `first` and `second` over the block for each channel c of the slice: total[2 * c] and total[2 * c + 1].
+// `of_warps` is scratch for the sums of each warp.
 template <int kWidth>
 __device__ __forceinline__ void sum_block(
     const double (&first)[kWidth], const double (&second)[kWidth], Shared<double> of_warps, Shared<double> total) {
@@ -166,8 +167,8 @@ struct AffineVector {
     }
 };
 
-// Affine parameters of the channels of this thread. `row` is the row of `statistics` for group 0 of the image, and may
-// be negative.
+// Affine parameters of the channels of this thread. `row` is the row of `statistics` for group 0 of the image. It is
+// negative if `statistics` begins with a later group.
 template <typename real_t, int kWidth, typename Statistics, typename Row>
 __device__ __forceinline__ AffineVector<real_t, kWidth> affine_of(
     const Statistics& statistics, Row row, const ByChannel<real_t>& by_channel, const NormShape& shape,
@@ -183,7 +184,8 @@ __device__ __forceinline__ AffineVector<real_t, kWidth> affine_of(
     return affine;
 }
 
-// Iterator over the output positions of a doubled axis: doubled_cell without a division per position.
+// Iterator over the outputs of an axis that is upsampled 2x. It gives the values of `doubled_cell`
+// (common/group_norm_relu.h) without a division per output.
 template <typename real_t>
 struct DoubledWalk {
     int low, remainder, size;
@@ -221,7 +223,8 @@ inline NormParts pixel_parts(const NormShape& shape, int64_t most) {
     return {static_cast<int>(ceil_div(pixels, extent)), static_cast<int>(extent), 0};
 }
 
-// Blocks of kPixelLanes columns by segments of rows, for maps of `height` x `width`.
+// Blocks of kPixelLanes columns by 2 to 32 rows, for maps of `height` x `width`. Rows are halved until the launch has
+// kBlocks blocks.
 inline NormParts column_parts(const NormShape& shape, int64_t height, int64_t width) {
     const int64_t columns = ceil_div(width, kPixelLanes);
     int64_t rows = 32;
@@ -248,8 +251,8 @@ NormShape shape_of(const Tensor& input, int64_t num_groups, double eps) {
     shape.height = static_cast<int>(input.size(2));
     shape.width = static_cast<int>(input.size(3));
     shape.slices = static_cast<int>(ceil_div(channels, kChannels));
-    for (int group = 0; group < std::min(groups, kChannels);
-         ++group) {  // later groups have the same positions in slices
+    // Only kChannels groups are visited: the next kChannels groups lie at the same positions within their slices.
+    for (int group = 0; group < std::min(groups, kChannels); ++group) {
         const int begin = group * shape.group_channels;
         shape.pieces = std::max(shape.pieces, (begin + shape.group_channels - 1) / kChannels - begin / kChannels + 1);
     }
@@ -264,8 +267,8 @@ inline dim3 grid_of(const NormShape& shape, const NormParts& parts) {
     return dim3(grid_size("group_norm_relu", static_cast<int64_t>(shape.batch) * shape.slices * parts.blocks));
 }
 
-// Call run(width) with the channels of a vector: 16 bytes if all pixels of `tensors` consist of aligned 16-byte
-// vectors, else one.
+// Call run(width), where `width` is the number of channels of a vector. A vector has 16 bytes if all pixels of
+// `tensors` consist of aligned 16-byte vectors, else one channel.
 template <typename scalar_t, typename Run>
 void dispatch_width(std::initializer_list<const Tensor*> tensors, const Run& run) {
     constexpr int kWidth = kVectorElements<scalar_t>;

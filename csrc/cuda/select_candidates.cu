@@ -4,14 +4,15 @@
 // without host synchronization. For levels with more anchors than are kept:
 //
 //   clear     set the histograms to zero
-//   best      a few lanes per anchor reduce its logits to the best one. A block writes the keys of 256 anchors and adds
-//             their first 11 bits to the histogram of the level.
+//   best      a few lanes per anchor reduce its logits to the best one. A block writes the keys (descending_key) of 256
+//             anchors and counts the highest 11 bits of each key in the histogram of the level.
 //   select    a block per level and image lists the keys up to the bin of the last kept anchor, in one pass over the
 //             keys, and orders the best of this list (best_chunks.cuh)
 //
 // For all levels:
 //
-//   gather    a thread per 16 bytes of logits of a kept anchor computes scores; one more thread decodes the box
+//   gather    a thread per vector of logits of a kept anchor computes scores; one more thread decodes the box. A vector
+//             has 16 bytes, or one logit if `is_vectorizable` is false.
 //
 // Memory: 12 bytes per anchor (20 for float64) for keys and list.
 #include "ops/select_candidates.h"
@@ -31,12 +32,16 @@ namespace {
 
 constexpr int kMaxLevels = 8;
 constexpr int kThreads = 256;
-constexpr int kVectorsAhead = 5;  // that a lane loads before it uses the first; 80 classes need two or four lanes
-constexpr int kBestBlocks = 4;    // per multiprocessor: leaves registers for the loads in flight
-constexpr int kKeysAhead = 4;     // vectors of keys
 
+// Vectors of logits that a lane loads before it uses the first. For 80 classes there are two lanes in 16 bits, and four
+// in float32.
+constexpr int kVectorsAhead = 5;
+constexpr int kBestBlocks = 4;  // blocks of `best` per multiprocessor; more would leave too few registers for the loads
+constexpr int kKeysAhead = 4;   // vectors of keys that a thread loads before it uses the first
+
+// Right shift of a key that gives its bin in the histogram.
 template <typename key_t>
-constexpr int kFirstShift = static_cast<int>(8 * sizeof(key_t)) - kDigitBits;  // of the histogram's bins
+constexpr int kFirstShift = static_cast<int>(8 * sizeof(key_t)) - kDigitBits;
 
 // Values of a level, (B, channels, H, W) with adjacent channels.
 template <typename scalar_t>
@@ -53,7 +58,7 @@ template <typename scalar_t>
 struct CandidateLevel {
     LevelValues<scalar_t> logits, deltas;
     unsigned width, stride, anchors;  // anchors of the level
-    int64_t begin, count;             // of its candidates among those of an image
+    int64_t begin, count;             // first and number of the level's candidates among those of an image
     bool is_selected;                 // it has more anchors than candidates
 };
 
@@ -61,9 +66,9 @@ struct CandidateLevel {
 struct SelectedLevel {
     int level;
     unsigned anchors;
-    int64_t begin, count;  // of its candidates among those of an image
-    int64_t key_begin;     // of its keys among those of an image
-    unsigned block_begin;  // of the blocks that compute its keys
+    int64_t begin, count;  // first and number of the level's candidates among those of an image
+    int64_t key_begin;     // first of the level's keys among those of an image
+    unsigned block_begin;  // first of the blocks that compute the level's keys
 };
 
 struct SelectedLevels {
@@ -77,7 +82,7 @@ struct CandidateProblem {
     CandidateLevel<scalar_t> levels[kMaxLevels];
     int level_count;
     unsigned anchors;    // of a cell
-    int classes, group;  // lanes that share an anchor, a power of two
+    int classes, group;  // group: lanes that share an anchor, a power of two
     int64_t rows;        // candidates of an image
 };
 
@@ -114,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kBestBlocks) candidate_best_kernel(
     const SelectedLevel& selected_level = selected.levels[index];
     const CandidateLevel<scalar_t>& level = problem.levels[selected_level.level];
     const unsigned first = (blockIdx.x - selected_level.block_begin) * kThreads;
-    const unsigned last = selected_level.anchors - 1 - first;  // relative to `first`, as the sum could exceed 32 bits
+    const unsigned last = selected_level.anchors - 1 - first;  // relative to `first`: first + thread can exceed 32 bits
     const int group = problem.group, member = thread % group, vectors = problem.classes / kWidth;
 #pragma unroll 1
     for (int block_anchor = thread / group; block_anchor < kThreads; block_anchor += kThreads / group) {
@@ -304,8 +309,8 @@ bool is_vectorizable(const std::vector<Tensor>& logits, int64_t classes) {
     return vectorizable;
 }
 
-// Smallest power of two of lanes that load all vectors of an anchor at once. For two vectors or more it is at least
-// two, so that the lanes read whole sectors.
+// Number of lanes per anchor: the smallest power of two that loads all vectors of an anchor at once, at most kWarpSize.
+// For two vectors or more it is at least two, so that the lanes read whole sectors.
 int lanes_of_anchor(int64_t vectors) {
     int lanes = vectors > 1 ? 2 : 1;
     while (lanes < kWarpSize && lanes * kVectorsAhead < vectors) {

@@ -10,17 +10,17 @@
 namespace spatialflow {
 namespace {
 
-// Mean length of runs, in pixels, below which sorting all pixels is faster than hashing.
+// Mean length of runs of equal pairs, in pixels, below which sorting all pixels is faster than hashing.
 constexpr size_t kNoiseRun = 8;
 constexpr size_t kNoiseAllowance = 4096;  // runs that are always allowed, e.g. for a few noisy lines at the top
-constexpr size_t kChunk = 2048;           // pixels; the buffers use less than half of a 48 KB cache
+constexpr size_t kChunk = 2048;           // pixels; the buffers use about half of a 48 KB L1 cache
 
 uint64_t pack(int32_t first, int32_t second) {
     return static_cast<uint64_t>(static_cast<uint32_t>(first)) << 32 | static_cast<uint32_t>(second);
 }
 
 // Hash table of pairs: open addressing with linear probing. At most a quarter of the slots is used, so most look-ups
-// end at the first slot, and the branch is predicted.
+// end at the first slot, and the branch of their loop is predicted correctly.
 class PairTable {
 public:
     void add(uint64_t key, int64_t count) {
@@ -57,8 +57,8 @@ private:
         int64_t count = 0;  // 0 marks a free slot: a stored pair has at least one pixel
     };
 
-    // Slot of a key. Ids may differ in any byte; the product makes the high bits, which select the slot, depend on all
-    // bytes.
+    // First slot of a key. Ids may differ in any byte. The products make the high bits, which select the slot, depend
+    // on all bytes.
     size_t position(uint64_t key) const {
         const uint32_t hash = static_cast<uint32_t>(key >> 32) * 0x9E3779B1u + static_cast<uint32_t>(key) * 0x85EBCA77u;
         return hash >> shift_;
@@ -117,7 +117,7 @@ size_t find_changes_portable(
 }
 
 #ifdef SPATIALFLOW_AVX512
-// AVX-512 version of find_changes_portable, which compresses the indices of 16 pixels at a time. It avoids a branch per
+// AVX-512 version of find_changes_portable. It compresses the indices of 16 pixels at a time, without a branch per
 // change, which would be mispredicted.
 SPATIALFLOW_AVX512 size_t
 find_changes_avx512(const int32_t* first, const int32_t* second, size_t begin, size_t count, int32_t* changes) {
@@ -155,7 +155,7 @@ size_t find_changes(const int32_t* first, const int32_t* second, size_t begin, s
     return find_changes_portable(first, second, begin, count, changes);
 }
 
-// Return the ids of pixels [begin, begin + count), readable at index -1 unless begin is 0. Bytes are decoded into
+// Return the ids of pixels [begin, begin + count), readable at index -1 unless begin is 0. RGB pixels are decoded into
 // `buffer`.
 const int32_t* chunk_ids(const IdImage& image, size_t begin, size_t count, int32_t* buffer /* (1 + kChunk) */) {
     if (image.kind == IdImage::Kind::kIds) {

@@ -35,14 +35,14 @@ class Cityscapes:
 
     Args:
         root: folder with leftImg8bit and gtFine.
-        split: "train", "val" or another folder of both.
+        split: "train", "val" or another folder that leftImg8bit and gtFine have.
         categories: numbering of the classes; ids are Cityscapes' label ids.
 
     Attributes:
-        names, image_ids, sizes: as in CocoPanoptic; an id is the file name without its suffix.
+        names, image_ids, sizes: as in CocoPanoptic; an id is the file name without `_leftImg8bit.png`.
 
     Raises:
-        CityscapesError: a folder is absent or empty.
+        CityscapesError: a folder is absent, or the folder of photographs has none.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str, categories: Categories) -> None:
@@ -72,7 +72,7 @@ class Cityscapes:
         """Read one image with its ground truth.
 
         Raises:
-            SampleError: a file is absent or damaged, or image and labels do not fit; the file is named.
+            SampleError: a file is absent or damaged, or image and labels do not match; the message names the file.
         """
         try:
             image = read_image(self.paths[index])
@@ -81,7 +81,7 @@ class Cityscapes:
         return make_sample(str(self.paths[index]), image, *self._annotation(index), self.categories)
 
     def _is_written(self, json_path: Path) -> bool:
-        """Return whether the file has these images and categories, and is newer than every label file."""
+        """Return whether the file has these categories and no other images, and is newer than every label file."""
         if not os.path.isfile(json_path):
             return False
         content = read_panoptic_json(json_path, with_categories=True, use=TRUTH)
@@ -127,7 +127,7 @@ class Cityscapes:
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
         """Write the ground truth in the COCO panoptic format, for scoring.
 
-        Nothing is written if the files exist and no label file has changed since.
+        Nothing is written if the JSON is up to date: with these categories, and newer than every label file.
 
         Args:
             folder: for `cityscapes_<split>.json` and, beside it, the folder of PNGs.
@@ -152,7 +152,10 @@ class Cityscapes:
 
 
 def _png_size(path: Path) -> tuple[int, int]:
-    """Read (height, width) from the header of a PNG; (1, 1) if the file is absent or damaged, which reading reports."""
+    """Read (height, width) from the header of a PNG.
+
+    It is (1, 1) for an absent or damaged file, for which `__getitem__` raises SampleError.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(24)

@@ -39,19 +39,21 @@ class CocoPanoptic:
 
     Args:
         json_path: panoptic JSON with `images`, `annotations` and `categories`.
-        panoptic_folder: PNGs named by the annotations; None: the JSON's path without its suffix.
         image_folder: photographs named by `images`.
+        panoptic_folder: PNGs named by the annotations; None: the JSON's path without its suffix.
         categories: numbering of the classes.
-        scored: the file is also a ground truth: it must have `categories` and satisfy the rules of scoring.
+        scored: whether results are scored against the file. It must then have `categories` and satisfy the rules of
+            scoring.
 
     Attributes:
         names: file name of every photograph, in the order of the annotations.
-        image_ids: their ids.
-        sizes: their (height, width) as listed, for grouping by shape without reading them.
+        image_ids: id of every photograph.
+        sizes: (height, width) of every photograph, from the JSON, for grouping by shape without reading photographs.
 
     Raises:
         PanopticFormatError: the JSON is absent; it breaks a rule at which training stops (docs/annotations.md); or its
-            `categories` contradict the network's table. They do if no id is in both, or one id is a thing and stuff.
+            `categories` contradict the network's table. They do if the table has none of their ids, or if an id is a
+            thing in one of them and stuff in the other.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class CocoPanoptic:
         """Read one image with its ground truth.
 
         Raises:
-            SampleError: a file is absent or damaged, or image and annotation do not fit; the file is named.
+            SampleError: a file is absent or damaged, or image and annotation do not match; the message names the file.
         """
         annotation, path = self.annotations[index], self.image_path(index)
         try:

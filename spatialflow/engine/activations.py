@@ -33,7 +33,7 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
 
     Returns:
         `things`: for every pixel the strongest response over classes, anchors and pyramid levels. `stuff`: the response
-        of "other", all things together, where the network has that class, else of the class with the most pixels.
+        of the class "other" (all things together). Without that class, it is that of the class with the most pixels.
 
     Note:
         The map of class c is sum_k w[c, k] f[k], the features weighted by the classifier's weights. For a convolutional
@@ -55,7 +55,8 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
         valid = whole[..., : geometry.valid_size[0], : geometry.valid_size[1]]
         return F.interpolate(valid, size=geometry.original_size, mode="bilinear", align_corners=False)[0, 0]
 
-    network: Any = model  # its heads are of the plain classes, whose attributes nn.Module does not declare
+    # Any: the heads are a BoxHead and a StuffHead, but the model declares them as nn.Module, without their attributes.
+    network: Any = model
     bias = network.box_head.class_logits.bias[:, None, None]
     things = torch.stack([to_image((logits[0] - bias).amax(dim=0)) for logits in output.class_logits]).amax(dim=0)
     if output.stuff_logits is None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference pipeline: decoded images to panoptic maps on one device, with results of fixed shape.
+"""Inference pipeline: decoded images to panoptic maps on one device.
 
-The pipeline has three parts. The shapes of preprocessing and of the last part, stuff labels and merge, depend on the
-original sizes of the images. Recognition, in between, has shapes that depend on the padded size alone. The other sizes
-are tensors there, so that one CUDA graph serves all images of a padded size.
+The pipeline has three parts: preprocessing, recognition, and stuff labels with the merge. In the first and the last
+part, shapes depend on the original sizes of the images. In recognition they depend on the padded size alone, and the
+other sizes are values of tensors. So one CUDA graph serves all images of a padded size.
 
-On a GPU no value is read back, so the host queues all work at once. Kernels skip rows whose results are not used. On
-the CPU, where reading a value costs nothing, such rows are removed early.
+On a GPU no value is read back, so the host queues all work at once, and results have a fixed shape. Kernels skip rows
+whose results are not used. On the CPU, where reading a value costs nothing, such rows are removed early.
 """
 
 from __future__ import annotations
@@ -82,20 +82,20 @@ class FixedResult(NamedTuple):
 
 
 class Pipeline:
-    """Inference on batches of images through one network and view, or several.
+    """Inference on batches of images, with one or several networks and views.
 
-    The boxes of all views (sizes, mirrored or not) and networks (an ensemble) compete in one NMS. Mask probabilities
+    The boxes of all views (sizes, mirrored or not) and networks (an ensemble) go through one NMS. Mask probabilities
     are averaged. Stuff logits are averaged between networks at stride 4, and between views at the size of the original
     image.
 
     Args:
         networks: in evaluation mode, on `device`, with the same classes.
         config: thresholds, sizes of the views, and the classes.
-        ignored_stuff: stuff labels that stay void.
+        ignored_stuff: stuff labels whose pixels are void in the panoptic map.
         device: of the networks.
         dtype: of their weights.
-        detection_masks: return the mask of every detection. Without, only the masks that the merge may need are
-            computed.
+        detection_masks: return the mask of every detection. If False, only the masks that the merge may need are
+            computed, and none is returned.
         graphs: cache of CUDA graphs of the recognition; None to queue its kernels one by one.
     """
 
@@ -123,7 +123,8 @@ class Pipeline:
         """Make the views of a batch, an argument of `__call__`.
 
         Args:
-            geometries: of each image, from `geometries`. Images of a batch have one padded size per short edge.
+            geometries: of each image, from the method `geometries`. For each short edge, all images of the batch must
+                have the same padded size.
         """
         return [
             self._view(geometries_of_edge, mirrored)
@@ -158,7 +159,7 @@ class Pipeline:
         """
         with stage("preprocess"):
             images = [self._network_input(pixels, view) for view in plan]
-        # A graph keeps autocast as it was at the capture, and checks of values read them on the host.
+        # No graph is used with autocast, whose state is fixed at the capture, or with checks, which read values back.
         if self.graphs is None or torch.is_autocast_enabled(self.device.type) or is_checking():
             batch = self._recognize(images, plan)
         else:
@@ -348,11 +349,11 @@ class Pipeline:
         return (labels >= 0) & (scores >= self.config.test.instance_score_threshold)
 
     def _without_trailing_nan(self, boxes: Tensor) -> Tensor:
-        """Keep the leading rows of boxes (..., D, 4), which are without NaN; all D rows where counts are not read."""
+        """Remove the trailing rows of boxes (..., D, 4) that are NaN in every image, if counts are read."""
         return boxes[..., : self._leading(~boxes[..., 0].isnan()), :] if self.reads_counts else boxes
 
     def _leading(self, needed: Tensor) -> int:
-        """Return the largest number of needed rows, (..., D) bool, which come first; D where counts are not read."""
+        """Return the largest number of leading True in a row of `needed` (..., D); D where counts are not read."""
         return int(needed.sum(-1).max()) if self.reads_counts else needed.shape[-1]
 
 

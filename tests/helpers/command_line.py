@@ -4,11 +4,11 @@
 from pathlib import Path
 
 FAST = ["--config", "tiny", "--size", "64", "96", "--set", "stuff_area_threshold=20"]
-"""Options that make `predict` fast."""
+"""Options that make `predict` fast, and that let small images keep their stuff segments."""
 
 
 def train_arguments(data: Path, output: Path, *settings: str, workers: int = 0) -> list[str]:
-    """Return the arguments `train tiny` for a data set of `helpers.scenes.write_coco`."""
+    """Return the command line that trains `tiny` on a data set from `helpers.scenes.write_coco`."""
     files = ["--images", str(data / "images"), "--annotations", str(data / "panoptic.json"), "--output", str(output)]
     return ["train", "tiny", *settings, *files, "--workers", str(workers)]
 

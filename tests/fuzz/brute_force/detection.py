@@ -35,8 +35,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     candidates.sort(key=lambda row: (-values[row], row))
     kept: list[int] = []
     for row in candidates:
-        rivals = [kept_row for kept_row in kept if classes[kept_row] == classes[row]]
-        if not any(_suppresses(corners[kept_row], corners[row], iou_threshold, real) for kept_row in rivals):
+        same_class = [kept_row for kept_row in kept if classes[kept_row] == classes[row]]
+        if not any(_suppresses(corners[kept_row], corners[row], iou_threshold, real) for kept_row in same_class):
             kept.append(row)
     return np.array(kept, dtype=np.int64)
 
@@ -71,9 +71,9 @@ def multiclass_nms(
         for row, label in pairs:
             if len(kept) == max_detections:
                 break
-            rivals = [kept_row for kept_row, kept_label in kept if kept_label == label]
+            same_class = [kept_row for kept_row, kept_label in kept if kept_label == label]
             if not any(
-                _suppresses(image_boxes[kept_row], image_boxes[row], iou_threshold, real) for kept_row in rivals
+                _suppresses(image_boxes[kept_row], image_boxes[row], iou_threshold, real) for kept_row in same_class
             ):
                 kept.append((row, label))
         for place, (row, label) in enumerate(kept):
@@ -114,18 +114,18 @@ def select_candidates(
             rows = []
             limit, scale = sizes[image], factors[image]
             for y, x, anchor in np.ndindex(height, width, anchors):
-                class_scores = logits[image, anchor * classes : (anchor + 1) * classes, y, x]
+                anchor_logits = logits[image, anchor * classes : (anchor + 1) * classes, y, x]
                 dx, dy, dw, dh = deltas[image, 4 * anchor : 4 * anchor + 4, y, x]
                 corners = level_base[anchor] + np.array([x, y, x, y]) * float(stride)
                 left, right = _interval(corners[0], corners[2], dx, dw, limit[1], scale[0])
                 top, bottom = _interval(corners[1], corners[3], dy, dh, limit[0], scale[1])
-                best = max((value for value in class_scores if not np.isnan(value)), default=-math.inf)
-                rows.append((best, [left, top, right, bottom], 1 / (1 + np.exp(-class_scores))))
+                best = max((value for value in anchor_logits if not np.isnan(value)), default=-math.inf)
+                rows.append((best, [left, top, right, bottom], 1 / (1 + np.exp(-anchor_logits))))
             if 0 < per_level < len(rows):
                 rows = sorted(rows, key=lambda row: -row[0])[:per_level]  # a stable sort
             candidates[image] += rows
-    numbers = [level.shape[2] * level.shape[3] * anchors for level in class_logits]
-    count = sum(min(number, per_level or number) for number in numbers)
+    level_anchors = [level.shape[2] * level.shape[3] * anchors for level in class_logits]
+    count = sum(min(number, per_level or number) for number in level_anchors)
     boxes = np.array([[row[1] for row in rows] for rows in candidates], dtype=np.float64).reshape(batch, count, 4)
     scores = np.array([[row[2] for row in rows] for rows in candidates], dtype=np.float64).reshape(
         batch, count, classes

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline from array to panoptic map on a GPU: images per second, and kernels and their time by stage.
 
-The model is untrained, its logits adjusted so that later stages have the work a trained one gives them
+The model is untrained, and its logits are adjusted so that later stages have as much work as in a trained model
 (`untrained.untrained_model`). Two forms are timed: every kernel queued by the host ("eager"), and one CUDA graph from
-the network's input to the mask logits ("graph"). The table by stage is of one eager image, from torch's profiler:
-numbers of kernels, and the sum of their durations. `--device cpu --config tiny` is a dry run, which counts operators
-instead of kernels.
+the network's input to the mask logits ("graph"). The table by stage has the number of kernels and the sum of their
+durations. It is from torch's profiler, for one image in the eager form. `--device cpu --config tiny` is a dry run,
+which counts operators instead of kernels.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The pipeline on a GPU: images per second, and kernels by stage.")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a dry run (default: cuda)")
     parser.add_argument("--config", default="spatialflow_r50_coco", metavar="NAME", help="model (default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="of the image")
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="size of the image")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--seconds", type=float, default=3.0, help="time per form (default: 3)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for eager and for graph each (default: 3)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/stages.json")
     options = parser.parse_args(arguments)
     require_positive(parser, options, "seconds")

@@ -2,9 +2,9 @@
 """Training step of the R50 model with two images of 480x640: forward, losses, backward, SGD.
 
 The references are the same network from plain PyTorch modules: contiguous, channels-last, and channels-last through
-torch.compile. All share the criterion with its operators (targets, focal loss, RoIAlign), so that the ratio is that of
-the network alone. In 16 bits all run under autocast. `--peak-memory` prints the peak memory of a process that does
-three steps, one process per provider.
+torch.compile. All share the criterion with its operators (targets, focal loss, RoIAlign), so they differ in the network
+alone. In 16 bits all run under autocast. `--peak-memory` prints the peak host memory of three steps on the CPU, in one
+process per provider, without torch.compile.
 """
 
 import copy
@@ -51,7 +51,8 @@ def training(kind: str, device: torch.device):
     if kind == "compiled":
         network = copy.copy(model)
         network.forward = torch.compile(model.forward, dynamic=False)
-    optimizer = torch.optim.SGD(trained, 1e-7, 0.9, weight_decay=1e-4)  # with such a low rate, steps hardly differ
+    # The learning rate is so low that all steps give nearly the same losses and gradients.
+    optimizer = torch.optim.SGD(trained, 1e-7, 0.9, weight_decay=1e-4)
     return model, network, optimizer
 
 
@@ -59,11 +60,11 @@ def step(kind: str, images: torch.Tensor, truth: GroundTruth) -> list[torch.Tens
     model, network, optimizer = training(kind, images.device)
     if kind != "plain":
         images = images.contiguous(memory_format=torch.channels_last)
-    narrow = images.dtype in (torch.bfloat16, torch.float16)
+    is_16_bit = images.dtype in (torch.bfloat16, torch.float16)
     with torch.enable_grad():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(images.device.type, images.dtype if narrow else None, enabled=narrow):
-            losses = TrainingStep(network, model.config)(images.float() if narrow else images, truth)
+        with torch.autocast(images.device.type, images.dtype if is_16_bit else None, enabled=is_16_bit):
+            losses = TrainingStep(network, model.config)(images.float() if is_16_bit else images, truth)
         losses.total().backward()
         optimizer.step()
     gradients = [model.get_parameter(name).grad for name in COMPARED]
@@ -97,8 +98,9 @@ BENCHMARK = Benchmark(
         "torch.compile": Provider(partial(step, "compiled"), only_cuda=True, waits=True),
     },
     oracle=partial(step, "float64"),
-    # Inputs of ReLU are near zero in an untrained network, and their sign decides whole terms of a gradient. In the
-    # first layers, plain modules are off by 2e-4 to 4e-4 in float32, and by 0.4 in bfloat16.
+    # Inputs of ReLU are near zero in an untrained network. A rounding error that changes the sign of an input adds or
+    # removes a whole term of a gradient. In the first layers, the error of plain modules is 2e-4 to 4e-4 in float32,
+    # and 0.4 in bfloat16.
     tolerance=1e-2,
     rounding=20.0,
 )

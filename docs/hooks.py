@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package of this tree; its configuration needs neither torch nor a build
 
-from spatialflow.config import SECTIONS  # noqa: E402  (after the path)
+from spatialflow.config import SECTIONS  # noqa: E402  (after the change of sys.path)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

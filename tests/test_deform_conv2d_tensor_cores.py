@@ -17,25 +17,25 @@ from spatialflow.ops.flow_conv2d import algorithm_code
 
 HAS_TENSOR_CORES = not os.environ.get("SPATIALFLOW_BACKEND", "cpu").startswith("cpu")
 CODES = {"auto": 0, "direct": 2, "tf32": 3, "tf32x3": 4}
-FACTORS = {"tf32": 50, "tf32x3": 1}  # times the tolerance of float32: 1e-3 and 2e-5
-NAMES = ("result", "input", "offset", "weight", "bias", "mask", "input by the gather")
-of_each = pytest.mark.parametrize("algorithm", list(FACTORS))
+FACTORS = {"tf32": 50, "tf32x3": 1}  # multiples of the tolerance of float32, 2e-5
+NAMES = ("result", "input", "offset", "weight", "bias", "mask", "input, deterministic")
+each_algorithm = pytest.mark.parametrize("algorithm", list(FACTORS))
 
-# channels, outputs, groups, offset groups, kernel, (height, width). Tiles have 64, 128 or 256 columns: outputs in the
-# forward pass and the weight gradient, channels in the data gradient.
+# channels, outputs, groups, offset groups, kernel, (height, width). Tiles have 64, 128 or 256 columns. A column is an
+# output channel in the forward pass and the weight gradient, and an input channel in the data gradient.
 CASES = {
-    "single elements": (5, 3, 1, 1, 3, (5, 6)),
-    "narrow tiles": (20, 36, 1, 1, 3, (7, 9)),
+    "channels that do not fill a vector": (5, 3, 1, 1, 3, (5, 6)),
+    "tiles of 64": (20, 36, 1, 1, 3, (7, 9)),
     "tiles of 128": (96, 104, 1, 2, 3, (6, 7)),
     "tiles of 256": (264, 200, 1, 1, 1, (9, 9)),
     "groups": (24, 16, 2, 3, 2, (6, 7)),
     "tiles of 128 pixels": (16, 264, 1, 1, 1, (83, 81)),
 }
-of_each_case = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
+each_case = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
 
 
 def tensors_of(channels, outputs, groups, offset_groups, kernel, size) -> list[torch.Tensor]:
-    """Make input, offset, weight, bias and mask in float32 with full mantissas; output and input have the same size."""
+    """Make input, offset, weight, bias and mask in float32; values use all bits of the mantissa."""
     padding = kernel // 2
     out = [side + 2 * padding - kernel + 1 for side in size]
     samples = offset_groups * kernel * kernel
@@ -49,7 +49,7 @@ def tensors_of(channels, outputs, groups, offset_groups, kernel, size) -> list[t
 
 
 def results(op, tensors, dtype, grad_output, algorithm="auto") -> list[torch.Tensor]:
-    """Return the result and all gradients, with that of the input also by the deterministic kernel."""
+    """Return the result, all gradients, and the input gradient once more, by the deterministic kernel."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
     input, offset, weight, bias, mask = leaves
     y = op(input, offset, weight, bias, padding=weight.shape[2] // 2, mask=mask, algorithm=algorithm)
@@ -61,10 +61,10 @@ def results(op, tensors, dtype, grad_output, algorithm="auto") -> list[torch.Ten
 
 
 class TestErrors:
-    @of_each
-    @of_each_case
+    @each_algorithm
+    @each_case
     def test_against_float64(self, algorithm, case):
-        """The error of "tf32" is within the rounding to TF32, and that of "tf32x3" within float32."""
+        """Errors are at most 1e-3 of the maximum with "tf32", and at most 2e-5 with "tf32x3", as in float32."""
         tensors = tensors_of(*case)
         grad_output = torch.randn(1, case[1], *tensors[4].shape[2:])
         actual = results(ops.deform_conv2d, tensors, torch.float32, lambda y: grad_output, algorithm)
@@ -72,20 +72,21 @@ class TestErrors:
         for name, result, wanted in zip(NAMES, actual, expected):
             assert_near([result], [wanted], torch.float32, factor=FACTORS[algorithm], what=name)
         if HAS_TENSOR_CORES and algorithm == "tf32":
-            # A lower bound shows that TF32 was used. The gradient of the bias has no products. The bias itself is not
-            # rounded, and it is several times as large as the sums that it is added to.
+            # A lower bound of the error shows that TF32 was used, except in the gradient of the bias, which has no
+            # products. The maximum of the result is taken without the bias. TF32 does not round the bias, which is
+            # several times as large as the sums of products.
             products = [expected[0] - tensors[3].double()[:, None, None], *expected[1:]]
             for name, result, wanted, of_products in zip(NAMES, actual, expected, products):
                 error = float((result.double() - wanted).abs().max() / of_products.abs().max())
                 assert name == "bias" or error > 1e-5, f"{name} is not computed in TF32: {error:.1e}"
 
-    @of_each
-    @of_each_case
+    @each_algorithm
+    @each_case
     def test_short_numbers_are_exact(self, algorithm, case):
         """Results are exact if 11 bits hold every input and 24 bits every sum."""
         input, offset, weight, bias, mask = tensors_of(*case)
         integers = [(4 * t).round().clamp(-7, 7) for t in (input, 8 * weight, bias)]
-        # Offsets are multiples of a quarter and the mask is 1, so a sample has at most six bits.
+        # Offsets are multiples of a quarter and the mask is 1, so a sample has at most seven bits.
         tensors = [integers[0], (offset * 4).floor() / 4, *integers[1:], torch.ones_like(mask)]
         computed = [
             results(op, tensors, dtype, lambda y: (y / 16).round().clamp(-3, 3), algorithm)
@@ -95,7 +96,7 @@ class TestErrors:
             assert torch.equal(first.double(), second), name
 
     def test_long_sums(self):
-        """Sums of 2304 products and thousands of pixels are accurate by "tf32x3", although tensor cores truncate."""
+        """Sums over 2304 products and over 1920 pixels are accurate with "tf32x3", although tensor cores truncate."""
         input, offset, weight, _, mask = tensors_of(256, 8, 1, 1, 3, (40, 48))
         input, weight = input.abs(), weight.abs()  # truncation errors of the same sign accumulate
         computed = {}
@@ -119,7 +120,7 @@ class TestErrors:
 
 
 class TestNumbers:
-    @of_each
+    @each_algorithm
     def test_names_on_the_cpu(self, algorithm):
         if HAS_TENSOR_CORES:
             pytest.skip("tests how the CPU resolves the names of CUDA algorithms")
@@ -133,32 +134,33 @@ class TestNumbers:
                 computed.append((y, *torch.autograd.grad(y.sum(), weight)))
             assert all(torch.equal(first, second) for result in computed for first, second in zip(result, computed[0]))
 
-    def test_auto_is_three_products(self):
-        """If torch does not allow TF32, "auto" is "tf32x3"; so it is on the interpreter, which has no CUDA tensors."""
+    def test_auto_is_tf32x3(self):
+        """If torch does not allow TF32, "auto" is "tf32x3", and always on the SIMT interpreter (docs/simt.md)."""
         if not HAS_TENSOR_CORES:
             pytest.skip("tests the selection of CUDA kernels")
         tensors = tensors_of(*CASES["groups"])
         gradient = torch.randn_like(results(ops.deform_conv2d, tensors, torch.float32, torch.clone)[0])
-        auto, three_products, direct = (
+        auto, tf32x3, direct = (
             results(ops.deform_conv2d, tensors, torch.float32, lambda y: gradient, name)
             for name in ("auto", "tf32x3", "direct")
         )
-        assert torch.equal(auto[0], three_products[0]) and torch.equal(auto[3], three_products[3])
+        assert torch.equal(auto[0], tf32x3[0]) and torch.equal(auto[3], tf32x3[3])
         assert not torch.equal(auto[0], direct[0]) and not torch.equal(auto[3], direct[3])
 
-    @of_each
-    def test_other_dtypes_are_the_same(self, algorithm):
-        tensors = tensors_of(*CASES["narrow tiles"])
+    @each_algorithm
+    def test_other_dtypes_use_direct(self, algorithm):
+        """In dtypes other than float32, "tf32" and "tf32x3" give the result of "direct"."""
+        tensors = tensors_of(*CASES["tiles of 64"])
         for dtype in (torch.float64, torch.bfloat16):
-            results_of = [
+            computed = [
                 ops.deform_conv2d(
                     *(t.to(dtype) for t in tensors[:4]), padding=1, mask=tensors[4].to(dtype), algorithm=name
                 )
                 for name in (algorithm, "direct")
             ]
-            assert torch.equal(*results_of)
+            assert torch.equal(*computed)
 
-    @of_each
+    @each_algorithm
     def test_values(self, algorithm):
         """NaN reaches only the pixels that read it, and an infinity does not give finite results."""
         input = torch.zeros(1, 8, 9, 20)
@@ -168,7 +170,7 @@ class TestNumbers:
         assert result[:, :, 0:4, 0:4].isnan().all() and not result[:, :, 4:8, 15:19].isfinite().any()
         assert result.isfinite().sum() == 3 * (9 * 20 - 32)
 
-    @of_each
+    @each_algorithm
     def test_derivatives_of_derivatives(self, algorithm):
         """Second derivatives use the same algorithm and are near the reference."""
         tensors = tensors_of(*CASES["groups"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions with a fused epilogue equal separate operations, for every library; cuDNN is mocked here."""
+"""Convolutions with a fused epilogue equal separate operations, for every library. The fixture `cudnn` mocks cuDNN."""
 
 import itertools
 
@@ -58,7 +58,7 @@ def cudnn(monkeypatch):
     return calls
 
 
-def questions():
+def cases():
     return itertools.product(SHAPES.values(), (True, False), (True, False), (True, False))
 
 
@@ -69,7 +69,7 @@ class TestNumbers:
             calls = request.getfixturevalue("cudnn")
         if library == "plain":
             monkeypatch.setattr(fused_conv, "_has_onednn_epilogue", lambda x: False)
-        for (kernel, shape), relu, with_bias, with_residual in questions():
+        for (kernel, shape), relu, with_bias, with_residual in cases():
             x, weight, bias, residual = tensors(kernel, shape)
             bias, residual = bias if with_bias else None, residual if with_residual else None
             right = expected(x, weight, bias, shape, relu, residual)
@@ -110,8 +110,8 @@ class TestNumbers:
         torch.testing.assert_close(torch._addmm_activation(bias, x, weight.t()), right)  # the function used on a GPU
 
 
-class TestOwnKernel:
-    """16-bit 1x1 convolutions on compute capability 9.0, which is mocked."""
+class TestConv1x1Kernel:
+    """16-bit 1x1 convolutions by this package's kernel; the selection of GPUs of compute capability 9.0 is mocked."""
 
     @pytest.fixture
     def hopper(self, monkeypatch):
@@ -120,7 +120,7 @@ class TestOwnKernel:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
     def test_equals_separate_passes(self, hopper, stride, dtype):
-        """The result is one operator call, on a strided view if there is a stride."""
+        """The convolution is one operator call, on a strided view of x if the stride is not 1."""
         shape = Shape(stride, (0, 0), 1)
         for relu, with_bias, with_residual in itertools.product((True, False), repeat=3):
             x, weight, bias, residual = (t.to(dtype) for t in tensors(1, shape))
@@ -134,7 +134,7 @@ class TestOwnKernel:
             assert_near(y, right, dtype)
             assert y.is_contiguous(memory_format=torch.channels_last)
 
-    def test_which_convolutions_use_it(self, hopper):
+    def test_which_convolutions_use_the_kernel(self, hopper):
         x, weight = torch.empty(1, 8, 4, 4).half(), torch.empty(16, 8, 1, 1).half()
         shape, has_kernel = Shape((1, 1), (0, 0), 1), fused_conv._has_conv1x1_kernel
         assert has_kernel(x, weight, shape) and has_kernel(x.bfloat16(), weight.bfloat16(), Shape((2, 2), (0, 0), 1))
@@ -145,7 +145,7 @@ class TestOwnKernel:
         assert not has_kernel(x.float(), weight.float(), shape)
 
     @pytest.mark.parametrize(
-        "built, capability, right",
+        "built, capability, is_supported",
         [
             ("80-real 90a-real", (9, 0), True),
             ("80-real 90a-real", (8, 0), False),
@@ -154,8 +154,8 @@ class TestOwnKernel:
             ("", (9, 0), False),
         ],
     )
-    def test_devices(self, monkeypatch, built, capability, right):
-        """A device is queried once, and torch.compile uses the result as a constant."""
+    def test_devices(self, monkeypatch, built, capability, is_supported):
+        """A device is queried at most once, and torch.compile uses the result as a constant."""
         queried = []
         monkeypatch.setattr(fused_conv, "build_description", lambda: {"cuda_architectures": built})
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: queried.append(device) or capability)
@@ -167,9 +167,9 @@ class TestOwnKernel:
         )
         try:
             for _ in range(3):
-                assert fused_conv._runs_conv1x1_kernel(device) == right
+                assert fused_conv._runs_conv1x1_kernel(device) == is_supported
                 assert not fused_conv._runs_conv1x1_kernel(torch.device("cpu"))
-            assert compiled(torch.zeros(1)).item() == right
+            assert compiled(torch.zeros(1)).item() == is_supported
             assert len(queried) == ("90a" in built)
         finally:
             fused_conv._is_built_for.cache_clear()
@@ -217,7 +217,7 @@ class TestRefusals:
         torch.testing.assert_close(y.double(), expected(x, weight, bias, shape, True, None), rtol=1e-5, atol=1e-4)
         assert cudnn == []
 
-    def test_needs_a_device_and_cudnn(self, cudnn, monkeypatch):
+    def test_cudnn_disabled_or_not_registered(self, cudnn, monkeypatch):
         kernel, shape = SHAPES["1x1"]
         x, weight, bias, _ = tensors(kernel, shape)
         monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
@@ -253,7 +253,7 @@ class TestDtypes:
     def test_autocast(self, library, dtypes, request):
         if library == "cudnn":
             request.getfixturevalue("cudnn")
-        for (kernel, shape), relu, with_bias, with_residual in questions():
+        for (kernel, shape), relu, with_bias, with_residual in cases():
             x, weight, bias, residual = tensors(kernel, shape)
             x, weight, bias = x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1]) if with_bias else None
             residual = residual if with_residual else None
@@ -290,7 +290,7 @@ def test_cudnn(dtype):
     """The operators of cuDNN are right; the test prints convolutions for which they have no kernel."""
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-3}[dtype]
     fused_conv._unsupported.clear()
-    for (kernel, shape), relu, with_bias, with_residual in questions():
+    for (kernel, shape), relu, with_bias, with_residual in cases():
         x, weight, bias, residual = (t.to("cuda", dtype) for t in tensors(kernel, shape, 64, 64))
         bias, residual = bias if with_bias else None, residual if with_residual else None
         right = expected(x, weight, bias, shape, relu, residual)

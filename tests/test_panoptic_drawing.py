@@ -47,16 +47,16 @@ def test_same_arguments_same_picture_and_labels_appear():
     np.testing.assert_array_equal(overlay(image, id_map, [{"id": 77, "category_id": 1}]), image)
 
 
-def test_a_label_is_white_text_on_a_dark_box_that_lets_the_picture_through():
+def test_a_label_is_white_text_on_a_dark_translucent_box():
     image, id_map, segments = scene()
     picture = overlay(image, id_map, segments, CATEGORIES).astype(int)
     plain = overlay(image, id_map, segments, CATEGORIES, labels=False).astype(int)
     color = np.array(color_of(7))[::-1]
     rows, columns = np.nonzero((picture != plain)[60:, :80].any(axis=-1))
-    middle = rows.min() + 60 + 1, columns.min() + 3  # in the box, left of the letters
-    np.testing.assert_allclose(picture[middle], plain[middle] * 50 / 255 + color / 4 * 205 / 255, atol=1.5)
+    inside = rows.min() + 60 + 1, columns.min() + 3  # a pixel of the box, left of the letters
+    np.testing.assert_allclose(picture[inside], plain[inside] * 50 / 255 + color / 4 * 205 / 255, atol=1.5)
     assert (picture[60:, :80].min(axis=-1) > 240).sum() > 5  # letters
-    assert abs((rows.min() + rows.max()) / 2 - 30) < 3  # half way between the segment's upper and lower border
+    assert abs((rows.min() + rows.max()) / 2 - 30) < 3  # halfway between the segment's upper and lower border
 
 
 @pytest.mark.parametrize("name", ["", "two\nlines", "x" * 100_000, "\u9053\u8def"])

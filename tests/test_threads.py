@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators, their gradients and scoring in eight Python threads at once give the results of a single thread.
+"""Operators and their gradients in eight Python threads, and scoring in eight workers, give the results of one.
 
-`make sanitize-threads` runs this file with libraries compiled with ThreadSanitizer. It ends the process at a data race
-of two threads (docs/sanitizers.md).
+`make sanitize-threads` runs this file with libraries compiled with ThreadSanitizer, which ends the process at a data
+race of two threads (docs/sanitizers.md).
 """
 
 import importlib
@@ -133,7 +133,8 @@ def packed_deformable() -> OpSample:
     return OpSample(run, run, tensors, {}, (), (0, 1, 2))
 
 
-LARGE = {  # unlike the samples of the tests, large enough for several threads to share one call
+# Unlike the samples of the operators' tests, these are so large that an operator splits one call over threads.
+LARGE = {
     "packed sub-networks": packed_subnets,
     "batched_nms": large_batched_nms,
     "multiclass_nms": large_multiclass_nms,

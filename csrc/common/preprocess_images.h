@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Bilinear resize of 8-bit images in the fixed-point arithmetic of OpenCV (INTER_LINEAR), and normalization with the
-// roundings of the released model. Both are bit-identical to OpenCV.
+// roundings of SpatialFlow's released code. Both are bit-identical to OpenCV.
 //
-//   position = (i + 0.5) * source / target - 0.5, rounded to float32; outside, the edge is repeated
+//   position = (i + 0.5) * source / target - 0.5, rounded to float32; outside the image, the edge is repeated
 //   weights  = round(2048 * (1 - fraction)), round(2048 * fraction)
 //   row      = (left * weight + right * weight) >> 4
 //   pixel    = ((upper * weight >> 16) + (lower * weight >> 16) + 2) >> 2
@@ -37,7 +37,7 @@ inline ImageResize image_resize(int64_t height, int64_t width, int64_t new_heigh
     return {axis(height, new_height), axis(width, new_width), height == 2 * new_height && width == 2 * new_width};
 }
 
-// The two cells between which element `i` of the result lies.
+// The two source rows or columns between which row or column `i` of the result lies, and their weights.
 struct ResizeTap {
     int64_t first, second;
     int first_weight, second_weight;
@@ -48,9 +48,9 @@ SPATIALFLOW_HOST_DEVICE ResizeTap resize_tap(int64_t i, const ResizeAxis& axis, 
         return {2 * i, 2 * i + 1, 1, 1};
     }
     const float position = static_cast<float>((static_cast<double>(i) + 0.5) * axis.step - 0.5);
-    const float cell = floorf(position);
-    const float fraction = position - cell;
-    const int64_t last = axis.source - 1, at = static_cast<int64_t>(cell);
+    const float floored = floorf(position);
+    const float fraction = position - floored;
+    const int64_t last = axis.source - 1, at = static_cast<int64_t>(floored);
     const auto clamped = [last](int64_t index) { return index < 0 ? 0 : index > last ? last : index; };
     return {
         clamped(at), clamped(at + 1), static_cast<int>(rintf((1.0f - fraction) * 2048.0f)),

@@ -11,8 +11,8 @@
 
 namespace spatialflow {
 
-// Position of a pixel between cells `first` and `second` = first + 1, with weights 1 - `weight` and `weight`. At the
-// last cell, `second` = first.
+// The rows or columns of the logits ("cells") between which a pixel lies. `first` has the weight 1 - `weight`; `second`
+// has the weight `weight`, and is first + 1, or first at the last cell.
 struct LabelTap {
     int64_t first, second;
     float weight;

@@ -13,7 +13,7 @@ namespace spatialflow {
 
 namespace {
 
-// Number of output pixels of all levels and images below which transforming the weights costs more than Winograd saves.
+// With fewer output pixels, over all levels and images, transforming the weights costs more than Winograd saves.
 constexpr int64_t kWinogradPixels = 256;
 
 Tensor pack(const Tensor& weight, int64_t resolved) {
@@ -32,8 +32,8 @@ Tensor pack(const Tensor& weight, int64_t resolved) {
                 data<scalar_t>(weight), strides, out_channels, in_channels, mutable_data<float>(packed));
         } else {
             pack_conv3x3_direct(data<scalar_t>(weight), strides, out_channels, in_channels, target);
-            filled = 9 * packed_tap_size(
-                             in_channels, out_channels);  // followed by space for 16-bit copies, which only CUDA writes
+            // The rest is space for 16-bit copies, which only CUDA writes.
+            filled = 9 * packed_tap_size(in_channels, out_channels);
         }
         std::fill(target + filled, target + size + tag, 0);
     });
@@ -86,7 +86,7 @@ struct Convolution {
     Tensor packed;
     std::optional<Tensor> bias;
     bool relu;
-    std::optional<Tensor> active;  // (N), dense
+    std::optional<Tensor> active;  // (N), contiguous
 
     Convolution(
         const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,

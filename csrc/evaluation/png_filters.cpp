@@ -11,7 +11,7 @@
 namespace spatialflow {
 namespace {
 
-constexpr size_t kGroupPixels = 8;  // pixels that a shortcut tests at once
+constexpr size_t kGroupPixels = 8;  // pixels whose residuals are compared with zero at once
 
 bool all_zero(const uint8_t* data, size_t size) {
     uint64_t any = 0;
@@ -61,9 +61,9 @@ void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
     }
 }
 
-// Undo the Paeth filter, with shortcuts for zero residuals. If the left pixel equals the upper left one, the result is
-// the pixel above, also for the pixels to the right. If all pixels above are equal, the result is the pixel to the
-// left.
+// Undo the Paeth filter, with two shortcuts for a group of pixels whose residuals are zero. If the pixels to the left
+// and to the upper left of the group are equal, each pixel of the group equals the pixel above. If the pixels above the
+// group and to its upper left are all equal, each pixel of the group equals the pixel to the left of the group.
 template <size_t kBytes>
 void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     constexpr size_t kStep = kGroupPixels * kBytes;
@@ -87,8 +87,8 @@ void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row,
     unfilter_range(i, bytes);
 }
 
-// Decode one line. `residual` has `bytes` bytes; `above` and `row` have as many after one zero pixel. `filter` must be
-// below kPngFilters.
+// Decode one line. `residual`, `above` and `row` have `bytes` bytes. One zero pixel must precede `above` and `row`.
+// `filter` must be below kPngFilters.
 template <size_t kBytes>
 void unfilter(int filter, const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     switch (filter) {

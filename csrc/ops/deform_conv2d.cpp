@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Schemas and argument checks of deform_conv2d. With `offset_tangent` this operator and its gradients compute the
-// derivative along that direction of the offset: each sample is replaced by its tangent.
+// Schemas and argument checks of deform_conv2d. With `offset_tangent`, the operator and its gradients replace each
+// sample by its derivative along `offset_tangent`, a direction in the space of offsets.
 #include "ops/deform_conv2d.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {

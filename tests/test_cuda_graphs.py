@@ -221,7 +221,7 @@ def model():
 class CopyingTransfers(Transfers):
     """Mock of GPU transfers: results are copied in stream order, and the host waits for them later."""
 
-    queued = 1
+    max_queued = 1
 
     def download(self, value):
         return Download(_map(torch.clone, value), Recorder.Event())

@@ -150,7 +150,7 @@ class TestWriter:
         assert writer({"score": 0.5, "sizes": [1, 2]}, row).is_done(1, "a.jpg")
         with pytest.raises(ResumeError, match=r"maps.journal.jsonl: .* score 0.5 -> 0.25, sizes \[1, 2\] -> None"):
             writer({"score": 0.25}, row)
-        with pytest.raises(ResumeError, match="did not end: category table '"):
+        with pytest.raises(ResumeError, match="with other settings: category table '"):
             writer({"score": 0.5, "sizes": [1, 2]}, [])
 
     def test_a_journal_without_images_binds_no_later_run(self, tmp_path):

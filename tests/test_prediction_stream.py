@@ -74,7 +74,7 @@ def assert_same(actual, expected, exact=True):
 class Later(Transfers):
     """Simulated transfers of a GPU: the host may queue a batch before it waits for the previous one."""
 
-    queued = 1
+    max_queued = 1
 
     def __init__(self, log):
         super().__init__(torch.device("cpu"))

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kThreads) merge_order_kernel(
     }
 }
 
-// kPixels adjacent pixels of a mask, a byte each. They are loaded as words, because the compiler would wait for a vector
-// of bytes right after its load, in order to unpack it.
+// kPixels adjacent pixels of a mask, a byte each. They are loaded as words, because the compiler would wait for a
+// vector of bytes right after its load, in order to unpack it.
 template <int kPixels>
 struct PackedPixels {
     Vec<unsigned, kPixels / 4> words{};

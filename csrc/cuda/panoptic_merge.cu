@@ -2,8 +2,9 @@
 //
 // Panoptic merge on CUDA, without synchronization with the host: instances, a stuff label map and boxes to an id map
 // and a table of segments. The rules are in common/panoptic_merge.h. The kernels are in panoptic_merge_instances.cuh,
-// panoptic_merge_stuff.cuh and panoptic_merge_output.cuh, and run in this order. Each decision on an instance or box
-// depends on all earlier ones, so two kernels run as one block; the others use the whole device.
+// panoptic_merge_stuff.cuh and panoptic_merge_output.cuh, and run in this order, except that `ignore` follows `order`.
+// Each decision on an instance or box depends on all earlier ones, so `greedy` and `fill` run as one block. The small
+// kernels `ignore` and `label` also run as one block; the others use the whole device.
 //
 // Layouts: an image is a flat array of pixels; bit i of word w is pixel 32 w + i. The kernels of one block keep their
 // bits in shared memory if it is large enough. Counts are integers, so the order of atomics and blocks does not matter.
@@ -79,7 +80,7 @@ private:
     const Workspace workspace_;
 };
 
-constexpr int64_t kStaticSharedBytes = 1024;  // maximum of the kernels of one block
+constexpr int64_t kStaticSharedBytes = 1024;  // upper bound for `greedy` and `fill`
 
 dim3 blocks_for(int64_t items, int64_t per_block) {
     return dim3(grid_size("panoptic_merge", ceil_div(items, per_block)));

@@ -66,7 +66,7 @@ __device__ __forceinline__ int block_sum(int value, Shared<unsigned> sums) {
     return static_cast<int>(__reduce_add_sync(kAllLanes, partial_sum));
 }
 
-// Copy the bits of an image by all threads of the block; a thread copies the same groups in every call.
+// Copy the bits of an image, with all kGreedyThreads threads of the block. A thread copies the same groups each time.
 template <typename Target, typename Source>
 __device__ __forceinline__ void copy_bits(const Target& target, const Source& source, int words) {
     for (int group = static_cast<int>(threadIdx.x); group < words / kGroup; group += kGreedyThreads) {

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kThreads) merge_order_kernel(
     }
 }
 
-// kPixels adjacent pixels of a mask, a byte each, as words: the compiler would wait for a vector of bytes and unpack
-// it.
+// kPixels adjacent pixels of a mask, a byte each. They are loaded as words, because the compiler would wait for a
+// vector of bytes right after its load, in order to unpack it.
 template <int kPixels>
 struct PackedPixels {
     Vec<unsigned, kPixels / 4> words{};
@@ -138,7 +138,7 @@ __device__ __forceinline__ bool has_pixels(const Words& words) {
     return (words[0] | words[1] | words[2] | words[3]) != 0;
 }
 
-// Area and range of nonzero words of an instance, as loaded, so that only their first use waits for the loads.
+// Area and range of nonzero words of an instance. They are kept as loaded, so that only their first use waits for them.
 struct MergeSpan {
     int area = 0, words_from = 0, end_word = 0;
 
@@ -201,9 +201,9 @@ __device__ __forceinline__ void add_used_pixels(Used used, int group, const Word
     }
 }
 
-// Keep or drop the instances in order. A kept instance keeps only the pixels that no earlier instance uses. One thread
-// reads and writes each group of `used`, so an instance needs only the barrier of block_sum. The next instance is
-// loaded before the current one is decided. Return the number of segments.
+// Keep or drop the instances in order. A kept instance keeps only the pixels that no earlier instance uses. The same
+// thread always accesses a given group of `used`, so an instance needs only the barrier of block_sum. The next instance
+// is loaded before the decision on the current one. Return the number of segments.
 template <typename Used>
 __device__ __forceinline__ int merge_greedy(
     const MergeScratch& scratch, const MergeOptions& options, Used used, Shared<unsigned> sums) {

@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads) merge_paint_instances_kernel(
     }
 }
 
-// Add area and bounding box of the segments. A warp reads kLoads times 32 pixels of a row; if all have one id, it adds
-// them at once.
+// Measure area and bounding box of the segments. A warp reads kLoads times 32 pixels of a row; if all have the same id,
+// one lane adds them to `measured`.
 __global__ void __launch_bounds__(kThreads) merge_measure_kernel(
     Global<const int> id_map,                       // (H, W)
     const MergeScratch scratch, const int parts) {  // warps of a row

@@ -3,7 +3,7 @@
 // Kernels of the panoptic merge for stuff labels and boxes, in this order:
 //
 //   ignore   mark the stuff labels to ignore
-//   count    free pixels of every stuff label
+//   count    free pixels of every stuff label: those that no kept instance uses
 //   label    (one warp) ids of the stuff labels with enough free pixels
 //   void     (with boxes) one bit for every void pixel
 //   fill     (with boxes, one block) for each box: count its void pixels, fill them or not
@@ -191,8 +191,8 @@ private:
     }
 };
 
-// Fill boxes in score order. If enough pixels of a box are void, they become pixels of its instance's segment. If the
-// instance was dropped, they become a new segment. Return the number of segments.
+// Fill boxes in score order. If enough pixels of a box are void, these void pixels become pixels of its instance's
+// segment, or a new segment if the instance was dropped. Return the number of segments.
 template <typename VoidPixels>
 __device__ __forceinline__ int merge_fill(
     const MergeScratch& scratch, const MergeOptions& options, VoidPixels void_pixels, Shared<unsigned> sums) {

@@ -6,8 +6,9 @@
 //
 // The first kernel computes probabilities with a border of zeros, and the ranges of rows and columns that each box
 // covers. In the second kernel a thread computes 16 consecutive pixels, across the ends of rows, so that stores are 16
-// bytes. A thread without a pixel in a box needs about 120 integer instructions, less time than its store of zeros
-// takes. Compiled without fused multiply-adds, so that comparisons with the threshold equal those of the CPU.
+// bytes. A thread without a pixel in a box runs about 120 integer instructions, which take less time than its store of
+// zeros. This file is compiled without fused multiply-adds, so that comparisons with the threshold equal those of the
+// CPU.
 #include "common/paste_masks.h"
 
 #include "cuda/launch.h"
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) paste_prepare_kernel(
         value = real_t(1) / (real_t(1) + std::exp(-static_cast<real_t>(load(logit))));
     }
     probabilities[index] = value;
-    if (index < problem.count) {  // a mask has at least four threads
+    if (index < problem.count) {  // thread k computes the ranges of mask k; there are at least four threads per mask
         const Global<const double> box = boxes + index * 4;
         const PixelRange columns = paste_range(paste_axis(box[0], box[2], problem.mask_width), problem.width);
         const PixelRange rows = paste_range(paste_axis(box[1], box[3], problem.mask_height), problem.height);

@@ -144,12 +144,12 @@ inline int multiprocessors(Stream stream) {
     return device_attribute<cudaDevAttrMultiProcessorCount>(stream, "multiprocessors");
 }
 
-// Maximum bytes of shared memory of a block, including those that the runtime reserves.
+// Maximum bytes of shared memory that a block can request, static memory included.
 inline int largest_shared_bytes(Stream stream) {
     return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(stream, "shared memory");
 }
 
-// Allow kKernel so many bytes of dynamic shared memory; CUDA requires this above 48 KiB.
+// Allow kKernel `shared_bytes` of dynamic shared memory; CUDA requires this above 48 KiB.
 template <auto kKernel>
 inline void allow_shared_bytes(size_t shared_bytes, Stream stream) {
     static DeviceNumbers allowed;

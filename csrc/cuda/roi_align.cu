@@ -5,8 +5,9 @@
 //   output[k, c, ph, pw] = mean over the samples (y, x) of bin (ph, pw) of bilinear(level(k)[batch(k), c], y, x)
 //                        = sum_y wy[y] sum_x wx[x] level(k)[batch(k), c, y, x]     over the cells that the bin reads
 //
-// Layouts: features (N, H, W, C) by strides with adjacent channels (others are copied first); output (K, PH, PW, C) or
-// (K, C, PH, PW). A block computes a tile of bins of one RoI, a warp a bin row, a lane 16 bytes of channels.
+// Layouts: features (N, H, W, C) of any strides with adjacent channels (others are copied first); output (K, PH, PW, C)
+// or (K, C, PH, PW). A block computes a tile of bins of one RoI, a warp a bin row, a lane 16 bytes of channels (one
+// channel if loads are not aligned).
 #include "ops/roi_align.h"
 
 #include "cuda/roi_align_walk.cuh"

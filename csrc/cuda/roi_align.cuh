@@ -69,8 +69,8 @@ __device__ __forceinline__ RoiAxis<real_t> axis_of(
 
 constexpr int kHalfWarp = kWarpSize / 2;
 
-// Add the first kCount pairs in `left`, whose offsets and weights are distributed over the lanes. All loads are issued
-// before the first use.
+// Add the pairs of the first kCount lanes in the mask `left`, and remove these lanes from it. Each lane has the offset
+// and weight of one pair. All loads are issued before the first use.
 template <int kCount, int kWidth, typename scalar_t, typename real_t, typename offset_t>
 __device__ __forceinline__ void add_group(
     unsigned& left, offset_t offset, real_t weight, Global<const scalar_t> source, real_t (&sum)[kWidth]) {

@@ -2,10 +2,10 @@
 //
 // Gradient of RoIAlign w.r.t. the features on CUDA, over one feature map or a pyramid. Two algorithms:
 //
-//   scatter   the transpose of the forward pass. Columns of cells are summed over bins, then added to the map by
-//             16-byte reductions in float32; the order of the sums is not fixed.
-//   gather    a warp per cell adds the bins that read the cell, RoIs in ascending order: deterministic, without a
-//             float32 buffer or atomics, but one warp adds all RoIs of a cell. Always used in float64.
+//   scatter   The transpose of the forward pass. Columns of cells are summed over bins, then added to the map by
+//             float32 reductions, of 16 bytes if alignment and device allow it. The order of the sums is not fixed.
+//   gather    A warp per cell adds the bins that read the cell, RoIs in ascending order. It is deterministic and needs
+//             no float32 buffer or atomics, but one warp adds all RoIs of a cell. Always used in float64.
 //
 // Layouts: gradient of the output (K, PH, PW, C); gradients of the levels (N, H, W, C).
 #include "cuda/roi_align_walk.cuh"
@@ -29,7 +29,7 @@ __device__ __forceinline__ void add_to_cell(Global<real_t> cell, const real_t (&
 // column is added to its rows of cells before another column replaces it.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin_row(
-    Global<const scalar_t> source, int bins, int channels,  // bins at distances of `channels`
+    Global<const scalar_t> source, int bins, int channels,  // elements from one bin to the next: `channels`
     Global<accum_t<scalar_t>> feature, bool active, int64_t row_stride, Shared<Tap<accum_t<scalar_t>>> rows,
     int row_count, Shared<Step<accum_t<scalar_t>>> steps, Shared<int64_t> columns, WalkLength length) {
     using real_t = accum_t<scalar_t>;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void scatter_bin_row(
     flush(current, current_column);
 }
 
-// Scatter the gradient of a bin that does not fit in the tables.
+// Scatter the gradient of a bin whose cells do not fit in the tables.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void scatter_bin(
     Global<const scalar_t> source, Global<accum_t<scalar_t>> feature, bool active, Global<const accum_t<scalar_t>> box,
@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
     weights[at] = bin;
 }
 
-// Bin of this lane: bin row ph0 + l for lane l of the lower half-warp, bin column pw0 + l of the upper half-warp.
+// Bin of this lane on one axis: bin row ph0 + l for lane l of the lower half-warp, bin column pw0 + l for lane l of the
+// upper half-warp.
 struct LaneBin {
     bool of_rows, exists;
     int bin;
@@ -288,7 +289,7 @@ struct CellTile {
 
     template <typename element_t>
     __device__ __forceinline__ CellTile(const TiledPyramid<element_t>& gradients, const RoiProblem& problem)
-        : level(problem.num_levels - 1) {  // the coarsest level is first: the most RoIs read its cells
+        : level(problem.num_levels - 1) {  // the coarsest level has the first blocks: the most RoIs read its cells
         while (level > 0 && static_cast<int>(blockIdx.x) >= gradients.tile_begin[level - 1]) {
             --level;
         }
@@ -373,7 +374,7 @@ struct CellGather {
         return weight;
     }
 
-    // Add the gradients of the bins of a RoI; `bin` has the weights of bins (0, 0), which are already loaded.
+    // Add the gradients of the bins of a RoI. `bin` is load_weights(roi, 0, 0), loaded by the caller.
     __device__ __forceinline__ void add_roi(int roi, BinWeights<real_t> bin, real_t (&sum)[kWidth]) const {
         const int64_t bins = static_cast<int64_t>(problem.pooled_height) * problem.pooled_width;
         Global<const scalar_t> source = grad_output + roi * bins * problem.channels;

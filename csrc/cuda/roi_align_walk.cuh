@@ -8,10 +8,10 @@
 
 namespace spatialflow {
 
-constexpr int kMaxBinColumns = 16;  // of a block: half a warp; the other half computes its bin rows
-constexpr int kWalkWarps = 4;       // of a block, which has as many bin rows
+constexpr int kMaxBinColumns = 16;  // of a block: a half-warp computes their taps, the other one those of the bin rows
+constexpr int kWalkWarps = 4;       // maximum of a block, and maximum number of its bin rows
 constexpr int kMaxSamples = 32;     // of a bin on an axis, for a bin that fits in the tables
-constexpr int kMaxTaps = 8;
+constexpr int kMaxTaps = 8;         // of a bin on an axis
 constexpr int kTooMany = kMaxTaps + 1;
 constexpr int kTapStride = kWarpSize;  // between taps of a lane: adjacent lanes are in different banks
 constexpr int kMaxRows = 4;            // taps of a bin row that fit in registers
@@ -38,7 +38,8 @@ struct alignas(4 * sizeof(real_t)) Step {
 constexpr int kLoadsColumn = 1;  // first, the current column becomes the previous one, and the next column is loaded
 constexpr int kEndsBin = 2;
 
-// Add `weight` to the tap of `cell`. Samples ascend, so a repeated cell is one of the last two.
+// Add `weight` to the tap of `cell`. If samples ascend, a repeated cell is one of the last two. In a RoI of negative
+// extent samples may descend; a cell can then have several taps, which add up to its weight.
 template <typename real_t>
 __device__ __forceinline__ void add_tap(Shared<Tap<real_t>> taps, int& count, int cell, real_t weight) {
     if (weight == real_t(0)) {
@@ -92,7 +93,8 @@ struct WalkLength {
     int steps, columns;
 };
 
-// Write the steps over the bins of lanes [0, bins), `count` taps each, and the offsets of the columns that they load.
+// Write the steps over the bins [0, bins) of a bin row, and the offsets of the columns that the steps load. A lane has
+// the `count` taps of one bin column.
 // All lanes of the warp must call it. If a bin has too many taps, the result is -1 steps. If the cells of all bins
 // ascend, columns in registers are not loaded again.
 template <typename real_t>
@@ -125,10 +127,11 @@ __device__ __forceinline__ WalkLength write_walk(
     const bool reuses =
         __all_sync(kAllLanes, ascends && follows) && (first == last_column || first == column_before_last);
     const int reused_taps = count == 0 || !reuses ? 0 : first == column_before_last ? 2 : 1;
-    const int first_taps = reuses && count > 1 ? 2 : 1;  // of the bin's first step
+    const int first_taps = reuses && count > 1 ? 2 : 1;  // added by the bin's first step
     const int lane_steps = lane < bins ? (count > first_taps ? count - first_taps + 1 : 1) : 0;
     const int lane_columns = count - reused_taps;
-    int ends = lane_steps << 16 | lane_columns;  // of this lane, then summed over all lanes up to this one
+    // Steps (upper half) and columns (lower half) of this lane, then of all lanes up to this one.
+    int ends = lane_steps << 16 | lane_columns;
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
         const int before = __shfl_up_sync(kAllLanes, ends, distance);
@@ -191,8 +194,8 @@ struct RoiPart {
     }
 };
 
-// Fill the tables; all threads of the block must call it. `column_unit` is the unit of offsets of columns: an element
-// or its bytes.
+// Fill the tables; all threads of the block must call it. `column_unit` is 1 for column offsets in elements, or the
+// size of an element for offsets in bytes.
 template <typename real_t, typename element_t>
 __device__ __forceinline__ void write_tables(
     const WalkTables<real_t>& tables, Global<const real_t> box, const RoiPart& part,

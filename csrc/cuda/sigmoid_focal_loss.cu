@@ -22,8 +22,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTotalThreads = 1024;
-// Vectors that a thread of the sum loads before it uses the first, and resident blocks of a multiprocessor: both
-// limited by registers. A thread loads kSumRounds times.
+// kSumVectors: vectors that a thread of the sum kernel loads before it uses the first. kSumBlocks: resident blocks of a
+// multiprocessor. Registers limit both. A thread loads kSumVectors vectors kSumRounds times.
 template <typename scalar_t>
 constexpr int kSumVectors = sizeof(scalar_t) == sizeof(float) ? 4 : 2;
 template <typename scalar_t>
@@ -100,7 +100,7 @@ struct FocalVector {
     __device__ __forceinline__ bool is_plain() const { return is_counted && !has_label(); }
 };
 
-// Load the vectors of a thread from number `first` on. All loads are issued before the first use.
+// Load kVectors vectors of a thread, from its vector number `first` on. All loads are issued before the first use.
 template <typename scalar_t, int kWidth, int kVectors>
 __device__ __forceinline__ void load_focal_vectors(
     Global<const scalar_t> logits, const FocalPlace<scalar_t, kWidth>& place, const FocalOptions& options, int first,
@@ -242,7 +242,7 @@ __device__ __forceinline__ void add_focal(
     }
 }
 
-// Sum over the block in a fixed order; valid in thread 0.
+// Return the sum over the block, added in a fixed order, in all threads.
 template <int kWarps>
 __device__ __forceinline__ double block_sum(double value, Shared<double> of_warps) {
     for (int step = kWarpSize / 2; step > 0; step /= 2) {

@@ -3,11 +3,11 @@
 // 1x1 convolutions of conv1x1.cu in 16-bit types on compute capability 9.0a, by TMA and wgmma.
 //
 // A matrix product of pixels (pixels, C) and weights (O, C), 64 channels per step. Persistent blocks compute tiles of
-// 64 to 256 pixels by 64 or 128 outputs. One warp loads pixels and weights by TMA, several steps ahead; one or two
-// warpgroups multiply, half of the pixels each. Channels and outputs beyond the last are read as zeros. A tile is a
-// rectangle of pixels. If all pixels of x have the same stride, as in a channels-last map, the map is one row. TMA
-// loads two rows of every eight of the weights at a time. So a lane has eight adjacent outputs of each 32 and stores
-// them as 16 bytes. The residual is loaded into registers during the products. Sums are float32, rounded once.
+// 64 to 256 pixels by 64 or 128 outputs. One thread loads pixels and weights by TMA, several steps ahead; one or two
+// warpgroups multiply, with equal shares of the pixels. Channels and outputs beyond the last are read as zeros. A tile
+// is a rectangle of pixels. If all pixels of x are at the same distance, as in a channels-last map, they are one row.
+// TMA loads two rows of every eight of the weights at a time. So a lane has eight adjacent outputs of each 32 and
+// stores them as 16 bytes. The residual is loaded into registers during the products. Sums are float32, rounded once.
 #include "cuda/sm90_conv1x1.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kStepChannels = 64;
 constexpr int kRowBytes = kStepChannels * 2;  // of a pixel, and of an output
-constexpr int kSharedLimit = 227 * 1024;      // of a multiprocessor; a block occupies 1 KB more than it requests
+constexpr int kSharedLimit = 227 * 1024;  // of a block; each block occupies 1 KB more, of 228 KB of a multiprocessor
 
 // Each of kConsumers warpgroups computes kRowTiles tiles of 64 pixels.
 template <int kTileOutputs, int kTileRowTiles, int kTileConsumers>
@@ -42,7 +42,7 @@ struct Conv1x1Problem {
     TensorMap weights;                      // boxes of 64 channels and two of every eight outputs
     Global<const scalar_t> bias, residual;  // (O), (N, H, W, O), or null
     Global<scalar_t> out;                   // (N, H, W, O)
-    int width, height;                      // of an image
+    int width, height;                      // of an image, after the merging by PixelGrid
     int log_tile_width;
     int tile_columns, tile_rows;  // of an image
     int output_tiles;             // tiles with the same pixels
@@ -278,7 +278,8 @@ __global__ void __launch_bounds__(
     // The shuffle tells the compiler that all lanes of a warp have the same value.
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    constexpr bool kMovesRegisters = Config::kRowTiles > 1;  // two tiles need more registers than all threads can have
+    // The sums of two row tiles need more registers than an equal share of each thread.
+    constexpr bool kMovesRegisters = Config::kRowTiles > 1;
     if (warp >= 4 * Config::kConsumers) {
         if constexpr (kMovesRegisters) {
             decrease_registers<40>();
@@ -343,7 +344,8 @@ struct Sm90Conv1x1Kernel {
         }
     };
 
-    // Estimated cycles: the larger of a tile's products and memory traffic, plus a constant for start and end.
+    // Estimated cycles: tiles per multiprocessor, times the cycles of a tile. These are the larger of products and
+    // memory traffic, plus a constant for start and end.
     static double cost(const Conv1x1Problem<scalar_t>& problem, const PixelGrid& grid, Stream stream) {
         constexpr double kBytesPerCycle = 45;
         const double products = 4.0 * problem.steps * kRowTiles * kConsumers * kOutputs / 2;
@@ -353,7 +355,7 @@ struct Sm90Conv1x1Kernel {
         return std::ceil(tiles / multiprocessors(stream)) * (std::max(products, bytes / kBytesPerCycle) + 800);
     }
 
-    // Launch the kernel; false if TMA cannot read x.
+    // Launch the kernel; return false if TMA cannot read x.
     static bool run(
         Conv1x1Problem<scalar_t>& problem, const Tensor& x, const PixelGrid& grid, const Tensor& weight,
         Stream stream) {
@@ -383,7 +385,7 @@ struct Sm90Conv1x1Kernel {
     }
 };
 
-// Launch the kernel; false if TMA cannot read x. Results do not depend on the choice of tiles.
+// Launch the kernel; return false if TMA cannot read x. Results do not depend on the choice of tiles.
 template <typename scalar_t>
 bool run(Conv1x1Problem<scalar_t>& problem, const Tensor& x, const Tensor& weight, Stream stream) {
     if (!has_adjacent_channels(x)) {

@@ -40,8 +40,9 @@ struct Sm90Kernel {
         }
         return all;
     }
-    // Estimated cycles of a tile. A step needs the maximum of three times: products, traffic of shared memory (128
-    // bytes per cycle) and of L2 (32). Start and stores of the tile are added.
+    // Estimated cycles of a tile, averaged over the tiles of the table. A step takes the maximum of three times:
+    // products, traffic of shared memory (128 bytes per cycle) and traffic of L2 (32). The start and the stores of a
+    // tile are added.
     static double tile_cost(const Sm90Table<scalar_t>& table) {
         constexpr double kProducts = 36.0 * kSubTiles * kOutputs / 2, kInputBytes = kSubTiles * kHaloBytes;
         constexpr double kWeights = kTaps * Config::kWeightStage, kOperands = 36.0 * kSubTiles * (2048 + 32 * kOutputs);
@@ -74,15 +75,15 @@ struct Sm90Kernel {
     }
 };
 
-// Two launches: whole rounds of tiles of four sub-tiles, then the remaining ones in tiles of two. So a last round of
-// few tiles needs half the time.
+// Two launches. A round is one tile per multiprocessor. The first launch runs all full rounds of tiles of four
+// sub-tiles; the second runs the remaining sub-tiles in tiles of two. So a last round of few tiles takes half the time.
 template <typename scalar_t, int kOutputs>
 struct Sm90Rounds {
     using Large = Sm90Kernel<scalar_t, kOutputs, 4>;
     using Small = Sm90Kernel<scalar_t, kOutputs, 2>;
 
-    // Number of tiles in whole rounds. Sub-tiles whose outputs would be split between the two launches are not
-    // included. `remainder` returns the convolutions of the other tiles.
+    // Return the number of tiles in full rounds, without sub-tiles whose outputs would be split between the two
+    // launches. `remainder` returns the convolutions of the other tiles.
     static int64_t whole_rounds(const Sm90Table<scalar_t>& table, Stream stream, Sm90Table<scalar_t>& remainder) {
         const int64_t whole = Large::tiles(table) / multiprocessors(stream) * multiprocessors(stream);
         int64_t tiles = 0;

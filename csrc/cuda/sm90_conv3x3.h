@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 3x3 convolutions by wgmma on devices of compute capability 9.0a; the kernel is in sm90_conv3x3.cu.
+// 3x3 convolutions by wgmma on devices of compute capability 9.0a; the kernel is in sm90_conv3x3_kernel.cuh.
 #pragma once
 
 #include "cuda/conv3x3.h"

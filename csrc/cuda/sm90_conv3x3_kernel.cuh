@@ -4,10 +4,11 @@
 //
 // A block computes tiles of four or two sub-tiles of 8 x 8 pixels by 128 or 64 outputs; sub-tiles are numbered over all
 // levels of a convolution. For every 64 channels, sub-tiles with their halo are loaded once for nine taps: 10 x 10
-// pixels of 128 bytes, 128-byte swizzle. The matrix of tap (dy, dx) starts dy rows and dx pixels later. Weights are (64
-// channels, outputs) of a tap, outputs adjacent as packed. Warp 0 loads inputs, warp 1 weights. Warps 2 and 3 add the
-// flow to the inputs in shared memory, with one rounding. Two warpgroups multiply, half of the sub-tiles each. A lane
-// has eight adjacent outputs of each 32 (packed_position) and stores them as 16 bytes.
+// pixels of 128 bytes, 128-byte swizzle. The input matrix of tap (dy, dx) starts dy rows and dx pixels after the first
+// pixel of the halo. A stage of weights holds one tap, (64 channels, outputs), outputs adjacent as packed. Warp 0 loads
+// inputs, warp 1 weights. Warps 2 and 3 add the flow to the inputs in shared memory, with one rounding. Two warpgroups
+// multiply, half of the sub-tiles each. A lane has eight adjacent outputs of each 32 (packed_position) and stores them
+// as 16 bytes.
 #pragma once
 
 #include "cuda/conv3x3_table.cuh"
@@ -77,7 +78,7 @@ struct Sm90Conv3x3Block {
     static constexpr int kInputStages = Config::kInputStages, kWeightStages = Config::kWeightStages;
     static constexpr int kSubTiles = Config::kSubTiles,
                          kBarriers = 3 * kInputStages + 2 * kWeightStages + 2 * kAddWarps;
-    // Sub-tiles of a warpgroup; blocks of packed_position.
+    // Sub-tiles of a warpgroup; blocks of 32 outputs (packed_position) of a tile.
     static constexpr int kWarpgroupSubTiles = kSubTiles / 2, kBlocks = Config::kOutputs / 32;
 
     struct Tile {
@@ -93,8 +94,8 @@ struct Sm90Conv3x3Block {
     Shared<unsigned> skipped;
     unsigned begin, flow_memory, weight_memory;
     int first_tile, tile_step;
-    // Addresses of the mbarriers. Inputs: ready for wgmma, free, ready for the addition. Weights and flows: ready,
-    // free.
+    // Addresses of the mbarriers. Inputs: ready for wgmma (input_full), free (input_empty), ready for the addition of
+    // the flow (term_full). Weights and flows: ready, free.
     unsigned input_full, input_empty, term_full, weight_full, weight_empty, flow_full, flow_empty;
 
     __device__ __forceinline__ Sm90Conv3x3Block(
@@ -210,7 +211,7 @@ struct Sm90Conv3x3Block {
                 const unsigned full = (has_flow ? term_full : input_full) + 8 * state.stage;
                 mbarrier_expect(full, kSubTiles * kHaloBytes);
                 if (!has_flow) {
-                    mbarrier_arrive(full);  // for the second warp that adds
+                    mbarrier_arrive(full);  // in place of the second warp that adds flows
                 }
 #pragma unroll
                 for (int i = 0; i < kSubTiles; ++i) {
@@ -267,7 +268,7 @@ struct Sm90Conv3x3Block {
         const Shared<unsigned char> inputs = memory + (begin - shared_address(memory)) + lane * 16;
         const Shared<unsigned char> flow = inputs + kInputStages * Config::kInputStage + adder * kHaloStride;
         int stage = 0;
-        unsigned parity = 0, flow_parity = 0;  // one bit per stage
+        unsigned parity = 0, flow_parity = 0;  // bit i of `parity` is that of stage i
         for_each_tile([&](const Tile&, const Sm90Convolution& convolution) {
             for (int step = 0; step < convolution.steps; ++step) {
                 if (convolution.has_flow) {
@@ -339,7 +340,7 @@ struct Sm90Conv3x3Block {
                 const int output = first_output + i / 8 * 32 + i % 8;
                 bias[i / 8][i % 8] = convolution.bias && output < convolution.outputs ? convolution.bias[output] : 0.0f;
             }
-            int read_stage = -1;  // weights that the previous group of products has read
+            int read_stage = -1;  // stage of the weights that the previous group of products has read
 #pragma unroll 1
             for (int step = 0; step < convolution.steps; ++step) {
                 mbarrier_wait(input_full + 8 * input.stage, input.parity);
@@ -360,13 +361,13 @@ struct Sm90Conv3x3Block {
         });
     }
 
-    // Release the stage of inputs before that of `input`.
+    // Release the stage of inputs that precedes the one of `input`.
     __device__ __forceinline__ void release_inputs(const PipelineState<kInputStages>& input) const {
         mbarrier_arrive(input_empty + 8 * (input.stage == 0 ? kInputStages - 1 : input.stage - 1));
     }
 
-    // Run the products of a step, and release the stages that the previous group of products has read. `read_stage` is
-    // its stage of weights; -1 for none.
+    // Run the products of a step, a group per tap. After each group, release the stages that the group before it has
+    // read. `read_stage` is the weight stage of the last group; -1 if the tile has none yet.
     __device__ __forceinline__ void multiply_taps(
         unsigned inputs, int step, int lane, const PipelineState<kInputStages>& input,
         PipelineState<kWeightStages>& weight, int& read_stage, Sums& sums) const {

@@ -194,7 +194,7 @@ struct Sm90DeformBlock {
         finish_products(sums);
     }
 
-    // Start the products of a step: add them to the sums, or assign them.
+    // Start the products of a step: add them to the sums, or replace the sums.
     __device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, bool add, Sums& sums) const {
         run_product_group(sums, [&] {
         // Sixteen channels are 32 bytes of a pixel, and 16 rows of weights.
@@ -210,8 +210,8 @@ struct Sm90DeformBlock {
         });
     }
 
-    // Store the results of a warpgroup. A lane has two of 64 rows of pixels, and outputs pair * 2 and pair * 2 + 1 of
-    // each eight.
+    // Store the results of a warpgroup. A lane has two of the 64 pixels, first_row and first_row + 8, and of each eight
+    // outputs pair * 2 and pair * 2 + 1.
     __device__ __forceinline__ void store(
         const Sums& sums, int first_row, int pair, const Global<scalar_t>& output, const Global<float>& parts) const {
 #pragma unroll
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
     const int steps, const int part_steps) {
 #if SPATIALFLOW_HAS_SM90
     using Block = Sm90DeformBlock<scalar_t, kOutputs, kConsumers>;
-    constexpr bool kLimitedRegisters = kOutputs == 256 && kConsumers == 2;  // sums take 128 registers of a consumer
+    constexpr bool kLimitedRegisters = kOutputs == 256 && kConsumers == 2;  // a consumer thread has 128 sums
     SPATIALFLOW_DYNAMIC_SHARED(unsigned char, memory);
     SPATIALFLOW_SHARED(uint64_t, barriers, 2 * Block::kStages);
     SPATIALFLOW_SHARED(float, biases, kOutputs);
@@ -300,7 +300,8 @@ __global__ void __launch_bounds__(Sm90DeformConfig<kOutputs, kConsumers>::kThrea
         block.produce(first, end);
         return;
     }
-    increase_registers<kLimitedRegisters ? 160 : kConsumers == 2 ? 136 : 232>();  // all registers that are left
+    // With two consumers, these are all the registers that are left.
+    increase_registers<kLimitedRegisters ? 160 : kConsumers == 2 ? 136 : 232>();
     const int consumer = warpgroup - kProducers / 128;
     typename Block::Sums sums = {};
     block.multiply(first, end, consumer, sums);

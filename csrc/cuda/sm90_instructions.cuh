@@ -117,7 +117,7 @@ struct WgmmaSums {
     float values[kCount];
     __device__ __forceinline__ float operator[](int i) const { return values[i]; }
 };
-// Keep other uses of the sums from moving across the wgmma instructions; otherwise ptxas serializes these.
+// Keep other uses of the sums from moving across the wgmma instructions; otherwise ptxas serializes the instructions.
 template <int kCount>
 __device__ __forceinline__ void pin(WgmmaSums<kCount>& d) {
 #pragma unroll

@@ -8,9 +8,10 @@
 
 namespace spatialflow {
 
-// Compute the strides of (C, W, H, N) for TMA. Return false unless each is a multiple of the previous one, which TMA is
-// known to support. Sizes begin with the innermost dimension; channels are adjacent 16-bit numbers. The stride of a
-// dimension of size 1 is arbitrary, so it is replaced by that of the next larger dimension.
+// Compute the strides of (C, W, H, N) for TMA. Return false unless they are nested, which TMA is known to support: each
+// stride is a multiple of the previous one and not less than the extent of the previous dimension. Sizes begin with the
+// innermost dimension; channels are adjacent 16-bit numbers. The stride of a dimension of size 1 is arbitrary, so it is
+// replaced by that of the next dimension with more elements.
 inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&tensor_strides)[3], int64_t (&strides)[3]) {
     int64_t stride = 8, span = sizes[0];  // 8: 16 bytes
     for (int i = 0; i < 3; ++i) {
@@ -42,7 +43,7 @@ namespace spatialflow {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// Return the driver function, with which the library is not linked; null if the driver is too old.
+// Return the driver's cuTensorMapEncodeTiled; the library does not link to the driver. Null if the driver is too old.
 inline EncodeTiled encode_tiled() {
     static const EncodeTiled encode = [] {
         void* address_of_entry = nullptr;

@@ -8,7 +8,7 @@
 // It interpolates the two adjacent rows of logits into shared memory (cells, classes), as many classes at a time as
 // fit. Loads run along classes or cells, whichever have the smaller stride, two classes per load if aligned. Rows in
 // shared memory have an odd length against bank conflicts. Each thread then interpolates between its two cells for each
-// class. Compiled without fused multiply-adds, so that labels equal those of the CPU.
+// class. This file is compiled without fused multiply-adds, so that labels equal those of the CPU.
 #include <cmath>
 
 #include "common/stuff_labels.h"
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) stuff_labels_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Maximum number of cells from which the pixels of a block of `pixels` adjacent pixels are interpolated.
+// Maximum number of adjacent cells that a block reads if it computes `pixels` adjacent pixels.
 int64_t widest_block(const LabelAxis& columns, int pixels) {
     int64_t widest = 0;
     for (int64_t begin = 0; begin < columns.pixels; begin += pixels) {

@@ -87,8 +87,8 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
     return bits;
 }
 
-// Pair of 16-bit values in a word. The compiler would wait for a load of vectors of 16-bit values in order to unpack
-// them.
+// Pair of 16-bit values in a word. Pairs are loaded as words, because the compiler would wait for a vector of 16-bit
+// values right after its load, in order to unpack it.
 template <typename scalar_t>
 struct PairOf {
     using type = __nv_bfloat162;
@@ -134,7 +134,7 @@ namespace spatialflow {
 struct Tf32 {};    // rounded to TF32
 struct Tf32x3 {};  // as the sum of two TF32 numbers, by three products: almost float32 precision
 
-constexpr unsigned kTf32Bits = 0xffffe000u;  // of a float32
+constexpr unsigned kTf32Bits = 0xffffe000u;  // mask of the bits of a float32 that TF32 keeps
 
 template <typename operand_t>
 struct ElementType {
@@ -180,7 +180,7 @@ struct Fragment {
     __device__ __forceinline__ void set(int i, unsigned prepared) { words[i] = prepared; }
 };
 
-// The first number is truncated, not rounded: the remainder is exact, and a finite number does not become infinity.
+// `high` is truncated, not rounded: the remainder is exact, and a finite number does not become infinity.
 template <int kCount>
 struct Fragment<Tf32x3, kCount> {
     unsigned high[kCount], low[kCount];

@@ -5,13 +5,13 @@
 //   sums (kRows x kColumns) += left (kRows x kDepth) * right (kDepth x kColumns)
 //
 // A tile is stored by rows, (row, depth) on the left and (column, depth) on the right, or by depth, (depth, row) and
-// (depth, column). Its values are `prepared` for the operand type. kDepth is 64 bytes. A thread loads one 16-byte item
+// (depth, column). Its values have been converted by prepared(). kDepth is 64 bytes. A thread loads one 16-byte item
 // of the left tile and kColumns / kRows of the right. Rows are padded against bank conflicts by 16 bytes; for tensor
 // cores, if stored by depth, by eight elements.
 //
 //   16-bit types         mma.sync m16n8k16, float32 sums; kRows / 32 x 4 warps of 32 rows x kColumns / 4 columns each
 //   float32 by TF32      the same by m16n8k8, once or (Tf32x3) three times
-//   float32, 64 direct   fused multiply-adds; kRows / 4 x 16 threads of 4 rows x kColumns / 16 columns each
+//   float32, float64     fused multiply-adds; kRows / 4 x 16 threads of 4 rows x kColumns / 16 columns each
 #pragma once
 
 #include "cuda/tensor_core.cuh"
@@ -154,7 +154,7 @@ class TileProduct<operand_t, kColumns, kLeftByDepth, kRightByDepth, kRows, false
     using scalar_t = element_t<operand_t>;
     static constexpr int kWarpColumns = kColumns / 4;
     // ldmatrix does not transpose 32-bit numbers. If the tile is stored by depth, a lane loads pairs of adjacent
-    // elements. A pair is rows g and g + 8 of a product, or column g of two products.
+    // elements. A pair is used as rows g and g + 8 of one product, or as column g of two products (g = lane / 4).
     static constexpr bool kPairedRows = sizeof(scalar_t) == 4 && kLeftByDepth;
     static constexpr bool kPairedColumns = sizeof(scalar_t) == 4 && kRightByDepth;
 
@@ -242,7 +242,7 @@ private:
     // Column j in the warp: the first of kVisitColumns adjacent columns.
     __device__ static __forceinline__ int column(int j) { return (j * 4 + lane() % 4) * kVisitColumns; }
     __device__ __forceinline__ Vec<float, kVisitColumns> sums_of(int i, int j) const {
-        constexpr int kProducts = kVisitColumns / 2;  // whose columns alternate
+        constexpr int kProducts = kVisitColumns / 2;  // products whose columns alternate in `values`
         Vec<float, kVisitColumns> values;
 #pragma unroll
         for (int v = 0; v < kVisitColumns; ++v) {
@@ -276,10 +276,10 @@ private:
         }
     }
 
-    // Load the lane's part of 16 columns, which are two products.
+    // Load the lane's part of 16 columns, the right operands of two products.
     __device__ static __forceinline__ void load_right(
         Shared<scalar_t> tile, int k, int first, Fragment<operand_t, 2> (&fragments)[2]) {
-        unsigned words[4];  // of the first product, of the second
+        unsigned words[4];  // two of the first product, then two of the second
         if constexpr (kPairedColumns) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
@@ -331,7 +331,8 @@ __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multi
     }
 }
 
-// Call load(row, item, target) for every 16-byte item of kRows rows of kRowItems items, distributed over the block.
+// Call load(row, element, target) for every 16-byte item of kRows rows of kRowItems items, distributed over the block.
+// `element` is the item's first element in its row, `target` its address in the tile.
 template <int kRows, int kRowItems, int kThreads = kProductThreads, typename scalar_t, typename Load>
 __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, Load load) {
     constexpr int kItem = kVectorElements<scalar_t>, kStepRows = kThreads / kRowItems;
@@ -346,7 +347,8 @@ __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, 
     }
 }
 
-// Prepare the items that this thread has copied by load_items and cp.async; the copies must be complete.
+// Apply prepared() to the items that this thread has copied by load_items and cp.async, if the operand type needs it.
+// The function waits for the copies, which must be committed.
 template <typename operand_t, int kRows, int kRowItems, int kThreads = kProductThreads>
 __device__ __forceinline__ void prepare_items(Shared<element_t<operand_t>> tile, int tile_row) {
     if constexpr (std::is_same_v<operand_t, Tf32>) {

@@ -14,10 +14,10 @@ namespace spatialflow {
 
 constexpr int64_t kStripPixels = 336;  // output pixels of a strip; fewer for small pyramids
 constexpr int64_t kStripWidth = 84;    // wider maps are split into columns of strips
-constexpr int64_t kLastParts = 4;      // tasks for each of the last strips; more if there are fewer strips than threads
+constexpr int64_t kLastParts = 4;      // tasks of each of the last strips; more for few strips, at most one per panel
 
-// Number of input channels that are processed at a time for the three taps of a row. 16 pixels of these channels stay in
-// the L1 cache.
+// Number of input channels that are processed at a time for the three taps of a row. 16 pixels of these channels stay
+// in the L1 cache.
 constexpr int64_t kTapChannels = 64;
 
 // Pack weights for conv3x3_direct: gemm_pack of (9 C_in, C_out), rows tap by tap.

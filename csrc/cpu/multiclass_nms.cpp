@@ -4,7 +4,8 @@
 //
 // NMS of each class, then selection of the best `max_detections` pairs, has the same result as one greedy pass over all
 // (box, class) pairs in score order. The pass stops early. So only the best pairs are sorted, a chunk at a time. The
-// first chunk has at least max(1024, 4 * max_detections) pairs. Each following chunk has a minimum four times as large.
+// first chunk has at least max(1024, 4 * max_detections) pairs, or all. The minimum of each next chunk is four times as
+// large.
 #include "ops/multiclass_nms.h"
 
 #include <cstring>

@@ -51,8 +51,9 @@ SPATIALFLOW_HOST_DEVICE RoiAxis<real_t> roi_axis(
 }
 
 // Samples [begin, end) of bin `bin` that can read an axis of `size` cells. A sample is valid within [-1, size]. The
-// bounds are widened by one sample because of rounding, and `linear_sample` tests each sample exactly. So the work is
-// bounded by the feature's size, however large the RoI is.
+// bounds are widened by two samples because of rounding, and `linear_sample` tests each sample exactly. So the work is
+// bounded by the feature's size, however large the RoI is. All samples are included if there are at most four, or if
+// the RoI is reversed or empty.
 struct SampleRange {
     int64_t begin;
     int64_t end;
@@ -75,8 +76,7 @@ SPATIALFLOW_HOST_DEVICE SampleRange sample_range(const RoiAxis<real_t>& axis, in
     return {static_cast<int64_t>(begin), static_cast<int64_t>(end < real_t(1e15) ? end : real_t(1e15))};
 }
 
-// Compute the two cells and weights of linear interpolation at coordinate `at` on an axis of `size` cells. Return false
-// outside [-1, size] and for NaN: such a sample reads nothing.
+// The two cells of a linear interpolation and their weights.
 template <typename real_t>
 struct LinearSample {
     int64_t low;
@@ -85,6 +85,8 @@ struct LinearSample {
     real_t high_weight;
 };
 
+// Compute the cells and weights at coordinate `at` on an axis of `size` cells. Return false outside [-1, size] and for
+// NaN: such a sample reads nothing.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE bool linear_sample(real_t at, int64_t size, LinearSample<real_t>& sample) {
     if (!(at >= real_t(-1) && at <= real_t(size))) {
@@ -131,7 +133,8 @@ SPATIALFLOW_HOST_DEVICE CellRange bin_cells(const RoiAxis<real_t>& axis, int64_t
 }
 
 // Weight of cell `cell` in the mean over the samples of bin `bin`, on one axis. The weight in two dimensions is the
-// product over the axes. Only samples within one cell of `cell` are visited, plus one on each side because of rounding.
+// product over the axes. Of more than four samples, only those within one cell of `cell` are visited, plus two on each
+// side because of rounding.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE real_t cell_weight(const RoiAxis<real_t>& axis, int64_t bin, int64_t cell, int64_t size) {
     SampleRange samples = sample_range(axis, bin, size);

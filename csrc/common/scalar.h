@@ -3,8 +3,8 @@
 // Storage types of features on the CPU, and their conversion to and from the types for arithmetic.
 //
 // Kernels load `scalar_t`, compute in `accum_t<scalar_t>` and store `scalar_t`. The 16-bit types here only store bits.
-// Their conversions are branch-free integer code, so that the compiler vectorizes loops over channels without hardware
-// support. The CUDA back end uses the types of the toolkit.
+// float16 is converted by F16C instructions if the target has them. All other conversions are short arithmetic on bits,
+// which the compiler can vectorize in loops over channels. The CUDA back end uses the types of the toolkit.
 #pragma once
 
 #include <cstdint>

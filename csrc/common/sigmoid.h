@@ -13,7 +13,7 @@ SPATIALFLOW_HOST_DEVICE value_t sigmoid(value_t logit) {
     const value_t zero = value_t{}, one = zero + real_t(1);
     const value_t small = Math::exp(logit > zero ? -logit : logit);
     const value_t result = (logit > zero ? one : small) / (one + small);
-    return logit == logit ? result : logit;  // the vector version of exp may not propagate NaN
+    return logit == logit ? result : logit;  // the vector version of exp does not propagate NaN
 }
 
 }  // namespace spatialflow

@@ -8,7 +8,7 @@
 //
 //   f(z) = s^gamma * softplus(z)          softplus(z) = -log(1 - s) = max(z, 0) + log(1 + exp(-|z|))
 //
-// Every term is computed from exp(-|z|) in [0, 1]: no overflow, and no cancellation in 1 - s for large logits.
+// Every term is computed from exp(-|z|) in [0, 1]. So nothing overflows, and 1 - s has no cancellation for large z.
 #pragma once
 
 #include <cmath>
@@ -73,7 +73,7 @@ SPATIALFLOW_HOST_DEVICE value_t focal_term(value_t z, real_t gamma) {
         }
     }
     if constexpr (std::is_floating_point_v<value_t>) {
-        return result;  // NaN for NaN; only the vector version of exp may not propagate it
+        return result;  // NaN for NaN; only the vector version of exp does not propagate NaN
     } else {
         return z == z ? result : z;
     }

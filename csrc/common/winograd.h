@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Winograd's minimal filtering F(4, 3) in one dimension, shared by CPU and CUDA: four outputs of a three-tap
-// convolution from six products instead of twelve. Nested in two dimensions, a 3x3 convolution of a 6x6 input tile
-// gives a 4x4 output tile with 36 products per pair of channels instead of 144:
+// convolution from six products instead of twelve. Nested in two dimensions, it computes a 4x4 output tile of a 3x3
+// convolution from a 6x6 input tile. This takes 36 products per pair of channels instead of 144:
 //
 //   Y = A^T [ (G g G^T) * (B^T d B) ] A        (Lavin & Gray, Fast Algorithms for Convolutional Neural Networks, 2015)
 //

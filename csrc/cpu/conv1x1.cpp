@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 1x1 convolution with bias, residual and ReLU, on the CPU:
+// 1x1 convolution with optional bias, residual and ReLU, on the CPU:
 //
 //   out[p, o] = relu(sum_c x[p, c] * weight[o, c] + bias[o] + residual[p, o])
 //
 // for pixels p of channels-last maps. Each thread computes a range of pixels, by matrix products of 32 pixels.
-// The networks use oneDNN on the CPU instead (spatialflow/models/optimized/conv.py).
+// The networks do not use this kernel; on the CPU they call oneDNN or F.conv2d (spatialflow/models/optimized/conv.py).
 #include <algorithm>
 
 #include "cpu/dispatch.h"

@@ -3,8 +3,8 @@
 // 3x3 convolutions (stride 1, padding 1) over pyramids of channels-last maps, shared by flow_conv2d and fused_subnets.
 // The interface consists of pointers and sizes; the two algorithms are conv3x3_winograd.h and conv3x3_direct.h.
 //
-//   out[n, y, x, o] = relu?(sum over taps (dy, dx), c of (x + flow)[n, y + dy, x + dx, c] * w[o, c, dy, dx] + bias[o]
-//                           + residual[n, y, x, o])
+//   out[n, y, x, o] = sum over taps (dy, dx), c of (x + flow)[n, y + dy, x + dx, c] * w[o, c, dy, dx] + bias[o]
+//                     + residual[n, y, x, o],     then an optional ReLU
 //
 // A group is an input pyramid with one or more branches. A branch is a convolution of this pyramid; branches share the
 // work that depends only on the input. There is one task list for all groups, levels and images, so that threads stay

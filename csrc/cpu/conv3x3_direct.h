@@ -2,10 +2,10 @@
 //
 // 3x3 convolutions as an implicit matrix product, (pixels x 9 C_in) * (9 C_in x C_out), exact up to the order of sums.
 //
-// A strip of output rows is one task. The nine taps are nine views of the map with the same pixel stride. A tile of
-// outputs stays in registers for all taps; taps outside the map are skipped. A strip is copied only to add a flow or to
-// convert 16-bit values. The outermost loop is over panels of weights: one panel (295 KB at 256 channels) stays in the
-// L2 cache.
+// A task is a strip of output pixels; the last strips are split by output channels into several tasks. The nine taps
+// are nine views of the map with the same pixel stride. A tile of outputs stays in registers for all taps; taps outside
+// the map are skipped. A strip is copied only to add a flow or to convert 16-bit values. The outermost loop of a task
+// is over panels of weights: one panel (295 KB at 256 channels with AVX-512) stays in the L2 cache.
 #pragma once
 
 #include "cpu/conv3x3.h"
@@ -14,10 +14,10 @@ namespace spatialflow {
 
 constexpr int64_t kStripPixels = 336;  // output pixels of a strip; fewer for small pyramids
 constexpr int64_t kStripWidth = 84;    // wider maps are split into columns of strips
-constexpr int64_t kLastParts = 4;      // parts of each of the last strips, by output channels
+constexpr int64_t kLastParts = 4;      // tasks of each of the last strips; more for few strips, at most one per panel
 
-// Number of input channels that a row of taps processes at a time. 16 pixels of these channels stay in the L1 cache for
-// the three taps.
+// Number of input channels that are processed at a time for the three taps of a row. 16 pixels of these channels stay
+// in the L1 cache.
 constexpr int64_t kTapChannels = 64;
 
 // Pack weights for conv3x3_direct: gemm_pack of (9 C_in, C_out), rows tap by tap.

@@ -44,7 +44,7 @@ inline OutputPixel output_pixel(const DeformConvShape& shape, int64_t index) {
     return {index / shape.pixels(), pixel / shape.out_width, pixel % shape.out_width};
 }
 
-// target[c] = sum over corners of weight[corner] * corner[c].
+// Compute target[c] = sum over i of weight[i] * corner[i][c], for kVectors vectors of channels from `c` on.
 template <int kVectors, typename scalar_t, typename real_t>
 inline void gather_vectors(const scalar_t* const corner[4], const real_t weight[4], int64_t c, real_t* target) {
     Vector<real_t> sum[kVectors] = {};

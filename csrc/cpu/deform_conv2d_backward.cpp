@@ -3,9 +3,10 @@
 // Gradients of deformable convolution on the CPU, deterministic without atomics.
 //
 // Data (input, offset, mask): a task is a slice of channels of an image. For a block of pixels the gradient of the
-// columns is grad_output x weight of the slice. Per tap, its products with the four cells of the sample give the
-// gradients of offset and mask. The same pass adds it to these four cells of grad_input, which no other task writes.
-// All slices contribute to the gradients of offset and mask; these parts are added in order.
+// columns is grad_output x weight of the slice. Per tap, products of this gradient with the four cells of the sample
+// give the gradients of offset and mask. The same pass adds the weighted gradient to the four cells of grad_input,
+// which no other task writes. All slices contribute to the gradients of offset and mask; their parts are added in
+// order.
 //
 // Weight: a task is (taps, slice of channels), with grad_weight = columns^T x grad_output. It gathers its columns block
 // by block over the whole batch, so each sum is computed by one thread in a fixed order.
@@ -131,7 +132,8 @@ SamplingGradient<real_t> scatter_tap(
 }
 
 // Partial sampling gradients. Each pair of a slice and an offset group with common channels has one per image, pixel
-// and tap. Both are in ascending order of channels, so slice + offset group is a unique index of such a pair.
+// and tap. Slices and offset groups are in ascending order of channels, so slice + offset group is a unique index of
+// such a pair.
 template <typename real_t>
 class PartialGradients {
 public:
@@ -308,7 +310,7 @@ public:
     PackedGradient(
         const DeformConvShape& shape,
         const View4<scalar_t>& grad_output,  // (N, O, H_out, W_out)
-        int64_t pixel_stride)                // of all pixels of an image of grad_output
+        int64_t pixel_stride)                // between successive pixels of an image of grad_output, across rows too
         : shape_(shape),
           image_blocks_((shape.pixels() + kWeightBlock - 1) / kWeightBlock),
           size_(gemm_packed_size(kWeightBlock, shape.group_outputs())),
@@ -387,7 +389,7 @@ template <typename scalar_t>
 void deform_conv2d_backward_weight(
     const Sampler<scalar_t>& sampler,
     const View4<scalar_t>& grad_output,  // (N, O, H_out, W_out)
-    int64_t pixel_stride,                // of all pixels of an image of grad_output
+    int64_t pixel_stride,                // between successive pixels of an image of grad_output, across rows too
     scalar_t* grad_weight) {             // (O, C / groups, taps)
     const DeformConvShape& shape = sampler.shape();
     const int64_t taps = shape.taps();

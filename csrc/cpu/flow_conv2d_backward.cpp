@@ -8,7 +8,7 @@
 // transform a chunk of inputs and gradients, then add its product to blocks of the result. The order of these sums does
 // not depend on the number of threads. Winograd is the transpose of the forward pass. With V = B^T d B and D = A dY A^T
 // per tile, the gradient of the transformed weights is the sum of V^T D over tiles. These are 36 matrix products; the
-// transform by G^T and G gives nine taps. Direct computes nine products over the pixels of a row.
+// transform by G^T and G gives nine taps. The direct algorithm computes one product per tap and row of pixels.
 #include "cpu/conv3x3_direct.h"
 #include "cpu/conv3x3_tensors.h"
 #include "cpu/winograd.h"

@@ -36,8 +36,8 @@ constexpr int kGemmColumns = kGemmVectors * kLanes<real_t>;
 // length of a packed matrix depends only on its shape.
 constexpr int64_t kGemmColumnPadding = 32;
 
-// Number of steps over k before the tile is stored to C. A panel of this depth (32 KiB) stays in the L1 cache for all
-// rows.
+// Number of steps over k before the tile is stored to C. A panel of this depth (at most 32 KiB) stays in the L1 cache
+// for all rows.
 constexpr int64_t kGemmDepth = 256;
 
 inline int64_t gemm_padded_columns(int64_t n) {

@@ -44,7 +44,7 @@ struct NormMap {
 
 template <typename scalar_t>
 NormMap<const scalar_t> map_of(const Tensor& tensor) {
-    const int64_t pixel_dimension = tensor.size(3) > 1 ? 3 : 2;  // if there is one column, pixels are rows
+    const int64_t pixel_dimension = tensor.size(3) > 1 ? 3 : 2;  // with one column, the next pixel is in the next row
     return {data<scalar_t>(tensor), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, pixel_dimension)};
 }
 
@@ -71,8 +71,8 @@ struct NormBlocks {
     }
 };
 
-// Call run(y, x, count) for runs of pixels [begin, end) of an image, at most kGroupNormRun pixels along a row. If all
-// maps have adjacent rows, the image is treated as one row.
+// Divide pixels [begin, end) of an image into runs of at most kGroupNormRun pixels of a row, and call run(y, x, count)
+// for each. If all maps have adjacent rows, the image is treated as one row.
 template <typename Run>
 inline void for_runs(const NormShape& shape, bool adjacent_rows, int64_t begin, int64_t end, const Run& run) {
     const int64_t width = adjacent_rows ? shape.pixels() : shape.width;

@@ -10,7 +10,8 @@
 namespace spatialflow {
 namespace {
 
-// Transpose of doubling, for one row of the input: weighted sums over rows of the gradient, then over their pixels.
+// Transpose of 2x upsampling, for one row of the input: weighted sums over rows of the gradient, then over pixels of
+// the result.
 template <typename scalar_t>
 void gather_row(
     NormMap<const scalar_t> grad_output, const NormShape& shape,

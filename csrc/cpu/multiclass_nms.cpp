@@ -2,9 +2,10 @@
 //
 // Class-wise NMS of a batch of boxes with per-class scores, on the CPU.
 //
-// Class-wise NMS and selection of the best `max_detections` over all classes equal one greedy pass over all (box,
-// class) pairs in score order. The pass stops early. So only the best pairs are sorted, a chunk at a time. The first
-// chunk is a small multiple of `max_detections`; each following chunk is four times as large.
+// NMS of each class, then selection of the best `max_detections` pairs, has the same result as one greedy pass over all
+// (box, class) pairs in score order. The pass stops early. So only the best pairs are sorted, a chunk at a time. The
+// first chunk has at least max(1024, 4 * max_detections) pairs, or all. The minimum of each next chunk is four times as
+// large.
 #include "ops/multiclass_nms.h"
 
 #include <cstring>

@@ -4,8 +4,8 @@
 //
 // Masks are first packed to one bit per pixel, so a row of 640 pixels is ten words. Packing takes most of the time and
 // is the only pass over all K x H x W bytes. The greedy selection of instances computes overlaps by popcounts of ANDs.
-// The id map is written once, row by row: stuff first, then the new bits of every kept instance. The remaining void
-// pixels are a bit mask, too, in which boxes are counted and filled.
+// The id map is written row by row: stuff first, then each kept instance, without the pixels of earlier ones. The void
+// pixels that remain are a bit mask, too. The void pixels of each box are counted in it, and filled if they are enough.
 //
 // Packing is parallel over (mask, rows), stuff statistics and painting over rows. Counts are integers, so the result
 // does not depend on the number of threads.

@@ -5,8 +5,8 @@
 //   output[k, c, ph, pw] = mean over the samples (y, x) of bin (ph, pw) of bilinear(level(k)[batch(k), c], y, x)
 //                        = sum_y wy[y] sum_x wx[x] level(k)[batch(k), c, y, x]     over the cells that the bin reads
 //
-// For each axis of a RoI, a list of (cell, weight) taps is computed once; samples that read the same cell share a tap.
-// Features are channels-last; the sums of a bin stay in registers during the loop over its taps.
+// For each axis of a RoI, a list of (cell, weight) taps is computed once. Samples of a bin that read the same cell
+// share a tap. Features are channels-last; the sums of a bin stay in registers during the loop over its taps.
 //
 // Tasks of the forward pass are RoIs; tasks of the backward pass are (image, slice of channels). A backward task visits
 // all RoIs of its image in order, so sums are deterministic without atomics.
@@ -54,8 +54,8 @@ struct AxisTaps {
     }
 
 private:
-    // Add a tap, or add to the tap of the same cell. Sample coordinates ascend, so this tap can only be one of the last
-    // two.
+    // Add a tap, or add to the tap of the same cell. Sample coordinates ascend, so that tap can only be one of the last
+    // two. Coordinates of a reversed RoI descend; its cells may then have two taps each, with the same sum.
     void add(size_t first, int64_t offset, real_t weight) {
         if (weight == real_t(0)) {
             return;
@@ -266,8 +266,8 @@ void scatter_rois(
     const RoiAlignSettings& settings) {
     using real_t = accum_t<scalar_t>;
     const int64_t bins = settings.pooled_height * settings.pooled_width;
-    // Use slices of whole vectors, at most one per thread and image: narrower slices only repeat the computation of
-    // taps.
+    // Use slices of whole vectors, about one task per thread over all images. More slices would only repeat the
+    // computation of taps.
     const int64_t vectors = (channels + kLanes<real_t> - 1) / kLanes<real_t>;
     const int64_t slices = std::min(vectors, std::max<int64_t>(1, (num_threads() + batch - 1) / batch));
     const int64_t slice_channels = (vectors + slices - 1) / slices * kLanes<real_t>;

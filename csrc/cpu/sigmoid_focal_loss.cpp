@@ -3,9 +3,10 @@
 // Sigmoid focal loss on the CPU, from class indices without a one-hot target.
 //
 // A block of rows is processed in a buffer that stays in the L1 cache. The logits are copied, negated for the label's
-// class, and replaced by f or a derivative (common/sigmoid_focal_loss.h). All elements are multiplied by the negative
-// weight, but the element of the label's class by the positive weight, negated for odd derivatives. Each block has a
-// partial sum in double. These are added in order, so the sum does not depend on the number of threads.
+// class, and replaced by f or a derivative (common/sigmoid_focal_loss.h). The element of the label's class is
+// multiplied by the positive weight, negated for odd derivatives; all others are multiplied by the negative weight.
+// Each block has a partial sum in double. The partial sums are added in order, so the total does not depend on the
+// number of threads.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>

@@ -9,7 +9,7 @@
 // classes keeps the best values and classes of a vector of pixels in registers. Per class, two loads and two
 // permutations fetch the cells left and right of these pixels.
 //
-// Tasks are rows of the output. Without fused multiply-adds, labels are equal on all instruction sets and back ends.
+// Tasks are rows of the output. Multiply-adds are not fused, so labels are equal on all instruction sets and back ends.
 #include "common/stuff_labels.h"
 
 #include <algorithm>
@@ -51,7 +51,7 @@ inline Vector<float> permute(Vector<float> values, Vector<int32_t> at) {
 template <typename real_t>
 struct PixelBlock {
     int64_t first_cell;
-    bool is_dense;         // all lanes lie between cells first_cell .. first_cell + kLanes
+    bool is_dense;         // all lanes lie between cells first_cell and first_cell + kLanes, and `permute` exists
     Indices<real_t> cell;  // first of the two cells of a pixel, relative to first_cell
     Vector<real_t> weight;
 };

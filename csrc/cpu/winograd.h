@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Tiles of a pyramid for Winograd's F(4x4, 3x3) (common/winograd.h) and their two-dimensional transforms. Tile (ty, tx)
-// of a map computes output rows 4 ty .. 4 ty + 3 from input rows 4 ty - 1 .. 4 ty + 4, and columns in the same way.
+// of a map computes output rows 4 ty .. 4 ty + 3 from input rows 4 ty - 1 .. 4 ty + 4. The same holds for columns.
 #pragma once
 
 #include <vector>

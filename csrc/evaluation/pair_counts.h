@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Numbers of pixels of each pair of ids in two images of equal size, the only pass over pixels for panoptic quality.
+// Numbers of pixels of each pair of ids in two images of equal size. This is the only pass over pixels for panoptic
+// quality.
 //
 // Segments are large, so a pair rarely changes from one pixel to the next. Chunks that fit into the L1 cache are
 // decoded to ids, and a vectorized pass marks the pixels at which the pair changes. Only these pixels access the hash
@@ -28,7 +29,7 @@ struct PairCount {
 };
 
 // Return the counts of all pairs that occur, sorted by (first, second). Both images have `pixels` pixels. Return
-// nullopt if runs of equal pairs are shorter than about eight pixels on average.
+// nullopt for noise: if there are more runs of equal pairs than 4096 plus an eighth of the pixels read so far.
 std::optional<std::vector<PairCount>> count_pairs(const IdImage& first, const IdImage& second, size_t pixels);
 
 }  // namespace spatialflow

@@ -63,7 +63,7 @@ inline void check_deform_options(const char* op, const DeformConvOptions& option
 }
 
 inline int64_t deform_out_size(int64_t size, int64_t kernel, const DeformConvOptions& options, int axis) {
-    // Floor division, as in Python: C++ rounds toward zero.
+    // C++ rounds a negative quotient toward zero, which would give an output size of 1.
     const int64_t span = size + 2 * options.padding[axis] - options.dilation[axis] * (kernel - 1) - 1;
     return span < 0 ? 0 : span / options.stride[axis] + 1;
 }
@@ -237,7 +237,8 @@ inline DeformConvShape check_deform_conv2d_packed(
     return shape;
 }
 
-// Check a packed weight. `size` is its length without its tag for these shapes; for `columns`, see packed_tag.
+// Check a packed weight. `size` is the length, without the tag, that it must have for these shapes. For `columns`, see
+// packed_tag.
 inline void check_packed_deform_weight(
     const Tensor& packed, const Tensor& input, ScalarType dtype, int64_t size, int64_t columns) {
     const char* op = "deform_conv2d";

@@ -15,7 +15,7 @@ constexpr int64_t kPackedOutputs = 32;
 inline bool allows_any_algorithm(int64_t algorithm) { return algorithm != kConvWinograd && algorithm != kConvDirect; }
 
 // Algorithm on the CPU, for which weights are packed. float64 is always direct, because it is used to check gradients.
-// Otherwise, if the CPU may choose, it is Winograd if both channel counts are at least 32.
+// For other types, if the CPU may choose, it is Winograd for at least 32 input and 32 output channels, else direct.
 inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
     if (is_double) {
         return kConvDirect;

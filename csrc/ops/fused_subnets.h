@@ -7,8 +7,8 @@
 
 namespace spatialflow {
 
-// Lists of convolutions, in the order of `packed` and `biases`. The value is an index into `counts`, the lengths of the
-// lists.
+// Lists of convolutions, in the order of `packed` and `biases`. An enumerator is an index into `counts`, the lengths of
+// the lists.
 enum SubnetList {
     kSubnetCls,
     kSubnetReg,

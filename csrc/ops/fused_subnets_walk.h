@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Schedule of the sub-networks of SpatialFlow and their flows, shared by the back ends of fused_subnets:
+// Schedule of the sub-networks of SpatialFlow and their flows, shared by the back ends of fused_subnets. Each stage
+// computes
 //
 //   source   = relu(conv(source))                        the box sub-network, or the class sub-network
 //   follower = relu(conv(follower + flow(source)))       the other of these two, and stuff
 //
-// per stage, and after the last stage
+// After the last of these stages, each stage of thing computes, from the final stuff and source,
 //
 //   thing    = relu(conv(thing + semantic_flow(stuff) + flow(source))).
 #pragma once

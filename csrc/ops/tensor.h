@@ -146,8 +146,8 @@ inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFo
     return allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor, format); });
 }
 
-// Return the (N, C, H, W) tensor if its channels are adjacent in memory (other strides are free), else a channels-last
-// copy.
+// Return the (N, C, H, W) tensor if its channels are adjacent in memory, with any other strides; otherwise a
+// channels-last copy.
 inline Tensor channels_adjacent(const Tensor& tensor) {
     return has_adjacent_channels(tensor) ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
 }

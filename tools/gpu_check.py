@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run all checks that need a GPU: `make gpu-check`, or `python3 tools/gpu_check.py`.
 
-It is made for machines that are rented for minutes. There are three runs, each within its total time:
+This script is made for machines that are rented for minutes. There are three runs, each within its total time:
 
     gpu_check.py            480 s: ceilings, operators, their tests, kernel times, the pipeline, ncu, images per second
-    gpu_check.py --second   480 s: compute-sanitizer, large tensors, training, several processes, torch.compile
+    gpu_check.py --second   480 s: compute-sanitizer, large tensors, training under torchrun, training step, network
     gpu_check.py --quick    120 s: ceilings, operators, the shortest tests, the first kernel times
 
 The steps that depend most on a GPU come first. Each step has reserved time and a limit, runs in separate processes, and

@@ -379,7 +379,7 @@ LIMITS = (
         distance=30,
         in_flight=4,
     ),
-    # Goal: distance=20 and in_flight=4. The readers of an input are the samples that use it; the row of each reader is
+    # Goal: distance=20 and in_flight=4. The readers of a cell are the output pixels that sample it; the row of each is
     # used as soon as it is loaded.
     Limit(
         "deform_conv2d_input_gradient_kernel<Tf32, *, 4>",

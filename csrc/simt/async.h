@@ -4,8 +4,8 @@
 // instructions are in sm90.h.
 //
 // Copies and products complete as late or as early as hardware may complete them (SPATIALFLOW_SIMT_SM90=late or early).
-// Late: a copy arrives when no thread can continue without it, the newest copy first, and a product is computed when a
-// thread waits for it. Early: a copy arrives when it is issued, and a product is computed when its group is committed.
+// Late: a copy arrives when no thread can continue without it, the newest copy first. A product is computed when a warp
+// waits for it. Early: a copy arrives when it is issued, and a product is computed when its group is committed.
 #pragma once
 
 #include <cstdlib>
@@ -48,7 +48,7 @@ struct MemoryBarrier {
     size_t at;       // offset in the block's shared memory
     unsigned index;  // among the block's mbarriers
     uint32_t arrivals, pending;
-    int64_t bytes = 0;   // that the phase waits for
+    int64_t bytes = 0;   // expected minus copied bytes of this phase
     uint32_t phase = 0;  // number of complete phases
     unsigned initializer;
     uint32_t init_moment;

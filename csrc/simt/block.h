@@ -505,7 +505,8 @@ private:
         return nullptr;
     }
 
-    // Return the thread to report for a deadlock: if possible, the thread that the others wait for.
+    // Return the thread to report for a deadlock: one in a collective, else at a block barrier, else in wait(). If the
+    // thread missing from a collective or barrier is in wait(), that wait is nearer to the cause.
     const Thread& cause_of_deadlock() const {
         const Thread* cause = nullptr;
         for (unsigned i = 0; i < num_threads_; ++i) {

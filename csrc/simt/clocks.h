@@ -5,7 +5,7 @@
 // Actors are the threads of the block, the wgmma unit of each warp (its time counts groups of products), and mbarriers
 // (their time counts phases). The time of an actor never decreases. A thread stores, for every actor, the time up to
 // which it has synchronized with that actor. An access by actor `a` at moment `m` is ordered before an access by a
-// thread that has synchronized with `a` up to `m` or later.
+// thread that has synchronized with `a` at least up to `m`.
 //
 // Most kernels order their warps only by __syncthreads, which the epochs of the shadow memory count (shadow.h). So at
 // first a thread tracks only the lanes of its warp. It tracks all actors once the block uses mbarriers, named barriers

@@ -3,9 +3,9 @@
 // Shadow memory: for every two bytes of a block's shared memory, the last write and the reads after it. It detects
 // races and reads of uninitialized memory.
 //
-// There are two logical clocks. `epoch` counts barriers of the block and is never reset, so that accesses of a previous
-// block are older than all accesses of the current one. Within an epoch, and for asynchronous operations, vector clocks
-// order accesses (clocks.h).
+// There are two logical clocks. `epoch` counts barriers of the block. It is never reset: accesses of a previous block
+// are older than all accesses of the current one. Within an epoch, and for asynchronous operations, vector clocks order
+// accesses (clocks.h).
 #pragma once
 
 #include <string>

@@ -39,7 +39,7 @@ def separate(x, weight, bias, residual, relu, stride):
 
 
 def cudnn(x, weight, bias, residual, relu, stride):
-    """Run one call of cuDNN if its epilogue has a ReLU, else a plain convolution."""
+    """Run convolution, residual and ReLU in one call of cuDNN; without a ReLU, run a plain convolution."""
     arguments = bias, (stride, stride), (0, 0), (1, 1), 1
     if residual is not None:
         return torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, 1.0, *arguments)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deform_conv2d at the sizes of the deformable models at 800x1344: sub-networks on P4, and stages of the backbones."""
+"""deform_conv2d at the sizes of the deformable models at 800x1344: sub-networks on P3 to P5, and backbone stages."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def setup(
 ) -> Problem:
     """Make a 3x3 convolution with as many outputs as inputs; `height` and `width` are those of the output."""
     input = torch.randn(1, channels, height * stride, width * stride).contiguous(memory_format=layout)
-    # Odd multiples of 1/16 are never integers, so float32 and the float64 oracle agree on the side of every kink.
+    # Odd multiples of 1/32 are never integers, so float32 and the float64 oracle agree on the side of every kink.
     offset = ((2 * torch.randn(1, 18, height, width)) * 16).floor() / 16 + 1 / 32
     weight = torch.randn(channels, channels // groups, 3, 3) / (9 * channels // groups) ** 0.5
     mask = torch.rand(1, 9, height, width) if masked else None
@@ -42,7 +42,7 @@ def setup(
 
 
 def by_position(function):
-    """Return `function` with the mask, if any, as its fifth argument."""
+    """Return `function` with the mask, if any, as its fifth argument; None for None."""
     return function and (lambda *tensors, **options: function(*tensors[:4], mask=(*tensors, None)[4], **options))
 
 
@@ -82,7 +82,7 @@ BENCHMARK = Benchmark(
     providers={
         "spatialflow": with_conv_precision("ieee", by_position(ops.deform_conv2d)),
         "spatialflow packed": with_conv_precision("ieee", Provider(with_packed, packed, only_forward=True)),
-        "spatialflow TF32": with_conv_precision("tf32", by_position(ops.deform_conv2d)),  # other dtypes: as above
+        "spatialflow TF32": with_conv_precision("tf32", by_position(ops.deform_conv2d)),  # float32 alone differs
         "spatialflow direct": by_position(partial(ops.deform_conv2d, algorithm="direct")),
         "spatialflow deterministic": deterministic(by_position(partial(ops.deform_conv2d, algorithm="tf32x3"))),
         "reference": by_position(reference.deform_conv2d),

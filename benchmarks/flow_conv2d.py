@@ -56,7 +56,7 @@ BENCHMARK = Benchmark(
         "reference, torch.compile": with_conv_precision("ieee", compiled(reference.flow_conv2d)),
         "spatialflow packed TF32": with_conv_precision(
             "tf32", Provider(ops.flow_conv2d, packed)
-        ),  # other dtypes: as above
+        ),  # other dtypes: as "spatialflow packed"
         "reference TF32": with_conv_precision("tf32", reference.flow_conv2d),
         "CuPy, naive kernel": naive_kernels.provider(naive_kernels.flow_conv2d),
     },

@@ -64,7 +64,7 @@ BENCHMARK = Benchmark(
         "reference, torch.compile": with_conv_precision("ieee", compiled(reference.fused_subnets)),
         "spatialflow TF32": with_conv_precision(
             "tf32", Provider(ops.fused_subnets, partial(packed, "auto"))
-        ),  # others: as above
+        ),  # other dtypes: as "spatialflow"
         "reference TF32": with_conv_precision("tf32", reference.fused_subnets),
     },
 )

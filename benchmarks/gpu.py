@@ -3,7 +3,7 @@
 
 A process runs as many entries of `PLAN` as it can. If it dies, for example after an illegal access, or takes too long,
 its current entry is lost. A new process then starts with the next entry. Results are written after each case. A row of
-the same case, dtype and provider is replaced; rows of another commit are removed.
+the same case, mode, dtype and provider is replaced; rows of another commit are removed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ FAST_ON_CPU = ("sigmoid_focal_loss", "paste_masks", "stuff_labels", "preprocess_
 
 
 def plan(options: argparse.Namespace) -> tuple[Entry, ...]:
-    """Return the selected entries; for a dry run, the first case of some entries, once, without baselines."""
+    """Return the selected entries; for a dry run, the first case of some, forward only, without baselines."""
     if not options.dry:
         return tuple(entry for entry in PLAN if not options.names or entry.name in options.names)
     cases = {name: next(iter(importlib.import_module(name).BENCHMARK.sweep)) for name in FAST_ON_CPU}

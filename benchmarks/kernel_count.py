@@ -4,8 +4,8 @@
 No GPU is needed: the pipeline runs on meta tensors, which have shapes and strides only. Every operator is counted with
 the kernels that it launches on CUDA. `LAUNCHES` has those numbers for this package's operators; a test compares them
 with the CUDA kernels on the interpreter. An operator of torch counts as one kernel. Exceptions are views and
-allocations (none), a convolution with a bias (two), and a few others as torch's sources have them. Uploads and
-downloads are not counted.
+allocations (none), a convolution with a bias (two), and the operators in `SEVERAL`. Uploads and downloads are not
+counted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def fused_subnets_launches(
 def packed_deform_launches(input: Tensor, offset: Tensor, packed: Tensor, bias: Any, mask: Any, *rest: Any) -> int:
     """Return the launches of `_deform_conv2d_packed`.
 
-    It launches the convolution, and one kernel before it if offsets or mask are not float32.
+    It launches the convolution. One kernel before it converts offsets and mask in 16 bits, or applies the sigmoid.
     """
     operands = [offset] if mask is None else [offset, mask]
     mask_sigmoid = rest[-2]
@@ -78,14 +78,14 @@ FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"
 """Operators of torch without a kernel; views are recognized by their results."""
 
 SEVERAL = {"topk": 8, "group_norm": 3, "baddbmm": 2, "constant_pad_nd": 2}
-"""Kernels of torch's operators that launch several: of an H200's profile, `benchmarks/results/nvidia-h200`."""
+"""Kernels of torch's operators that launch several, from an H200's profile (`benchmarks/results/nvidia-h200`)."""
 
 COPIES = {"clone", "contiguous", "reshape", "to", "_to_copy", "group_norm"}
 """Operators of torch whose result may have another layout; GroupNorm copies channels-last maps on CUDA."""
 
 
 class CountKernels(TorchDispatchMode):
-    """Dispatch mode that counts kernels, conversions among them, by the stage in `stage`.
+    """Dispatch mode that counts kernels, and conversions among them, for the current `stage`.
 
     Args:
         parameters: tensors that a call should use without a copy; a copy by an operator of torch is a conversion.
@@ -127,7 +127,7 @@ class CountKernels(TorchDispatchMode):
         return result
 
     def _hidden_layouts(self, args: tuple, result: Any) -> int:
-        """Return the feature maps that an operator of the package copies because their channels are not adjacent."""
+        """Count the feature maps that an operator of the package copies because their channels are not adjacent."""
         maps = [t for t in (*tree_leaves(args), *tree_leaves(result)) if isinstance(t, Tensor) and _is_map(t)]
         return sum(not is_channels_last(t) for t in maps if all(t is not weight for weight in self.parameters))
 

@@ -16,7 +16,8 @@ def setup(count: int, sampling_ratio: int, layout: torch.memory_format = torch.c
         torch.randn(1, CHANNELS, HEIGHT // stride, WIDTH // stride).contiguous(memory_format=layout)
         for stride in STRIDES
     ]
-    # Sides from 16 to 512 pixels, spread evenly over the octaves, so that every level has work.
+    # Sizes from 16 to 512 pixels, spread evenly over the octaves, so that every level has work. Each side is 0.7 to 1.3
+    # times the size.
     size = 2 ** (4 + 5 * torch.rand(count, 1)) * (0.7 + 0.6 * torch.rand(count, 2))
     corner = torch.rand(count, 2) * (torch.tensor([WIDTH, HEIGHT]) - size).clamp(min=0)
     boxes = torch.cat([torch.zeros(count, 1), corner, corner + size], dim=1)

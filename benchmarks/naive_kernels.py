@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Naive CUDA kernels through CuPy: one thread per output computes the formula.
 
-They are baselines, and references that share no code with the package. They take
-contiguous float32. `SOURCES` is plain C++ except for CUDA's keywords, so that tests run it on a CPU.
+They are baselines, and references that share no code with the package. They take contiguous float32. `SOURCES` is
+plain C++ except for CUDA's keywords, so that tests can run it on a CPU.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ _kernels: dict[str, Any] = {}
 
 
 def _argument(value: Any) -> Any:
-    """Convert an argument for CuPy: pointers and counts to 64 bits, sizes to 32 bits, numbers to float32."""
+    """Convert an argument for CuPy: a tensor to its address, a float to float32; integers keep their type."""
     if value is None:
         return np.uint64(0)
     if isinstance(value, torch.Tensor):

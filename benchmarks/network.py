@@ -81,7 +81,7 @@ BENCHMARK = Benchmark(
         "torch.compile": Provider(run_compiled, compile_network, only_cuda=True, waits=True),
     },
     oracle=partial(run, "plain"),
-    rounding=3.0,  # of some seventy layers in turn
+    rounding=3.0,  # some seventy layers round one after the other
 )
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def setup(pixels: str, shift: int) -> Problem:
 
 
 def ids_of(image):
-    """Ids of a map as uint64; of an RGB image as panopticapi computes them."""
+    """Return the ids of a map as uint64; those of an RGB image as panopticapi computes them."""
     if image.ndim == 2:
         return image.astype(np.uint64)
     image = image.astype(np.uint32)

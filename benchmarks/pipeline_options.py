@@ -48,7 +48,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser, files: str) -> None:
 
 
 def find_images(options: argparse.Namespace, folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
-    """Return the first `options.count` images, or else `count` synthetic scenes, which are written to `folder`."""
+    """Return the first `options.count` of `options.images`, or else of `count` synthetic scenes written to `folder`."""
     images = options.images
     if images is None:
         list(synthesize(folder / "scenes", count, size, seed=0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""preprocess_images at the start of the network: a COCO photograph to 800 x 1067 and 1 x 3 x 800 x 1088."""
+"""preprocess_images at the start of the network: a photograph of 480 x 640, resized and padded for the network."""
 
 import numpy as np
 import torch

@@ -8,8 +8,7 @@ It has plain modules, torchvision's NMS and RoIAlign, masks pasted one by one, a
 - detectron2: the merge loop, and masks pasted within their box, its fastest way on the CPU
 - panopticapi: Pillow writes the PNG
 
- Reading and resizing use OpenCV, with the
-same code as the package.
+Reading and resizing use OpenCV, with the same code as the package.
 """
 
 from __future__ import annotations
@@ -81,9 +80,9 @@ class ReferencePipeline:
         model: from `build_model`, with weights loaded, without deformable convolutions.
         test: sizes and thresholds.
         device: device of the network.
-        channels_last: memory format of the network's weights and inputs.
-        dtype: dtype of the network. In 16 bits, RoIAlign is in float32, as under autocast, as float16 boxes are off by
-            pixels. Masks are then pasted on the device, all at once, and no stage waits for the one before.
+        channels_last: use the channels-last memory format for the network's weights and inputs.
+        dtype: dtype of the network. In 16 bits, RoIAlign runs in float32, as under autocast, because float16 boxes are
+            off by pixels. Masks are then pasted on the device, all at once, and no stage waits for the one before.
 
     Raises:
         ValueError: the model has deformable convolutions, for which plain PyTorch has no module.
@@ -200,7 +199,7 @@ class ReferencePipeline:
     def merge(
         self, masks: np.ndarray, scores: np.ndarray, labels: np.ndarray, boxes: np.ndarray, stuff: np.ndarray
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Merge instances by score, then stuff by class, then the boxes that are still void."""
+        """Merge instances by score, then stuff by class; then fill the void pixels of boxes."""
         test, things, stuffs = self.test, self.categories.thing_ids, self.categories.stuff_ids
         id_map, used = np.zeros(stuff.shape, np.int32), np.zeros(stuff.shape, bool)
         segments: list[dict[str, Any]] = []

@@ -37,7 +37,7 @@ def setup(batch: int, classes: int = 80, anchors: int = 9, per_level: int = 1000
 
 
 def prepared(class_logits, box_deltas, base_anchors, strides, *rest):
-    """Return the arguments with the anchors of all cells, which are not timed."""
+    """Return the arguments with the anchors of all cells; making the anchors is not timed."""
     anchors = [
         grid_anchors(tuple(level.shape[2:]), stride, base)
         for level, stride, base in zip(class_logits, strides, base_anchors)

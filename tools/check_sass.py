@@ -48,8 +48,8 @@ class Load:
 
     address: int
     bytes: int
-    distance: int  # instructions up to and including the first that reads it, on the shortest way; 1 is the next one
-    matrix: int  # matrix instructions of the loop between, in the order of the code
+    distance: int  # instructions up to and including the first reader, on the shortest path; 1: the next one reads it
+    matrix: int  # matrix instructions between load and reader, in the order of the code
     opcode: str
     reader: str
 
@@ -71,7 +71,7 @@ class Facts:
     loads: list[Load] = field(default_factory=list)
     per_matrix: float = 0.0  # instructions of a main loop for each matrix instruction in it; the worst loop
     in_flight: int = 0  # widest loads in flight at once, in the order of the code; the best loop
-    scope: str = ""  # place of the loads, if no main loop has any
+    scope: str = ""  # where the loads were measured, if no main loop has any
 
     def __post_init__(self) -> None:
         code = self.kernel.code
@@ -185,7 +185,7 @@ def kernels_of(library: Path) -> list[Kernel]:
 
 
 def limit_of(name: str) -> Limit | None:
-    """Return the first row that matches."""
+    """Return the first row of the limits whose pattern matches a kernel's name."""
     return next((limit for limit in LIMITS if fnmatchcase(name, limit.kernel)), None)
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run all checks that need a GPU: `make gpu-check`, or `python3 tools/gpu_check.py`.
 
-It is made for machines that are rented for minutes. There are three runs, each within its total time:
+This script is made for machines that are rented for minutes. There are three runs, each within its total time:
 
     gpu_check.py            480 s: ceilings, operators, their tests, kernel times, the pipeline, ncu, images per second
-    gpu_check.py --second   480 s: compute-sanitizer, large tensors, training, several processes, torch.compile
+    gpu_check.py --second   480 s: compute-sanitizer, large tensors, training under torchrun, training step, network
     gpu_check.py --quick    120 s: ceilings, operators, the shortest tests, the first kernel times
 
 The steps that depend most on a GPU come first. Each step has reserved time and a limit, runs in separate processes, and
@@ -18,7 +18,8 @@ background.
 Results go to <output>/<device>/: `gpu_check.json` and `gpu_check.md` (`gpu_check_second.*`, `gpu_check_quick.*`), the
 logs of the steps, and the JSON of each benchmark. `--pack FILE.tgz` puts that folder in one file after every step.
 
-Exit codes: 0 all steps passed, 1 a step failed, 2 wrong arguments or nothing built, 77 no GPU.
+Exit codes: 0 all steps passed, 1 a step failed or timed out, 2 wrong arguments or nothing built for a dry run, 77 no
+GPU or no CUDA library.
 
 `--backend simt` is a dry run on a machine without a GPU, at small sizes. Operators run on the interpreted kernels, and
 everything else runs on the CPU.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_PARALLEL = 14
-"""Commands of a step that share the GPU. They are files of tests, which mostly use the host."""
+"""Largest number of commands of a step that share the GPU. Each runs a file of tests, which mostly uses the host."""
 
 
 def last_line(output: str) -> str:

@@ -48,7 +48,7 @@ def results_of(folder: Path, commit: str | None) -> list[Path]:
 
 
 def roofline(folder: Path, commit: str | None) -> str:
-    """Compare forward kernels with the time of their bytes and operations at this GPU's ceilings."""
+    """Compare forward kernels with the time of their bytes and operations at this GPU's peak rates."""
     rates = read_json(folder / "card.json").get("rates")
     if not rates:
         return ""
@@ -78,7 +78,7 @@ def roofline(folder: Path, commit: str | None) -> str:
 
 
 def stages(folder: Path, commit: str | None) -> str:
-    """Return the pipeline's forms and its table by stage."""
+    """Return the speed of the pipeline in each form (eager, CUDA graph), and its table of stages."""
     content = read_json(folder / "stages.json")
     if not content or content.get("commit") != commit:
         return ""

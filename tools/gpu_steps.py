@@ -98,7 +98,7 @@ def second_steps(on_gpu: bool, output: Path) -> list[Step]:
 
 
 def operators() -> list[str]:
-    """Return the operators that have a test file; sources of gradients are listed under their operator."""
+    """Return the operators that have a test file; the tests of a gradient are in the file of its operator."""
     listed = re.findall(r"^    (\w+)", (ROOT / "cmake" / "ops.cmake").read_text(), re.MULTILINE)
     return [op for op in listed if (ROOT / "tests" / f"test_{op}.py").is_file()]
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train for a few steps under torchrun, for `make gpu-check`: in one process, and with DistributedDataParallel.
+"""Train for a few steps in one process under torchrun, for `make gpu-check`.
 
-With one GPU this shows that NCCL, the wrapped network and the gradients of the fused kernels work together.
+This shows that the launcher, the data and the gradients of the fused kernels work together on a GPU. A single process
+uses neither NCCL nor DistributedDataParallel.
 """
 
 from __future__ import annotations

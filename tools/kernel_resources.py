@@ -59,7 +59,7 @@ def unfused_sources() -> list[str]:
 
 
 def kernel_name(symbol: str) -> str:
-    """Return the function's name in a mangled symbol: the last <length><name> pair before template arguments."""
+    """Return the first name in a mangled symbol that ends in _kernel; the symbol itself if there is none."""
     names, position = [], 0
     while match := re.compile(r"(\d+)").search(symbol, position):
         length, begin = int(match[1]), match.end()

@@ -39,7 +39,7 @@ def copy_tree() -> None:
 
 
 def build(*libraries: str) -> None:
-    """Build libraries, such as "simt" or "cpu_x86-64-v3", in the copy; RuntimeError has the compiler's output."""
+    """Build libraries, such as "simt" or "cpu_x86-64-v3"; raise RuntimeError with the output of a failed build."""
     folder = COPY.parent / "build"
     level = next((name.removeprefix("cpu_") for name in libraries if name.startswith("cpu_")), "")
     configured = run(

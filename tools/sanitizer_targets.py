@@ -43,7 +43,7 @@ def run_planted(tool: str) -> None:
 
 
 def run_operators(device: str) -> int:
-    """Run every operator forward and backward in float32 and bfloat16; return the number of calls."""
+    """Run every operator and its backward pass, if any, in float32 and bfloat16; return the number of calls."""
     from spatialflow import ops
 
     torch.manual_seed(0)

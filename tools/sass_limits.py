@@ -59,8 +59,8 @@ LIMITS = (
         in_flight=8,
         per_matrix=4.4,
     ),
-    # The main loop is a tap, without loads. Around it are those of the next inputs, in flight during the products, and
-    # residuals, a pixel at a time.
+    # The main loop is one tap and has no loads. The loop around it loads the next inputs, in flight during the
+    # products, and the residuals, one pixel at a time.
     Limit(
         "conv3x3_tensor_core_kernel<Tf32x3, *>",
         "two blocks: 255; for three products two instructions take a number apart, four add",
@@ -176,7 +176,8 @@ LIMITS = (
     # Goal: distance=20; one load of this kernel is read by the next instruction.
     Limit("conv3x3_kernel<float, 4>", "16-byte loads", registers=88, load=16, narrow=0),
     Limit("conv3x3_weight_gradient_kernel<float, 4>", "16-byte loads", registers=80, load=16, narrow=0),
-    # A matrix instruction is 64 pixels by 128 outputs by 16 channels of a warpgroup: 64 cycles. Other warps gather.
+    # A matrix instruction multiplies 64 pixels by 128 outputs by 16 channels for a warpgroup and takes 64 cycles. Other
+    # warps sample the inputs meanwhile.
     Limit(
         "deform_conv2d_sm90_kernel<*>",
         "the corners of a step are loaded while the previous step is blended; 384 or 512 threads share the registers",
@@ -222,7 +223,7 @@ LIMITS = (
         in_flight=4,
         per_matrix=20.0,
     ),
-    # The main loop is one product of depth, without loads; the corners are loaded outside it.
+    # The main loop is one step over the depth (k) of the product, without loads; the corners are loaded outside it.
     Limit(
         "deform_conv2d_kernel<Tf32x3, *, 4>",
         "for three products two instructions take a number apart, four add",
@@ -378,7 +379,8 @@ LIMITS = (
         distance=30,
         in_flight=4,
     ),
-    # Goal: distance=20 and in_flight=4; each reader's row is used as soon as it is loaded.
+    # Goal: distance=20 and in_flight=4. The readers of a cell are the output pixels that sample it; the row of each is
+    # used as soon as it is loaded.
     Limit(
         "deform_conv2d_input_gradient_kernel<Tf32, *, 4>",
         "lists of readers, as in 16 bits",
@@ -467,7 +469,7 @@ LIMITS = (
         store=16,
         distance=40,
     ),
-    # Labels are int64: a load of 8 bytes beside the 16 bytes of logits of a vector, which lies in one row.
+    # Labels are int64: one load of 8 bytes for each 16-byte vector of logits, because a vector lies in one row.
     Limit("focal_sum_kernel<*, 8>", "streams logits", registers=64, load=16, narrow=2, distance=8, in_flight=2),
     Limit("focal_sum_kernel<float, 4>", "streams logits", registers=56, load=16, narrow=4, distance=20, in_flight=4),
     Limit("group_norm_sums_kernel<*, 8>", "four pixels in flight at once", registers=80, load=16, in_flight=4),

@@ -143,7 +143,7 @@ def require_positive(parser: argparse.ArgumentParser, options: argparse.Namespac
 
 
 def main(benchmark: Benchmark, arguments: list[str] | None = None) -> None:
-    """Run a benchmark script: check the results, time the providers, print and save the figures."""
+    """Run a benchmark script: check the results, time the providers, print and save the times."""
     options = parse_arguments(benchmark, arguments)
     torch.set_num_threads(options.threads)
     setting = environment(options)

@@ -114,7 +114,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def image_paths(folder: Path, count: int) -> list[Path]:
-    """Return the first image files of a folder by name; end the program with an error if it has none."""
+    """Return the first `count` image files of a folder by name; end the program with an error if it has none."""
     entries = folder.iterdir() if folder.is_dir() else ()
     paths = sorted(path for path in entries if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
@@ -178,7 +178,7 @@ def plot(benchmark: Benchmark, setting: Mapping[str, Any], rows: list[dict[str, 
 
 
 def markdown(paths: Sequence[Path]) -> str:
-    """Return the results of a device as Markdown, a row per case and mode; "" if there are none."""
+    """Return the results of a device as Markdown, a row per case, mode and dtype; "" if there are none."""
     contents = [json.loads(path.read_text()) for path in paths]
     contents = [c for c in contents if c.get("rows") and "mode" in c["rows"][0]]
     if not contents:

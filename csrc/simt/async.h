@@ -3,9 +3,9 @@
 // State of the asynchronous units of a block (compute capability 9.0): mbarriers, TMA copies, wgmma groups. The
 // instructions are in sm90.h.
 //
-// Copies and products complete as late or as early as on hardware (SPATIALFLOW_SIMT_SM90=late or early). Late: a copy
-// arrives when no thread can continue without it, newest first, and a product is computed when it is waited for. Early:
-// a copy arrives when it is issued, and a product is computed when its group is committed.
+// Copies and products complete as late or as early as hardware may complete them (SPATIALFLOW_SIMT_SM90=late or early).
+// Late: a copy arrives when no thread can continue without it, the newest copy first. A product is computed when a warp
+// waits for it. Early: a copy arrives when it is issued, and a product is computed when its group is committed.
 #pragma once
 
 #include <cstdlib>
@@ -31,7 +31,7 @@ constexpr int64_t kSharedWindow = 1024 + 128;
 
 enum class Sm90 { kOff, kLate, kEarly };
 
-// Return whether kernels for compute capability 9.0 run, and in which order.
+// Return whether kernels for compute capability 9.0 run, and when their asynchronous operations complete.
 inline Sm90 sm90() {
     static const Sm90 chosen = [] {
         const char* variable = std::getenv("SPATIALFLOW_SIMT_SM90");
@@ -45,18 +45,19 @@ inline Sm90 sm90() {
 }
 
 struct MemoryBarrier {
-    size_t at;       // offset in the block's memory
+    size_t at;       // offset in the block's shared memory
     unsigned index;  // among the block's mbarriers
     uint32_t arrivals, pending;
-    int64_t bytes = 0;   // that the phase waits for
-    uint32_t phase = 0;  // phases that are complete
+    int64_t bytes = 0;   // expected minus copied bytes of this phase
+    uint32_t phase = 0;  // number of complete phases
     unsigned initializer;
     uint32_t init_moment;
     SourceLocation location;
     Clocks::Row arriving, completed;
     std::vector<uint32_t> seen;  // by thread: complete phases at its last wait, plus one
-    uint32_t last_seen = 0;      // of the last wait of any thread
-    // Last copy that completes at this mbarrier: the phase after which it may be read, and the thread that started it.
+    uint32_t last_seen = 0;      // the same for the last wait of any thread
+    // Last copy that signals this mbarrier: the number of complete phases from which on its data may be read, and the
+    // thread that started it.
     struct Copy {
         uint32_t phase = 0;
         unsigned thread;
@@ -75,10 +76,10 @@ struct TensorCopy {
     SourceLocation location;
 };
 
-// State of the sums of one thread.
+// State of the accumulators (WgmmaSums) of one thread.
 struct SumsState {
     uint32_t running = 0;      // products that have not been waited for
-    uint32_t last_access = 0;  // wgmma.fences of the thread at its last access to the sums
+    uint32_t last_access = 0;  // Thread::wgmma_fences at the last access to the sums
     SourceLocation location;   // of the last product
 };
 
@@ -88,9 +89,9 @@ struct WarpProduct {
     SumsState* states[kLanes];
     uint64_t a, b;
     int outputs;
-    bool adjacent_k;  // of b
+    bool adjacent_k;  // whether b is K-major
     bool add;
-    float (*convert)(uint16_t bits);  // from an operand's value
+    float (*convert)(uint16_t bits);  // from a 16-bit value of an operand
 };
 
 struct WgmmaUnit {

@@ -36,7 +36,7 @@ struct Thread {
     unsigned linear = 0;
     Block* block = nullptr;
     State state = kReady;
-    // Condition that the thread waits for, in a waiting state.
+    // What the thread waits for, in all states except kReady and kExited.
     const char* waits_in = nullptr;
     const void* slot_type = nullptr;
     void* slot = nullptr;
@@ -44,7 +44,7 @@ struct Thread {
     uint32_t mask = 0;
     int predicate = 0;
     SourceLocation location;
-    // Copy of cp.async in flight.
+    // Copy by a cp.async that is in flight.
     struct Copy {
         size_t target;
         unsigned bytes;
@@ -52,7 +52,7 @@ struct Thread {
         SourceLocation location;
     };
     std::vector<std::vector<Copy>> copies;  // by group, the open one last
-    uint32_t wgmma_fences = 0;              // counted from one on
+    uint32_t wgmma_fences = 0;              // wgmma.fence instructions of the thread, plus one
 };
 
 // State of a launch, shared by the OS threads that run its blocks.
@@ -105,7 +105,7 @@ public:
 
     AsyncUnits async;
 
-    // Report a failure outside the running thread, caused by `thread`.
+    // Report a failure of `thread`, which need not be the running thread.
     void report(unsigned thread, SourceLocation location, const std::string& what) {
         report_at(threads_[thread], location, what);
     }
@@ -313,7 +313,7 @@ public:
 
     void synchronize_warp(uint32_t mask) { clocks_.synchronize_warp(current_thread->linear / kLanes, mask); }
 
-    // ---- shared memory: offsets into that of the block ----
+    // ---- shared memory, addressed by the offset from its first byte ----
 
     struct Array {
         const void* tag;
@@ -321,7 +321,7 @@ public:
         size_t begin, end;
     };
 
-    // Return the array declared at `tag`, which is the same for all threads; the first thread allocates it.
+    // Return the array declared at `tag`, the same array for all threads. The first thread that calls allocates it.
     Array declare(const void* tag, const char* name, size_t bytes, SourceLocation location) {
         for (const Array& array : arrays_) {
             if (array.tag == tag) {
@@ -505,7 +505,8 @@ private:
         return nullptr;
     }
 
-    // Return the thread to report for a deadlock: if possible, the thread that the others wait for.
+    // Return the thread to report for a deadlock: one in a collective, else at a block barrier, else in wait(). If the
+    // thread missing from a collective or barrier is in wait(), that wait is nearer to the cause.
     const Thread& cause_of_deadlock() const {
         const Thread* cause = nullptr;
         for (unsigned i = 0; i < num_threads_; ++i) {

@@ -5,7 +5,7 @@
 // Actors are the threads of the block, the wgmma unit of each warp (its time counts groups of products), and mbarriers
 // (their time counts phases). The time of an actor never decreases. A thread stores, for every actor, the time up to
 // which it has synchronized with that actor. An access by actor `a` at moment `m` is ordered before an access by a
-// thread that has synchronized with `a` up to `m` or later.
+// thread that has synchronized with `a` at least up to `m`.
 //
 // Most kernels order their warps only by __syncthreads, which the epochs of the shadow memory count (shadow.h). So at
 // first a thread tracks only the lanes of its warp. It tracks all actors once the block uses mbarriers, named barriers
@@ -152,7 +152,8 @@ public:
         ++time_of(thread);
         equal_times_[thread / kLanes] = false;
     }
-    // Return whether two lanes of a warp have equal known times of the actors of other warps.
+    // Return whether two lanes of a warp have equal fenced times, and equal known times of all actors but the warp's
+    // lanes.
     bool have_equal_times(unsigned a, unsigned b) const {
         const unsigned first_lane = a / kLanes * kLanes;
         const auto equal = [&](const std::vector<uint32_t>& rows, unsigned begin, unsigned end) {
@@ -161,7 +162,7 @@ public:
         };
         return equal(known_, 0, first_lane) && equal(known_, first_lane + kLanes, width_) && equal(fenced_, 0, width_);
     }
-    // Return whether all lanes of a warp have equal known times of the actors of other warps.
+    // Return whether this is so for all lanes of a warp; equal_times_ keeps a positive answer.
     bool have_equal_times(unsigned warp) {
         if (!equal_times_[warp]) {
             bool equal = true;
@@ -185,7 +186,7 @@ private:
         }
     }
 
-    // Set the rows of these lanes to their maximum; without `whole` only the columns of the warp's lanes.
+    // Set the rows of the lanes in `mask` to their maximum; without `whole`, only the columns of the warp's lanes.
     void join(unsigned first, uint32_t mask, std::vector<uint32_t>& rows, bool whole) {
         const unsigned begin = whole ? 0 : first, count = whole ? width_ : kLanes;
         joined_.assign(count, 0);
@@ -208,7 +209,7 @@ private:
     bool tracks_all_ = false;
     std::vector<uint32_t> known_, fenced_;  // [thread][actor]
     std::vector<uint32_t> at_barrier_;      // time of each thread at the last __syncthreads
-    std::vector<bool> equal_times_;         // for each warp: whether its lanes have equal known times of other warps
+    std::vector<bool> equal_times_;         // for each warp: have_equal_times is known to be true
     std::vector<uint32_t> joined_;
 };
 

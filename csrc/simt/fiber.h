@@ -106,8 +106,8 @@ public:
         fake_stack_ = nullptr;
 #endif
 #if defined(__x86_64__)
-        // Same stack layout as after a call of `entry`: the slot of the return address above it aligns the stack as the
-        // ABI requires.
+        // `ret` pops the address of `entry`. The unused slot above it stands for a return address, so that the stack is
+        // aligned as after a call.
         void** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;
         *top = reinterpret_cast<void*>(entry);
         top -= 6;

@@ -19,7 +19,7 @@ namespace simt {
 class BlockPool {
 public:
     static BlockPool& instance() {
-        static BlockPool* pool = new BlockPool;  // never destroyed: launches may outlive static destructors
+        static BlockPool* pool = new BlockPool;  // never destroyed: launches may run after static destructors
         return *pool;
     }
     std::unique_ptr<Block> acquire() {

@@ -3,9 +3,9 @@
 // Shadow memory: for every two bytes of a block's shared memory, the last write and the reads after it. It detects
 // races and reads of uninitialized memory.
 //
-// There are two logical clocks. `epoch` counts barriers of the block and is never reset, so that accesses of a previous
-// block are older than all accesses of the current one. Within an epoch, and for asynchronous operations, vector clocks
-// order accesses (clocks.h).
+// There are two logical clocks. `epoch` counts barriers of the block. It is never reset: accesses of a previous block
+// are older than all accesses of the current one. Within an epoch, and for asynchronous operations, vector clocks order
+// accesses (clocks.h).
 #pragma once
 
 #include <string>
@@ -33,7 +33,7 @@ struct Accessor {
 
 class Shadow {
 public:
-    // kPending: by a cp.async that has not been waited for. kCopied: by TMA. kBarrier: occupied by an mbarrier.
+    // Kinds of writes. kPending: by a cp.async that has not been waited for. kCopied: by TMA. kBarrier: mbarrier.init.
     enum Kind : uint8_t { kPlain, kAtomic, kPending, kCopied, kBarrier };
 
     struct Conflict {
@@ -117,7 +117,7 @@ private:
     // those of all warps, and use lane 0.
     struct Reader {
         unsigned slot;
-        uint32_t lanes;  // since the last read after all others
+        uint32_t lanes;  // lanes of the recorded reads; a read that is ordered after all of them replaces them
         uint32_t moment;
         unsigned thread;  // last reader, for reports
         SourceLocation location;
@@ -133,7 +133,7 @@ private:
         BoxPosition box_position;
         uint16_t writer = 0, write_thread = 0;  // actor; thread for reports
         Kind write_kind = kPlain;
-        bool read_by_warps = false;  // by several warps, while clocks track warps separately
+        bool read_by_warps = false;  // whether several warps have read, while clocks track warps separately
     };
 
     // Call check(cell) for all cells until one has a conflict. One cell represents 16 bytes with the same history.
@@ -278,8 +278,8 @@ private:
         return true;
     }
 
-    // Return whether reads of the cell are recorded. Warps of read_by_warps are unknown, so these reads are dropped
-    // once clocks track all actors.
+    // Return whether reads of the cell are recorded. read_by_warps does not tell which warps have read, so these reads
+    // are dropped once clocks track all actors.
     static bool has_readers(const Cell& cell, const Accessor& by) {
         return cell.read_epoch >= by.readers_from && !(cell.read_by_warps && by.clocks->tracks_all());
     }
@@ -307,7 +307,7 @@ private:
             return;
         }
         if (!has_any) {
-            cell.more_readers = kNone;  // of an earlier block or epoch, whose entries are freed
+            cell.more_readers = kNone;  // of an earlier block or epoch; forget_readers() frees its entry
         }
         // An access ordered after this read is ordered after the previous ones.
         if (!has_any || (cell.more_readers == kNone && knows_all_of(cell.reader, by))) {

@@ -130,7 +130,7 @@ inline bool AsyncUnits::deliver_latest(Block& block) {
     return true;
 }
 
-// Registers that ptxas can assign to a thread if its block is alone on a multiprocessor.
+// Registers that ptxas can assign to a thread if its block is alone on a multiprocessor, as a multiple of 8.
 inline int registers_at_launch(const Block& block) {
     return std::min(255, 65536 / static_cast<int>(block.num_threads())) / 8 * 8;
 }

@@ -2,8 +2,8 @@
 //
 // cp.async, ldmatrix and mma.sync for interpreted kernels (PTX manual, "Data Movement" and "Warp Level Matrix").
 //
-// A cp.async in flight is modeled pessimistically: from its start, no other thread may read or write the target. Until
-// its group is waited for, no thread may read the target, which still has its previous contents.
+// A cp.async is recorded as two writes: one at its start, and one when its thread waits for its group. In between, no
+// thread may read the target, which keeps its previous contents. Unordered accesses by other threads are races.
 #pragma once
 
 #include "simt/intrinsics.h"
@@ -54,9 +54,9 @@ inline void cp_async_wait(simt::SourceLocation location = simt::SourceLocation::
 
 namespace simt {
 
-// Load 8x8 matrices of 16-bit elements. The lanes contain the row addresses, eight for each matrix. Lane l receives
-// elements (l / 4, 2 * (l % 4)) and the next one of each matrix, or of its transpose. If a row of 16 bytes holds four
-// 32-bit elements, lane l receives (l / 4, l % 4).
+// Load four 8x8 matrices of 16-bit elements. Each lane passes the address of a row: eight lanes for each matrix. Lane l
+// receives elements (l / 4, 2 * (l % 4)) and the next one of each matrix, or of its transpose. If a row of 16 bytes
+// holds four 32-bit elements, lane l receives (l / 4, l % 4).
 template <typename T>
 inline void ldmatrix(
     const char* name, unsigned (&registers)[4], const Shared<T>& row, bool transposed, SourceLocation location) {
@@ -99,10 +99,11 @@ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)
         float left[16][16], right[8][16];
         for (int lane = 0; lane < kLanes; ++lane) {
             const int group = lane / 4, pair = lane % 4 * 2;
-            for (int i = 0; i < 8; ++i) {  // a_i: rows group (+ 8 for i = 2, 3, 6, 7), columns pair (+ 8 for i >= 4)
+            // a_i: row group (+ 8 for i = 2, 3, 6, 7), column pair (+ 1 for odd i, + 8 for i >= 4)
+            for (int i = 0; i < 8; ++i) {
                 left[group + (i / 2 % 2) * 8][pair + i % 2 + (i / 4) * 8] = half_of(slots[lane]->a[i / 2], i % 2);
             }
-            for (int i = 0; i < 4; ++i) {  // b_i: rows (k) pair (+ 8 for i >= 2), column group
+            for (int i = 0; i < 4; ++i) {  // b_i: row (k) pair (+ 1 for odd i, + 8 for i >= 2), column group
                 right[group][pair + i % 2 + (i / 2) * 8] = half_of(slots[lane]->b[i / 2], i % 2);
             }
         }
@@ -120,7 +121,7 @@ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)
     });
 }
 
-// Sums are exact, then rounded toward zero: the manual does not specify their rounding, and tensor cores truncate.
+// Add in float64, then round toward zero: the manual does not specify the rounding, and tensor cores truncate.
 inline void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SourceLocation location) {
     Fragments slot{d, a, b};
     Block& block = current_block();

@@ -16,7 +16,7 @@ constexpr int kMaxTensorMapDimensions = 5;
 
 enum class Swizzle : uint8_t { kNone, k128, k64, k32 };  // as numbered in descriptors of matrices
 
-// Bytes after which the swizzle pattern repeats, divided by eight.
+// Return the width of the swizzle in bytes, 16 without a swizzle. The pattern repeats after eight times as many bytes.
 inline size_t swizzle_span(Swizzle swizzle) {
     return swizzle == Swizzle::k128 ? 128 : swizzle == Swizzle::k64 ? 64 : swizzle == Swizzle::k32 ? 32 : 16;
 }
@@ -69,7 +69,7 @@ inline void check_box(const TensorMap& map, SourceLocation location) {
             "a row of the box has ", map.row_bytes(), " bytes, more than the ", swizzle_span(map.swizzle), " of ",
             name_of(map.swizzle)));
     }
-    // Such rows need as much shared memory as the span of the swizzle; their position in it is not documented.
+    // A narrower row needs as much shared memory as the swizzle's width; its position in it is not documented.
     if (map.row_bytes() < swizzle_span(map.swizzle)) {
         refuse(concatenate(
             "a row of the box has ", map.row_bytes(), " bytes, fewer than the ", swizzle_span(map.swizzle), " of ",

@@ -12,8 +12,8 @@ namespace simt {
 // Reserved bits of a descriptor.
 constexpr uint64_t kReservedBits = uint64_t{3} << 14 | uint64_t{3} << 30 | uint64_t{7} << 46 | uint64_t{0x3ff} << 52;
 
-// Operand in shared memory, decoded from its descriptor. `adjacent_k`: K-major; rows are those of a, columns those of
-// b.
+// Operand in shared memory, decoded from its descriptor. `adjacent_k` means K-major: the values of a row of a, or of a
+// column of b, are adjacent.
 class Operand {
 public:
     const uint64_t reserved_bits;
@@ -29,8 +29,8 @@ public:
           stride_(static_cast<int64_t>(descriptor >> 32 & 0x3fff) << 4),
           adjacent_k_(adjacent_k) {}
 
-    // Return the address of 16 bytes. K-major: chunk 0 or 1 of the 16 values of k in a row or column. Otherwise: eight
-    // rows or columns at one k.
+    // Return the address of 16 bytes, which are eight values. K-major: a line is a row of a or a column of b, with 16
+    // values of k in two chunks. Otherwise: a line is one k, and a chunk has eight columns of b.
     int64_t address(int line, int chunk) const {
         const int64_t span = static_cast<int64_t>(swizzle_span(swizzle));
         const int64_t group = line / 8, within = line % 8 * span;
@@ -48,7 +48,7 @@ private:
     const bool adjacent_k_;
 };
 
-// Check that the running thread may read lines [begin, end) of an operand through the asynchronous proxy. A line has
+// Check that the thread of `by` may read lines [begin, end) of an operand through the asynchronous proxy. A line has
 // `chunks` times 16 bytes. The reads are recorded for the wgmma unit of the thread's warp.
 inline void note_operand(
     Block& block, const Accessor& by, uint32_t group, const char* name, const Operand& operand, bool adjacent_k,
@@ -82,7 +82,8 @@ inline void note_operand(
             seen = number;
             block.report_conflict(block.shadow().read_by_unit(at, by, group, location), at, location);
             const Shadow::BoxPosition place = block.shadow().box_position(at);
-            // Chunks of a line are adjacent in the box, and lines are its rows: groups of eight for a, all lines for b.
+            // The chunks of a line are adjacent in the box. Consecutive lines are consecutive rows of the box: eight
+            // at a time if K-major, else all lines.
             const int group_begin = chunk / line_group * line_group;
             const int first_line = adjacent_k ? line / 8 * 8 : begin;
             Shadow::BoxPosition& origin = first[static_cast<size_t>(group_begin)];
@@ -222,8 +223,8 @@ inline void start_product(
         for (unsigned warp = 0; warp < 4; ++warp) {
             WgmmaUnit& unit = wgmma_unit(block, first_warp + warp);
             const int row = static_cast<int>(warp) * 16;
-            // Check one lane of each group with equal known times. An elected lane may have waited for a barrier that
-            // the others have not.
+            // Check one lane of each group with equal known times. An elected lane may have waited for an mbarrier
+            // that the others have not waited for.
             const unsigned last = (first_warp + warp) * kLanes + kLanes - 1;
             for (unsigned thread = last + 1 - kLanes; thread <= last; ++thread) {
                 if (thread == last || !(block.clocks().have_equal_times(first_warp + warp) ||

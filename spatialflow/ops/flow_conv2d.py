@@ -30,7 +30,7 @@ class PackedConv(NamedTuple):
 
     The order depends on the instruction set, the device and the version of the package. A pickle or a deep copy
     therefore has `weight` but not `packed`, and packs `weight` again on loading. Every operator refuses a `packed` that
-    it would read in another order. `weight` also serves calls that need gradients and autocast.
+    it would read in another order. `weight` also serves calls that need gradients.
     """
 
     packed: Tensor  # a vector; its length identifies the order
@@ -137,8 +137,8 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
         tensor cores read it. With "direct" and on CUDA, a NaN in one pixel reaches its 3x3 neighborhood. With
         "winograd" on the CPU it may reach all outputs of the 4x4 tiles whose 6x6 input tiles have the pixel. An
         infinity may become NaN there. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into
-        NaN. On CUDA a value that is not finite at the border of a map may make the weight gradient of its channel NaN
-        in all taps. Empty maps and no levels give empty results.
+        NaN. On CUDA a non-finite value at the border of a map may make the weight gradient of its channel NaN in all
+        taps. Empty maps and no levels give empty results.
 
         Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; they are
         deterministic.
@@ -214,8 +214,8 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
 
     Returns:
         A `PackedConv` for inputs of the dtype of `weight`. Packed weights of 16-bit types are float32 and also serve
-        float32 inputs. Do not change `weight` in place afterwards: calls with gradients or under autocast read it, all
-        others its packed copy.
+        float32 inputs. Do not change `weight` in place afterwards: calls with gradients read it, all others its packed
+        copy.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, naming the argument.
@@ -271,7 +271,7 @@ def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> No
 
 
 def _check_active(op: str, active: Tensor, levels: list[Tensor]) -> None:
-    """Raise the operator's errors about `active`, for calls with gradients: they do not pass `active` to the operator."""
+    """Raise the operator's errors about `active`, for calls with gradients, which do not pass it to the operator."""
     if active.dtype != torch.bool:
         raise RuntimeError(f"{op}: active must be bool, got {str(active.dtype).removeprefix('torch.')}")
     if active.dim() != 1:

@@ -107,7 +107,7 @@ class PanopticQuality:
 
         Raises:
             PanopticFormatError: sizes differ; the predicted map and list have different segments; a ground-truth
-                segment has the id 0 or is listed twice; an area is not finite; or a category is unknown.
+                segment has the id 0 or is listed twice; an area is negative or not finite; or a category is unknown.
 
         Other contradictions between a list and its map (`docs/annotations.md`) are an `AnnotationWarning` each.
         """

@@ -53,7 +53,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Backbone of four stages of bottlenecks: (N, 3, H, W) -> [C3, C4, C5], of H/8, H/16 and H/32.
 
-    BatchNorm uses its running statistics in `train()` mode too, unless `norm_trains`. Its affine parameters train.
+    BatchNorm uses its running statistics in `train()` mode too, unless `norm_trains`. Its affine parameters are
+    trained, except in frozen stages.
 
     Args:
         depth: 50 or 101.
@@ -62,7 +63,8 @@ class ResNet(nn.Module):
         group_width: channels per group in the first stage; used where groups > 1.
         deformable_stages: stages (2..4) whose 3x3 convolutions are modulated deformable.
         frozen_stages: stem and this many stages take no gradient; 0 = the stem alone, -1 = nothing frozen.
-        norm_trains: in `train()` mode BatchNorm of stages that are not frozen uses and updates batch statistics.
+        norm_trains: in `train()` mode BatchNorm of stages that are not frozen uses the statistics of the batch, and
+            updates its running statistics.
     """
 
     layer1: nn.Sequential

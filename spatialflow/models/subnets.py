@@ -31,16 +31,16 @@ class SubnetFeatures(NamedTuple):
 class Subnets(nn.Module):
     """Classification, regression, stuff and thing sub-networks with their flows.
 
-    5 levels (N, in_channels, H, W) -> `SubnetFeatures` of maps (N, channels, H, W), of in_channels for a sub-network
-    without stages.
+    5 levels (N, in_channels, H, W) -> `SubnetFeatures` of maps (N, channels, H, W). Maps of a sub-network without
+    stages have in_channels.
 
     A flow is a 3x3 convolution without activation. A stage is relu(conv(feature + flow(source))); `run_subnets` gives
     the order. In a deformable stage with a flow, flow(feature + source) predicts the offsets and mask instead, and the
-    deformable convolution reads the feature alone (equation 4). A deformable stage without a flow predicts them from
-    its input.
+    deformable convolution reads the feature without that flow (equation 4). A deformable stage without a flow predicts
+    them from its input.
 
-    The output of a segmentation sub-network without stages is the level plus its flow, P + flow(source), as in the
-    paper's naive model with flows.
+    The output of a sub-network without stages is the level plus its flows, P + flow(source), as in the paper's naive
+    model with flows.
 
     Args:
         in_channels: channels of the FPN levels.

@@ -32,7 +32,7 @@ class ThingTargets(NamedTuple):
 
     rois: Tensor  # (K, 5) float32: image, x1, y1, x2, y2
     labels: Tensor  # (K,) int64 thing label of the ground truth
-    assigned: Tensor  # (K,) int64 ground truth within the image
+    assigned: Tensor  # (K,) int64 index of the ground truth within its image
     masks: Tensor  # (K, M, M) float32, 0 or 1
 
 
@@ -158,7 +158,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, assigned: Tensor, size: int, at_o
         boxes: (P, 4) float32 in pixels of the masks, to which they are clipped.
         assigned: (P,) int64 mask of each box.
         size: side of the result.
-        at_once: number of masks that are float32 at a time; bounds the memory.
+        at_once: number of masks that are converted to float32 at a time; bounds the memory.
 
     Returns:
         (P, size, size) float32 of 0 and 1: RoIAlign (aligned, adaptive sampling) of the mask, `>= 0.5`.

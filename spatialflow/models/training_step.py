@@ -21,7 +21,7 @@ class TrainingStep(nn.Module):
 
     Args:
         network: in training mode.
-        config: for targets and losses.
+        config: the configuration, for targets and losses.
         average: as for `Criterion`.
         stuff_loss: as for `Criterion`.
     """
@@ -43,7 +43,7 @@ class TrainingStep(nn.Module):
 
         Args:
             images: (N, 3, H, W) floating point, normalized.
-            truth: at the same scale.
+            truth: the ground truth, at the same scale.
         """
         output = self.network(images)
         targets = self.assigner(output, truth)
@@ -53,7 +53,8 @@ class TrainingStep(nn.Module):
     def _mask_logits(self, output: NetworkOutput, things: ThingTargets) -> Tensor:
         """Compute the mask logits of the RoIs, (K, M, M).
 
-        Without any RoI, (1, M, M) of a small one: every parameter must be in the graph, as DDP waits for each.
+        Without any RoI, compute (1, M, M) logits of a small RoI: DDP waits for the gradient of every parameter, so
+        every parameter must be in the graph.
         """
         rois, labels = things.rois, things.labels
         if len(rois) == 0:

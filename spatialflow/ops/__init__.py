@@ -5,8 +5,8 @@ The docstring of each operator describes its arguments and result and has an exa
 be arrays of one other library (CuPy, NumPy, JAX). The results are then arrays of that library, on the same memory
 (docs/arrays.md). Any other object in the place of a tensor, or a mix of arrays and tensors, raises TypeError.
 
-Boxes are corners (x1, y1, x2, y2) everywhere. A box with corners in the wrong order, such as (x, y, width, height),
-does not raise: detectors produce such boxes.
+Boxes are corners (x1, y1, x2, y2), except in the result of `panoptic_merge`: (x, y, width, height). A box with corners
+in the wrong order, such as (x, y, width, height), does not raise: detectors produce reversed boxes too.
 
 Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Code that uses them by name, such as a
 loaded `torch.export` archive, must import it first; `import spatialflow` alone does not.

@@ -42,7 +42,7 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
 
     Args:
         function: the operator; its annotations determine which arguments are tensors.
-        values: its arguments by name, and any other names. Lists and named tuples may have arrays as items.
+        values: its arguments by name; other names are ignored. Lists and named tuples may have arrays as items.
 
     Returns:
         The result of the operator, with arrays of the arguments' library instead of tensors. A result that is an

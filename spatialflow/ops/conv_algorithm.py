@@ -57,7 +57,7 @@ def check_packed_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
 
 
 def packed_tag(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the number of elements behind packed weights of a dtype, which identifies their layout (csrc/ops)."""
+    """Return the number of elements after packed weights of a dtype, which identifies their layout (csrc/ops)."""
     return (CUDA_TAG if device.type == "cuda" else _CPU_TAG) + (dtype == torch.float64)
 
 

@@ -29,8 +29,8 @@ class PackedDeformConv(NamedTuple):
     """A deformable convolution with its weights in the order that the kernels read, made by `pack_deform_conv2d`.
 
     As for `PackedConv`, the order depends on the instruction set, the device and the version of the package. A pickle
-    or a deep copy has `weight` alone, which is packed again on loading. `weight` also serves calls that need gradients
-    or autocast, and float32 calls on CUDA if torch's TF32 setting has changed since the weight was packed.
+    or a deep copy has `weight` but not `packed`, and packs `weight` again on loading. `weight` also serves calls that
+    need gradients or autocast. It serves float32 calls on CUDA too, if torch's TF32 setting has changed since packing.
     """
 
     packed: Tensor  # a vector; its length identifies the order
@@ -69,9 +69,9 @@ def deform_conv2d(
         offset: (N, 2 * offset_groups * kernel_h * kernel_w, H_out, W_out), in cells: for each offset group the pairs
             (dy, dx) of all taps, row by row. Channels of `input` are split evenly over offset groups. Any floating
             dtype, used in float32 (float64 for float64 features).
-        weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; the sizes define the number of groups. Or
-            a `PackedDeformConv`, whose bias and algorithm are then used. The call then packs nothing, and sigmoid and
-            ReLU are part of the kernel.
+        weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; the sizes define the number of groups.
+            With a `PackedDeformConv` instead, its bias and algorithm are used. The call then packs nothing, and sigmoid
+            and ReLU are part of the kernel.
         bias: (C_out), the dtype of `input`, or None.
         stride: of the undeformed convolution; (height, width), or one number for both.
         padding: as `stride`.
@@ -84,7 +84,8 @@ def deform_conv2d(
             `torch.backends.cudnn.allow_tf32`; the default), else "tf32x3". A compiled function keeps the setting at the
             time of tracing.
             "direct": multiply-adds in float32: error about 1e-6.
-            "tf32": tensor cores; samples, weights and gradients are rounded to TF32, 11 bits: error about 3e-4.
+            "tf32": tensor cores; samples, weights and gradients are rounded to TF32 (11-bit significand): error about
+            3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
             "winograd", an algorithm of `flow_conv2d`, needs taps on a grid and is refused. Gradients use the algorithm
             of the call.
@@ -102,9 +103,10 @@ def deform_conv2d(
 
     Note:
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
-        sample whose offset or mask is not finite in the type it is used in is zero. It has no gradient, not even of its
-        mask. A feature that is not finite counts even with a weight, mask or kernel value of 0, which gives NaN. "tf32"
-        turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images: an empty result.
+        sample whose offset or mask is not finite in the type it is used in is zero. It has no gradient, not even for
+        its mask. A feature that is not finite counts even if its bilinear weight, mask or kernel value is 0: the result
+        is then NaN. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images:
+        an empty result.
 
         Gradients flow to all five tensors in reverse and forward mode. They exist to second order through `offset`
         (except forward over forward) and to any order through the others. At whole coordinates, where a bilinear sample

@@ -99,7 +99,7 @@ def _mark_non_finite(operands: _Operands, replacement: Tensor | None) -> Tensor 
 
 
 def _refuse_third_derivative(operands: _Operands, *tangents: Tensor | None) -> None:
-    """Raise if one of `tangents`, of the offset or its tangent, would need a third derivative through the offset."""
+    """Raise if a tangent of the offset or of `offset_tangent` would need a third derivative through the offset."""
     if operands.offset_tangent is not None and any(tangent is not None for tangent in tangents):
         raise NotImplementedError(
             "deform_conv2d: third derivatives through the offset, and forward mode over forward mode, are not available"
@@ -122,7 +122,7 @@ def _tangent_terms(
 ) -> list[_Operands]:
     """List the operands of each term of a tangent: one operand is replaced by its tangent.
 
-    The tangent of `offset` stands in the place of `offset_tangent`.
+    The tangent of `offset` becomes the operand `offset_tangent`.
     """
     _refuse_third_derivative(operands, offset_t)
     replaced = _replaced(

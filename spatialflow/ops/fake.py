@@ -21,8 +21,8 @@ def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., A
     The operator of the same name in the namespace `spatialflow_checks` checks the arguments with the code of the real
     operator. It is called if all sizes are known. If sizes are symbols, the real operator checks them when it runs.
 
-    The tensors of a call must be on one device. Torch calls the fake kernel if any tensor is a meta tensor. Real
-    tensors beside it would then get results with uninitialized memory.
+    The tensors of a call must be on one device. Torch calls the fake kernel if any tensor is a meta tensor. A call with
+    real tensors beside it would then return uninitialized memory.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +33,7 @@ def register_fake(name: str, op: str | None = None) -> Callable[[Callable[..., A
         checked = [names.index(argument.name) for argument in check._schema.arguments]
 
         def on_one_device(*args: Any) -> Any:
-            args = (*args, *(argument.default_value for argument in arguments[len(args) :]))  # torch omits them
+            args = (*args, *(argument.default_value for argument in arguments[len(args) :]))  # torch omits defaults
             _require_one_device(public, [argument.name for argument in arguments], args)
             values = [args[index] for index in checked]
             if _is_concrete(values):

@@ -29,8 +29,8 @@ class PackedConv(NamedTuple):
     """A 3x3 convolution with its weights in the order that the kernels read, made by `pack_conv3x3`.
 
     The order depends on the instruction set, the device and the version of the package. A pickle or a deep copy
-    therefore has `weight` alone, which is packed again on loading. Every operator refuses a `packed` that it would read
-    in another order. `weight` also serves calls that need gradients and autocast.
+    therefore has `weight` but not `packed`, and packs `weight` again on loading. Every operator refuses a `packed` that
+    it would read in another order. `weight` also serves calls that need gradients.
     """
 
     packed: Tensor  # a vector; its length identifies the order
@@ -100,7 +100,8 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
 
     Args:
         x: features (N, C_in, H, W), or a list of them, one per level (sizes and batches may differ); float32, float64,
-            float16 or bfloat16, any strides. With a list of weights, one such entry for each.
+            float16 or bfloat16, any strides. With a list of weights, `x` is a list of such entries, one for each
+            weight.
         flow: added to `x`, in the same structure and shapes, or None.
         weight: (C_out, C_in, 3, 3), or a `PackedConv`, whose bias and algorithm are then used. A list of `PackedConv`
             is a list of independent convolutions, which on CUDA share one launch; `flow` must then be None.
@@ -112,14 +113,14 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
             and the weight is not packed, else "direct". On CUDA "tf32" if torch allows it for its own convolutions
             (`torch.backends.cudnn.conv.fp32_precision`, or `torch.backends.cudnn.allow_tf32`; the default), else
             "tf32x3". A compiled function keeps the setting at the time of tracing.
-            "winograd": F(4x4, 3x3), a quarter of the multiplications, error about 3e-6; on CUDA as "tf32x3".
+            "winograd": F(4x4, 3x3), a quarter of the multiplications, error about 3e-6; CUDA computes it as "tf32x3".
             "direct": multiply-adds in float32, exact up to the order of sums: error about 1e-6.
-            "tf32": tensor cores; inputs and weights are rounded to TF32, 11 bits: error about 3e-4.
+            "tf32": tensor cores; inputs and weights are rounded to TF32 (11-bit significand): error about 3e-4.
             "tf32x3": tensor cores, three products of TF32: error about 1e-6.
             The CPU computes the last two as "auto", so that one model serves both devices.
-        active: (N,) bool, which images of the batch are computed, or None for all; with one `PackedConv` alone, and
-            levels that all have N images. Results of the other images are zeros, whatever their features are. Writing
-            the zeros is their only cost, and on CUDA the host does not wait for the flags.
+        active: (N,) bool, which images of the batch are computed, or None for all. It requires `weight` to be one
+            `PackedConv`, and all levels to have N images. Results of the other images are zeros, whatever their
+            features are. Writing the zeros is their only cost, and on CUDA the host does not wait for the flags.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.
@@ -136,8 +137,8 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
         tensor cores read it. With "direct" and on CUDA, a NaN in one pixel reaches its 3x3 neighborhood. With
         "winograd" on the CPU it may reach all outputs of the 4x4 tiles whose 6x6 input tiles have the pixel. An
         infinity may become NaN there. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into
-        NaN. On CUDA the weight gradient of a channel with such a value at the border of its map may be NaN in all taps.
-        Empty maps and no levels give empty results.
+        NaN. On CUDA a non-finite value at the border of a map may make the weight gradient of its channel NaN in all
+        taps. Empty maps and no levels give empty results.
 
         Gradients flow to x, flow, weight and bias, in reverse and forward mode and to any order; they are
         deterministic.
@@ -213,8 +214,8 @@ def pack_conv3x3(weight: Tensor, bias: Tensor | None = None, algorithm: str = "a
 
     Returns:
         A `PackedConv` for inputs of the dtype of `weight`. Packed weights of 16-bit types are float32 and also serve
-        float32 inputs. Do not change `weight` in place afterwards: calls with gradients or under autocast read it, all
-        others its packed copy.
+        float32 inputs. Do not change `weight` in place afterwards: calls with gradients read it, all others its packed
+        copy.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit, naming the argument.
@@ -270,7 +271,7 @@ def _check_levels(op: str, name: str, levels: list[Tensor], channels: Any) -> No
 
 
 def _check_active(op: str, active: Tensor, levels: list[Tensor]) -> None:
-    """Raise as the operator does, for calls that torch composes from other operators."""
+    """Raise the operator's errors about `active`, for calls with gradients, which do not pass it to the operator."""
     if active.dtype != torch.bool:
         raise RuntimeError(f"{op}: active must be bool, got {str(active.dtype).removeprefix('torch.')}")
     if active.dim() != 1:

@@ -3,7 +3,7 @@
 
 Without ReLU the operator is linear in (x, flow) and in (weight, bias). Every derivative is therefore one of two
 operators. One is the convolution itself, with weights rotated by 180 degrees for gradients of the inputs. The other is
-the weight gradient. ReLU only masks.
+the weight gradient. The derivative of ReLU only masks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def _rotated(weight: Tensor) -> Tensor:
 def _relu_gradient(gradients: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
     """Apply the gradient of ReLU, given its outputs.
 
-    Outputs are detached: torch would differentiate their sign to zeros, and turn NaN in them to NaN gradients.
+    Outputs are detached. Otherwise torch would also differentiate with respect to them. That derivative is zero,
+    but gives NaN gradients where outputs are NaN.
     """
     masks = [output.detach() for output in outputs]
     return [
@@ -49,7 +50,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     saved = [weight, *x, *flow, *(output if ctx.relu else ())]
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
-    ctx.set_materialize_grads(False)  # otherwise NaN would multiply tangents of zeros
+    ctx.set_materialize_grads(False)  # otherwise absent gradients would be zeros, and 0 * NaN is NaN
 
 
 def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:

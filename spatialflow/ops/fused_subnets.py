@@ -54,9 +54,9 @@ _LISTS = SubnetParameters._fields[:8]  # in the order of the raw operator
 def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algorithm: str = "auto") -> SubnetOutput:
     """Run the classification, regression, stuff and thing sub-networks with their flows over all levels of a pyramid.
 
-    In each stage the source (reg) is computed first: reg = relu(conv(reg)). With this reg follow
-    cls = relu(conv(cls + flow(reg))) and stuff = relu(conv(stuff + flow(reg))). After the last of these stages, each
-    stage of thing, which starts from the levels, is thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))).
+    In each stage the source (reg) is computed first: reg = relu(conv(reg)). This reg then flows into
+    cls = relu(conv(cls + flow(reg))) and stuff = relu(conv(stuff + flow(reg))). The stages of thing run after all of
+    these: thing = relu(conv(thing + semantic_flow(stuff) + flow(reg))), with the final features of stuff and reg.
 
     If the source has fewer stages than another sub-network, later stages use the final feature of the source. A flow
     beyond the last stage of its sub-network is not used.
@@ -75,7 +75,9 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the list and the stage.
-        ValueError: an unknown algorithm or flow source, flows without a source, no levels.
+        ValueError: an unknown algorithm or flow source, flows without a source, no levels, a weight without elements,
+            or a bias of a wrong shape.
+        TypeError: a weight or bias that is not a tensor.
 
     Note:
         Results are those of `flow_conv2d` stage by stage, including NaN and empty levels. If a derivative may be
@@ -258,7 +260,7 @@ def _(
     segmentation_levels: int,
 ) -> list[Tensor]:
     for weight in packed:
-        if weight.shape[0]:  # an absent flow has none
+        if weight.shape[0]:  # the vector of an absent flow is empty
             check_packed_layout("fused_subnets", weight)
     starts = [sum(counts[:index]) for index in range(8)]
     segmentation = levels[:segmentation_levels]

@@ -32,7 +32,7 @@ def group_norm_relu(
     Args:
         input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
         num_groups: groups of adjacent channels; it divides C.
-        weight: factor of each channel (C,); any floating dtype, used in that of the statistics; None: 1.
+        weight: factor of each channel (C,); any floating dtype; None: 1.
         bias: summand of each channel (C,), as `weight`; None: 0.
         eps: added to the variance; finite, 0 or more.
         upsample: whether to upsample the result to (2H, 2W) by bilinear interpolation with aligned corners: the corner
@@ -46,18 +46,19 @@ def group_norm_relu(
         ValueError: `eps` that is not a number.
 
     Note:
-        Statistics and results are computed in float32 (float64 for float64 features). Deviations are summed around the
-        mean, so a mean that is large compared with them costs no digits. Sums have a fixed order: results and gradients
-        do not depend on the number of threads, and are deterministic on CUDA too.
+        Arithmetic is in float32 (float64 for float64 features); long sums are in float64. Statistics are computed from
+        differences to one value of the group, so a mean that is large compared with the deviation costs no digits. Sums
+        have a fixed order: results and gradients do not depend on the number of threads, and are deterministic on CUDA
+        too.
 
         A value that is not finite makes all of its group NaN, and NaN passes ReLU, as in torch. So do deviations whose
-        square overflows the type of the statistics. It is unspecified whether an infinite weight or bias gives infinity
-        or NaN, and what an infinite incoming gradient gives in its group. A group of one value, like a constant one,
-        gives max(bias, 0). No images, channels, rows or columns: an empty result, and zero gradients of weight and
-        bias.
+        square overflows float32 (float64 for float64 features). It is unspecified whether an infinite
+        weight or bias gives infinity or NaN, and what an infinite incoming gradient gives in its group. A group of one
+        value, like a constant one, gives max(bias, 0). No images, channels, rows or columns: an empty result, and zero
+        gradients of weight and bias.
 
-        Gradients flow to `input`, `weight` and `bias`, in reverse and forward mode and to any order; those of higher
-        order are composed of torch's operators. ReLU has no gradient at zero.
+        Gradients flow to `input`, `weight` and `bias`, in reverse and forward mode and to any order. Forward mode and
+        gradients of higher order are composed of torch's operators. ReLU has no gradient at zero.
 
         Complexity: the input is read twice, for the statistics and to normalize. The normalized map is not stored
         before upsampling. Features that are not channels-last are copied into that layout, and the result back.
@@ -138,7 +139,8 @@ def _jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tens
 class _Composed:
     """First derivatives composed of torch's operators, which can be differentiated again.
 
-    Features are (N, G, C / G, H, W) here, and numbers per channel (G, C / G, 1, 1), in the type of the statistics.
+    Features are (N, G, C / G, H, W) here, and numbers per channel (G, C / G, 1, 1), all in float32 (float64 for float64
+    features).
     """
 
     def __init__(

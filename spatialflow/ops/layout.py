@@ -10,9 +10,9 @@ from torch import Tensor
 def memory_format_of(tensor: Tensor) -> torch.memory_format:
     """Return the layout of results that are computed from an (N, C, H, W) tensor.
 
-    Channels-last if C is the innermost dimension and pixels and rows are in order (slices allowed). Contiguous
-    otherwise, including the ambiguous cases with sizes of 1. Strides of dimensions of size 1 are arbitrary in torch and
-    are not read.
+    The layout is channels-last if C is the innermost dimension and pixels and rows are in order (slices allowed). It is
+    contiguous otherwise, including the ambiguous cases with sizes of 1. Strides of dimensions of size 1 are arbitrary
+    in torch and are not read.
     """
     if tensor.dim() != 4 or tensor.is_contiguous() or tensor.shape[1] <= 1 or tensor.stride(1) != 1:
         return torch.contiguous_format

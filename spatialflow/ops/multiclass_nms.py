@@ -34,7 +34,8 @@ def multiclass_nms(
             float16 or bfloat16, any strides.
         scores: (B, N, C), or (N, C); any of those dtypes.
         score_threshold: a (box, class) pair takes part if its score is strictly above this.
-        iou_threshold: intersection over union above which the worse box of a pair of the same class is dropped.
+        iou_threshold: intersection over union above which, of two boxes of a class, the one with the lower score is
+            dropped.
         max_detections: D, below 2^31; the search stops when that many are kept.
 
     Returns:
@@ -48,8 +49,8 @@ def multiclass_nms(
 
     Note:
         Equal scores rank by row, then by class, the lower first. Pairs of boxes are compared as in `nms`. The score
-        threshold is rounded to float32 (float64 if either tensor is). A NaN score, and a box with a NaN corner, is
-        never kept. No boxes or no classes: count 0.
+        threshold is rounded to float32 (float64 if either tensor is). A NaN score or a box with a NaN corner is never
+        kept. No boxes or no classes: count 0.
 
         The results are detached: no gradient flows to boxes or scores. For a gradient, gather the kept rows from the
         inputs by `indices` and `labels`.

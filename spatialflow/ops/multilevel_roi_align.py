@@ -37,7 +37,7 @@ def multilevel_roi_align(
         strides: pixels per cell of each level, e.g. (8, 16, 32). They are not inferred from the sizes of the maps.
         sampling_ratio: samples per bin and axis, at most 65536; 0 or less: ceil(RoI size / bins), by axis and RoI.
         aligned: shift boxes by half a cell (see `roi_align`).
-        finest_scale: RoIs with a side from `finest_scale` pixels to twice that, and smaller ones, use the first level.
+        finest_scale: RoIs whose sqrt(area) is less than twice this number of pixels use the first level.
 
     Returns:
         (K, C, PH, PW) in the order of `boxes`; the dtype of the features, channels-last if `features[0]` is.
@@ -57,7 +57,7 @@ def multilevel_roi_align(
         is deterministic. The CUDA backward is deterministic in float64, and under
         `torch.use_deterministic_algorithms(True)` in every dtype.
 
-        Complexity: as for `roi_align`. On CUDA all levels share one launch, and the host waits for no sizes.
+        Complexity: as for `roi_align`. On CUDA all levels share one launch, and the host does not wait for the device.
 
         Difference from torchvision's `MultiScaleRoIAlign`: features are a list and strides are arguments. `aligned` is
         True by default. `finest_scale` is `canonical_scale / 2 ** (canonical_level - log2(strides[0]))`, also for
@@ -174,7 +174,8 @@ def _(
     ]
 
 
-# The operator is linear in its features. Tangents and second derivatives are the operator applied to them.
+# The operator is linear in its features. It is therefore also applied to their tangents, and to the cotangents of their
+# gradients.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)

@@ -51,8 +51,8 @@ def panoptic_merge(
        are kept and take their free pixels.
     2. Each stuff label takes its free pixels, unless they are fewer than `stuff_area_threshold`.
     3. Each box of step 1, in the same order, whether its instance is kept or not. If at least `box_overlap_threshold`
-       of its pixels are still void, they join the instance's segment, or a new one. Boxes are truncated to integers and
-       clipped to the image.
+       of its pixels are still void, these void pixels join the instance's segment, or a new one. Boxes are truncated to
+       integers and clipped to the image.
 
     Args:
         masks: (K, H, W) bool or uint8, not zero = inside.
@@ -69,7 +69,7 @@ def panoptic_merge(
 
     Returns:
         `PanopticMergeOutput`. Ids count from 1 in order of creation: instances, stuff by label, then new segments of
-        step 3. Every id of the map is a row in use, and every row in use has pixels. All shapes follow from the shapes
+        step 3. Every id of the map has a row in use, and every row in use has pixels. All shapes follow from the shapes
         of the arguments and `stuff_labels`, so the host does not wait for the device.
 
     Raises:

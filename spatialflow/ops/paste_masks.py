@@ -34,11 +34,11 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
 
     Note:
         With a threshold of 0.5 or more, only pixels whose center is in the box can be inside. A box without extent,
-        reversed, or with a coordinate that is not finite has no pixels. A pixel that interpolates a NaN logit, even
+        reversed, or with a coordinate that is not finite has no pixels. A pixel interpolated from a NaN logit, even
         with a weight of 0, is outside. A pixel between cells that all reach the threshold is inside whatever the
         rounding. The result is bool and has no gradient.
 
-        Complexity: K * H * W bytes are written. Interpolation is done only for pixels under the boxes, and no
+        Complexity: K * H * W bytes are written. Interpolation is done only for pixels of the boxes, and no
         floating-point mask of the size of the image is stored.
 
         Difference from torchvision and detectron2 (`paste_masks_in_image`): logits instead of probabilities. The

@@ -28,8 +28,8 @@ def preprocess_images(
     Args:
         images: (H, W, 3) uint8 in BGR order, or a list of such images of any sizes; any strides.
         sizes: (H, W) to resize to; a list of them for a list of images.
-        mean: of the red, green and blue channel, in units of the pixels (0 .. 255).
-        std: standard deviation of the same.
+        mean: mean of the red, green and blue channel, in units of the pixels (0 .. 255).
+        std: standard deviation of these channels, in the same units.
         divisor: height and width of the batch are the smallest multiples of it that hold every resized image.
         dtype: of the result: float32, float16 or bfloat16.
 
@@ -42,8 +42,8 @@ def preprocess_images(
 
     Note:
         Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR, `subtract` in float32 and `multiply` by
-        1 / std in float64. There is no antialiasing, but an image that halves exactly is averaged over 2 x 2 pixels, as
-        in OpenCV. No gradients.
+        1 / std in float64. There is no antialiasing, but an image resized to exactly half its size is averaged over
+        2 x 2 pixels, as in OpenCV. No gradients.
 
         Complexity: time and memory are linear in the pixels of the result. No resized or normalized image is stored in
         between.

@@ -131,7 +131,7 @@ def as_rows(op: str, boxes: Tensor | list[Tensor], input: Tensor) -> Tensor:
         if image_boxes.dim() != 2 or image_boxes.shape[1] != 4:
             raise ValueError(f"{op}: boxes[{index}] must have shape (K, 4), got {tuple(image_boxes.shape)}")
         if image_boxes.dtype in (torch.float16, torch.bfloat16):
-            image_boxes = image_boxes.float()  # bfloat16 has no 257, the index of an image
+            image_boxes = image_boxes.float()  # bfloat16 cannot represent 257, which may be an index of an image
         rows.append(torch.cat((image_boxes.new_full((image_boxes.shape[0], 1), index), image_boxes), dim=1))
     return torch.cat(rows) if rows else input.new_zeros((0, 5))
 
@@ -159,12 +159,13 @@ def _(
     boxes: Tensor,
     *settings: Any,
 ) -> Tensor:
-    *size, channels_last, _deterministic = settings[5:]  # (N, C, H, W) first
+    *size, channels_last, _deterministic = settings[5:]  # size: (N, C, H, W)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format)
 
 
-# The operator is linear in its features. Tangents and second derivatives are the operator applied to them.
+# The operator is linear in its features. It is therefore also applied to their tangents, and to the cotangents of their
+# gradients.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, boxes, *ctx.settings = inputs
     ctx.save_for_backward(boxes)

@@ -55,10 +55,10 @@ def select_candidates(
 
     Note:
         A level with more than `per_level` anchors gives those with the highest best logit, best first. Equal ones rank
-        by anchor index, the lower first: cells row-major, then anchors. A level with no more keeps all in that order.
-        NaN is never the best logit of an anchor; an anchor with NaN alone, or without classes, ranks as minus infinity.
-        A NaN logit gives a NaN score, and a NaN delta a box with a NaN corner: `multiclass_nms` keeps neither. Infinite
-        deltas are clipped like large ones.
+        by anchor index, the lower first: cells row-major, then anchors. A level with `per_level` anchors or fewer keeps
+        all, by anchor index. NaN is never the best logit of an anchor. An anchor whose logits are all NaN, or without
+        classes, ranks as minus infinity. A NaN logit gives a NaN score, and a NaN delta a box with a NaN corner:
+        `multiclass_nms` keeps neither. Infinite deltas are clipped like large ones.
 
         The selection is the same on CPU and CUDA; boxes and scores are the same up to rounding. The results are
         detached: no gradient flows to logits or deltas. Autocast changes nothing. CUDA takes up to 8 levels and 65,535

@@ -13,7 +13,7 @@ from spatialflow.ops.fake import register_fake
 
 
 def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-    """Return the best class of every pixel: the argmax of logits that are upsampled four times, cropped and resized.
+    """Return the best class of every pixel: the argmax of logits that are upsampled 4x, cropped and resized.
 
     The logits are upsampled bilinearly with aligned corners and cropped to the part without padding. Their labels are
     resized to the size of the original image by nearest neighbor. Only the pixels of the result are computed.
@@ -25,7 +25,7 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
         original_size: (H, W) of the result.
 
     Returns:
-        original_size, uint8; int64 if there are more than 256 classes.
+        A label map of size `original_size`, uint8; int64 if there are more than 256 classes.
 
     Raises:
         RuntimeError: a shape, dtype or size that does not fit, or no class at all, naming the argument.
@@ -33,8 +33,8 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
 
     Note:
         Ties go to the lower class. A class whose interpolated value is NaN is never the best; if all are NaN, the label
-        is 0. A logit that is not finite, including plus infinity, makes every value that interpolates it NaN, even with
-        a weight of 0. Those are at coordinates in [c - 1, c + 1) for cell c, along either axis.
+        is 0. A logit that is not finite, including plus infinity, makes every value interpolated from it NaN, even with
+        a weight of 0. For cell c of an axis, those values are at coordinates in [c - 1, c + 1).
 
         Arithmetic is in float32 (float64 for float64), along y first, with the same roundings on every device. The
         result is integer and has no gradient.

@@ -32,8 +32,8 @@ def run_subnets(
 
     Args:
         features: the input of each sub-network, by name: "cls" and "reg", or these with "stuff" and "thing".
-        stages: the convolutions of each sub-network, by name; the type is that of `run_stage`.
-        flows: the flow convolutions into each sub-network, by name, without the source; "semantic" has those from stuff
+        stages: the convolutions of each sub-network, by name, of the type that `run_stage` takes.
+        flows: the flow convolutions into each sub-network except the source, by name; "semantic" has those from stuff
             into thing. A stage beyond the end of a list, or with None there, has no flow.
         source: "cls" or "reg", the sub-network from which the other flows come.
         run_stage: (stage, flow convolution or None, input, source feature, semantic flow or None) -> the output of a

@@ -27,7 +27,7 @@ def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
 
     Args:
         result: a `PanopticResult`.
-        image_id: of its image.
+        image_id: id of its image.
 
     Returns:
         A row per detection with `bbox` as [x, y, width, height], and with `segmentation` (RLE) where there are masks
@@ -54,7 +54,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     from pycocotools import mask as coco_mask
 
     code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    counts: Any = code["counts"]  # always bytes, whatever the annotation of pycocotools
+    counts: Any = code["counts"]  # always bytes, whatever the type stub of pycocotools says
     return {"size": code["size"], "counts": counts.decode("ascii")}
 
 
@@ -64,7 +64,7 @@ def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLi
     A box that contradicts the mask is replaced by the box of the mask.
 
     Args:
-        content: of the panoptic JSON.
+        content: content of the panoptic JSON.
         panoptic_folder: folder of the PNGs.
     """
     things = {row["id"] for row in content["categories"] if row["isthing"]}
@@ -101,13 +101,14 @@ def average_precision(
     """Compute COCO average precision of boxes and masks with pycocotools.
 
     Args:
-        content: of the JSON of the panoptic ground truth, whose things are the objects.
+        content: content of the panoptic ground truth's JSON, whose things are the objects.
         panoptic_folder: folder of its PNGs.
         results: rows of `detection_rows`; those of images outside the ground truth are left out.
 
     Returns:
-        {"box": {...}, "mask": {...}} with `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` (-1 where
-        no object of that size is annotated); "mask" only where the results have masks. None without pycocotools.
+        {"box": {...}, "mask": {...}} with `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` (-1 where no object
+        of that size is annotated; all 0 if there are no results). "mask" is present if all results have masks. None
+        without pycocotools.
 
     Raises:
         PanopticFormatError: no result is of an image of the ground truth, or a mask differs in size from its image.
@@ -235,7 +236,7 @@ def _is_rle(code: Any) -> bool:
             return False
         value |= (bits & 31) << shift
         shift += 5
-        if not bits & 32:  # the end of a number, which is signed and relative to the second to last run
+        if not bits & 32:  # the end of a number: signed, and from the fourth on relative to the run two before
             value -= (bits & 16) << (shift - 4)
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0

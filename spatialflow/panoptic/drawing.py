@@ -213,7 +213,7 @@ def _draw_labels(picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[i
         _, _, _, (x, y) = cv2.minMaxLoc(cv2.distanceTransform(mask, cv2.DIST_L2, 3))
         x1 = min(max(left + x - 1 - label_w // 2, 0), width - label_w)
         first = min(max(top + y - 1 - label_h // 2, 0), height - label_h)
-        for shift in (0, -1, 1, -2, 2):  # above or below, where another label is in the way
+        for shift in (0, -1, 1, -2, 2):  # move up or down if another label is in the way
             y1 = min(max(first + shift * (label_h + 1), 0), height - label_h)
             x2, y2 = x1 + label_w, y1 + label_h
             if not any(x1 < right and left < x2 and y1 < bottom and top < y2 for left, top, right, bottom in taken):

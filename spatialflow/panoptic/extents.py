@@ -54,7 +54,7 @@ def extents(id_map: np.ndarray) -> dict[int, Extent]:
 
 
 def run_begins(flat: np.ndarray) -> np.ndarray:
-    """Mark, (N,) bool, the first element and every element that differs from the previous one."""
+    """Return (N,) bool: True for the first element and every element that differs from the previous one."""
     begins = np.ones(flat.size, bool)
     np.not_equal(flat[1:], flat[:-1], out=begins[1:])
     return begins

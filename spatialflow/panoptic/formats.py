@@ -111,8 +111,8 @@ def read_panoptic_json(
         The file's content: a mapping with `annotations`, a list of {image_id, file_name, segments_info}.
 
     Raises:
-        PanopticFormatError: the file is absent, is not JSON, or breaks a rule that stops this use; the message
-            names it.
+        PanopticFormatError: the file is absent, is not JSON, or breaks a rule that stops this use; the message names
+            the file.
     """
     content = load_json(path)
     check_panoptic(content, str(path), with_categories, use)
@@ -143,11 +143,11 @@ def check_panoptic(
     """Raise `PanopticFormatError`, naming `source`, unless `content` is a COCO panoptic mapping fit for `use`.
 
     Args:
-        content: of the file.
+        content: the parsed content of the file.
         source: named in the error.
         with_categories: also require `categories` with `id` and `isthing`.
         use: as for `read_panoptic_json`.
-        categories: ids that segments may have; None: those that the content lists, if it lists any.
+        categories: category ids that segments may have; None: those that the content lists, if it lists any.
 
     Returns:
         Problems that this use reports and that do not stop it.

@@ -38,8 +38,8 @@ class Journal:
         self._is_named = is_named
         self._header = json.loads(dumps(header))
         self._restored = 0  # bytes of the complete lines of the earlier run
-        self._has_begun = False  # the file has its first line and the restored lines, no others
-        self._has_lines = False
+        self._has_begun = False  # whether the file was truncated to its first line and the restored lines
+        self._has_lines = False  # whether a line was restored or appended
         self._syncing: Future[None] | None = None
         self._unsynced: list[Path] = []
         self._thread = ThreadPoolExecutor(1)  # its thread starts with the first task
@@ -142,7 +142,7 @@ class Journal:
                 return stream
             if _is_file_of(stream, self.path):
                 return stream
-            stream.close()  # its run removed it before the lock
+            stream.close()  # the run that locked it before has removed it
 
     def rows(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
         """Read the lines at the given offsets."""
@@ -176,7 +176,7 @@ class Journal:
             self._stream = None
 
     def remove(self) -> None:
-        """Unlink the file, unless another process is writing it; its lines stay readable."""
+        """Unlink the file, unless another process is writing it; `rows` can still read its lines."""
         self._wait()
         if self._is_named and os.path.exists(self.path):
             try:
@@ -212,7 +212,7 @@ def _is_file_of(stream: IO[bytes], path: Path) -> bool:
 
 def _write(stream: IO[bytes], content: Any) -> None:
     line = memoryview(dumps(content).encode() + b"\n")
-    while line:  # an unbuffered stream may take a part
+    while line:  # an unbuffered stream may write only a part
         line = line[stream.write(line) :]
 
 

@@ -49,16 +49,16 @@ def merge(
         masks: (K, H, W) bool or uint8, nonzero = inside. Numpy or tensor, on any device.
         scores: (K) numbers.
         labels: (K) integers, indices of thing classes (or category ids, see thing_categories).
-        boxes: (K, 4) x1, y1, x2, y2 in pixels, or None: no box fill.
+        boxes: (K, 4) x1, y1, x2, y2 in pixels; None skips the step that fills boxes.
         stuff: (H, W) integers, stuff label of every pixel, or None: no stuff.
         thing_categories: category id of each thing label; None: a label is its category id.
-        stuff_categories: category id of each stuff label, None for one that stays void ("other", things). A mapping
-            leaves labels that it does not list void. None: a label is its category id, negative ones are void.
+        stuff_categories: category id of each stuff label, None for one that stays void ("other", things). Labels that
+            are not listed are void. None: a label is its category id, and negative labels are void.
         void_label: stuff label that is void regardless of stuff_categories.
         score_threshold: instances and boxes below it are left out.
         overlap_threshold: an instance with a larger share of its pixels already taken is dropped.
         stuff_area_threshold: stuff with fewer free pixels is dropped.
-        box_overlap_threshold: least void share of a box that is filled; None: no box fill.
+        box_overlap_threshold: least void share of a box that is filled; None fills no boxes.
 
     Returns:
         `MergeResult`. Ids are 1, 2, ... without gaps; every segment has at least one pixel, and every pixel that is not
@@ -130,7 +130,7 @@ def segment_list(
     """Convert the segments of a merge to mappings with category ids; the host waits for the device once.
 
     Args:
-        result: of `panoptic_merge`.
+        result: the result of `panoptic_merge`.
         thing_categories: category id of each thing label; None: a label is its category id.
         stuff_categories: the same for stuff labels.
 

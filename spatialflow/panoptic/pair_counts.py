@@ -22,14 +22,14 @@ def count_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.n
     Raises:
         ValueError: an image has another shape or dtype, or the sizes differ.
 
-    Optimized for segments. Maps in which the pair changes every few pixels are sorted by numpy.
+    The compiled code is fast for maps of segments. Maps in which the pair changes every few pixels are sorted by numpy.
     """
     counted = _evaluation.count_pairs(first, second)
     if counted is not None:
         return counted
     ids = [_evaluation.decode_ids(image) if image.ndim == 3 else image for image in (first, second)]
-    # Keys that ascend by first, then second id, negative ones included. In place, as an allocation costs more than a
-    # sum.
+    # Keys that ascend by the first, then the second id, also for negative ids. They are computed in place, as an
+    # allocation costs more than a sum.
     keys = ids[0].astype(np.int64)
     keys <<= 32
     keys += ids[1]

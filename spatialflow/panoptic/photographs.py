@@ -63,7 +63,8 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
     Ids are compared first. They are ignored if an id in `images` of the prediction has the name of another image of the
     ground truth. They are also ignored if both files list different names for one id. If ids are ignored or do not
     match, names are compared: those of `images`, or else those of the PNGs, without suffixes. Names are compared with
-    their folders, then without. A prediction is used for one image.
+    their folders, then without. Last, ids that are strings are compared as names. A prediction is used for at most one
+    image.
 
     Args:
         truth: content of the ground truth's JSON.
@@ -122,7 +123,7 @@ def _contradicted_id(
         listed_truth: name by image id as `images` of the ground truth lists it.
         listed_prediction: name by image id as `images` of the prediction lists it.
     """
-    # Consecutive ids of two files may be equal for different images, which the names show.
+    # If each file numbers its own images, one id may stand for different images. Their names show this.
     doubtful = [
         i
         for i in truth_names

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing of COCO panoptic PNGs, several times as fast as a general PNG library.
 
-libdeflate compresses and decompresses. The code that removes the filters is optimized for maps in which most neighbors
-are of one segment (`csrc/evaluation/png_filters.h`). This module parses and writes the chunks.
+libdeflate compresses and decompresses. The code that removes the filters is optimized for maps in which most
+neighboring pixels are of the same segment (`csrc/evaluation/png_filters.h`). This module parses and writes the chunks.
 """
 
 import struct
@@ -36,7 +36,8 @@ def decode_png(data: bytes) -> np.ndarray:
 
     Raises:
         PngKindError: data is a PNG of another kind.
-        ValueError: data is something else, truncated or damaged. All checksums are verified.
+        ValueError: data is something else, truncated or damaged. The checksums of the header and of the chunks IDAT and
+            IEND are verified.
     """
     width, height, channels = _read_header(data)
     size = height * (1 + width * channels)

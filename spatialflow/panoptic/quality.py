@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panoptic quality (Kirillov et al., "Panoptic Segmentation", 2019), equal to panopticapi's in every number."""
+"""Panoptic quality (Kirillov et al., "Panoptic Segmentation", 2019).
+
+All numbers equal panopticapi's, except where an `area` is less than the number of pixels (`docs/annotations.md`).
+"""
 
 import os
 import warnings
@@ -104,7 +107,7 @@ class PanopticQuality:
 
         Raises:
             PanopticFormatError: sizes differ; the predicted map and list have different segments; a ground-truth
-                segment has the id 0 or is listed twice; an area is not finite; or a category is unknown.
+                segment has the id 0 or is listed twice; an area is negative or not finite; or a category is unknown.
 
         Other contradictions between a list and its map (`docs/annotations.md`) are an `AnnotationWarning` each.
         """
@@ -178,8 +181,8 @@ def evaluate(
         progress: show a progress bar on standard error.
 
     Returns:
-        A mapping. "All", "Things" and "Stuff" are {pq, sq, rq, n}: means, as fractions, over the n classes with
-        segments in the ground truth or the prediction. "per_class" maps every category id to {pq, sq, rq, n, tp, fp,
+        A mapping. "All", "Things" and "Stuff" are {pq, sq, rq, n}: means, as fractions, over the n classes that have a
+        true positive, false positive or false negative. "per_class" maps every category id to {pq, sq, rq, n, tp, fp,
         fn, iou}, where iou is the sum over matches.
 
     Raises:
@@ -340,7 +343,7 @@ def _match_image(
         category = segment["category_id"]
         if category != pred_category[pred_id]:
             continue
-        # A smaller area than the pixels would raise the IoU, in panopticapi even above 1.
+        # An `area` less than the number of pixels would raise the IoU, in panopticapi even above 1.
         gt_area = max(segment.get("area", 0), gt_pixels[gt_id])
         union = pred_pixels[pred_id] + gt_area - intersection - shared.get((VOID, pred_id), 0)
         iou = intersection / union

@@ -55,7 +55,7 @@ def evaluate_and_report(
     # Before the scoring, so that an invalid file fails early.
     results = None if detections is None else read_detections(detections)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no segment of any category")  # the table has it
+        warnings.filterwarnings("ignore", message="no segment of any category")  # the table says it
         truth_files, prediction_files = AnnotationFiles(gt_json, gt_folder), AnnotationFiles(pred_json, pred_folder)
         scored = score_files(truth_files, prediction_files, workers=workers, progress=progress)
     for text in scored.reports:

@@ -19,7 +19,7 @@ LARGEST_ID = (1 << 24) - 1
 TRUTH, PREDICTION, TRAINING = "truth", "prediction", "training"  # uses of annotations
 _ALL = (TRUTH, PREDICTION, TRAINING)
 _LARGEST_NUMBER = 2.0**53  # larger areas and boxes are invalid; NaN and infinity fail the comparison too
-_BOX_TOLERANCE = 1  # pixels; for boxes of polygons, and for conventions with or without the last pixel
+_BOX_TOLERANCE = 1  # pixels; boxes made from polygons, or that exclude the last pixel, differ by up to one
 
 
 class Rule(NamedTuple):
@@ -141,8 +141,8 @@ def json_problems(content: Any, categories: Collection[int] | None = None) -> It
     Malformed entries are reported, and not checked further.
 
     Args:
-        content: of the file.
-        categories: ids that segments may have; None: those that the content lists, if it lists any.
+        content: the parsed content of the file.
+        categories: category ids that segments may have; None: those that the content lists, if it lists any.
     """
     if not isinstance(content, Mapping) or not isinstance(content.get("annotations"), list):
         yield Problem("json", 'a panoptic JSON is a mapping with a list "annotations"', value=_short(content))
@@ -183,7 +183,7 @@ def segment_problems(
     Args:
         segments: mappings with integers `id` and `category_id`.
         image: the image's id.
-        categories: ids that segments may have; None: any.
+        categories: category ids that segments may have; None: any.
     """
     seen: set[int] = set()
     for segment in segments:
@@ -266,7 +266,7 @@ def _image_error(image: Any, location: str) -> tuple[str, Any] | None:
 
 
 def segment_id(segment: Any) -> int | None:
-    """Return the id of an entry of `segments_info`; None if it has none."""
+    """Return the id of an entry of `segments_info`; None if it has no integer id."""
     number = segment.get("id") if isinstance(segment, Mapping) else None
     return number if type(number) is int else None  # isinstance would accept true and false
 
@@ -343,7 +343,7 @@ def _names_a_file(text: str) -> bool:
 
 
 def id_of(item: Any, field: str) -> int | str | None:
-    """Return the id in `field`; None if it has none."""
+    """Return the id in `field` of an item; None if the field is absent or is not an id."""
     value = item.get(field) if isinstance(item, Mapping) else None
     return value if _has_type(value, _ID) else None
 
@@ -359,7 +359,7 @@ def _label(name: Any) -> str:
 
 
 def _short(value: Any) -> Any:
-    """Return a number unchanged; of any other value the beginning of its text."""
+    """Return a number of magnitude up to 2^53 unchanged, and any other value as the beginning of its `repr`."""
     return value if isinstance(value, _NUMBER) and abs(value) <= _LARGEST_NUMBER else f"{value!r:.80}"
 
 

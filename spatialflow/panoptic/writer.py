@@ -43,7 +43,7 @@ def panoptic_row(
         segments: as for `PanopticWriter.add`.
 
     Raises:
-        PanopticFormatError: an argument is of a kind that the format does not have, or segments and map disagree.
+        PanopticFormatError: the format does not allow an argument, or segments and map disagree.
     """
     if isinstance(image_id, bool) or not isinstance(image_id, int | np.integer | str):
         raise PanopticFormatError(f"{image_name}: image_id must be an integer or a string, got {image_id!r:.60}")
@@ -75,10 +75,11 @@ def panoptic_row(
 def earlier_files(json_path: Path, info: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
     """Find the JSON and the journal that a writer would replace.
 
-    An empty file is ignored. A power failure may leave a part of a journal's beginning.
+    An empty file is ignored. A file that ends within the expected beginning also matches, since a power failure may
+    have truncated a journal there.
 
     Returns:
-        The files of earlier writers with this `info`, and all other files.
+        The files of earlier writers with this `info`, and all other files, folders and broken links at these paths.
     """
     beginning = _beginning(info).encode()
     matching: list[Path] = []
@@ -110,12 +111,12 @@ class PanopticWriter:
 
     In its first `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
     (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the current image
-    at most. After a power failure, images that were not synced to disk are done again. The journal is removed at the
-    end of the block, unless an exception ended it. While one process writes a journal, no other can. Without `with` and
-    `resume` there is no journal, and `write_json` saves the results.
+    at most. After a power failure, a resumed run does the images again that were not synced to disk. The journal is
+    removed at the end of the block, unless an exception ended the block. While one process writes a journal, no other
+    process can write it. Without `with` and `resume` there is no journal, and `write_json` saves the results.
 
     Several threads may call `add` at once: PNGs are encoded and written in parallel, rows of the journal one after the
-    other. All other methods are for one thread, while no thread adds.
+    other. Call all other methods from one thread only, and not while a thread runs `add`.
 
     Args:
         folder: of the PNGs; created for the first result.
@@ -128,7 +129,7 @@ class PanopticWriter:
 
     Raises:
         ResumeError: the journal to resume was written with other settings or categories.
-        InUseError: another process is writing the journal; raised too by `with` and by the first `add`.
+        InUseError: another process is writing the journal; also raised by `with` and by the first `add`.
         ValueError: settings, info or categories cannot be written as JSON.
         OSError: the journal to resume cannot be read.
 
@@ -158,10 +159,10 @@ class PanopticWriter:
         self.detections_path = None if detections_path is None else Path(detections_path)
         self._info = info
         self._categories = None if categories is None else [dict(category) for category in categories]
-        self._entries: dict[str, _Entry] = {}  # image name -> where its row is
-        self._taken: dict[tuple[str, int | str], str] = {}  # ids, PNGs -> name of the image they belong to
+        self._entries: dict[str, _Entry] = {}  # image name -> location of its row, and its files
+        self._taken: dict[tuple[str, int | str], str] = {}  # id, PNG or name (`_keys`) -> name of its image
         self._writing: dict[tuple[str, int | str], str] = {}  # the same for images without a row yet
-        self._lock = threading.Lock()  # for the four above and the journal
+        self._lock = threading.Lock()  # for the three dictionaries above and the journal
         categories_hash = hashlib.sha256(dumps(self._categories).encode()).hexdigest()[:16]
         header: dict[str, Any] = {} if info is None else {"info": info}
         header |= {"category table": categories_hash, "settings": {**(settings or {})}}
@@ -218,9 +219,8 @@ class PanopticWriter:
             Path of the PNG.
 
         Raises:
-            PanopticFormatError: the format forbids an argument; segments and map disagree; a value cannot be
-                written as JSON; or another image of this run has the same name, id or PNG. One of an earlier run is
-                replaced.
+            PanopticFormatError: the format forbids an argument; segments and map disagree; a value cannot be written as
+                JSON; or another image of this run has the same name, id or PNG. An image of an earlier run is replaced.
             InUseError: another process is writing the journal; no file was changed.
             OSError: a file cannot be written; no file of the image is left.
         """
@@ -237,9 +237,9 @@ class PanopticWriter:
             try:
                 with self._lock:
                     self._append({**row, "png_bytes": path.stat().st_size})
-            except BaseException as error:  # an interrupt too: the PNG would have no row
+            except BaseException as error:  # also for an interrupt: the PNG would have no row
                 path.unlink(missing_ok=True)
-                if isinstance(error, ValueError | TypeError):  # of `json`
+                if isinstance(error, ValueError | TypeError):  # raised by `json`
                     raise PanopticFormatError(f"image {image_id}: cannot be written as JSON: {error}") from None
                 raise
         with self._lock:
@@ -266,7 +266,7 @@ class PanopticWriter:
         """Add images that another writer, for instance of another process, has added to the same folder.
 
         Args:
-            rows: of the other writer's `rows`.
+            rows: the result of the other writer's `rows`.
 
         Raises:
             PanopticFormatError: an image of the same name, id or PNG exists; or a row is not one of `rows`.
@@ -395,7 +395,7 @@ def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:
 
 
 def _stamp(path: str | os.PathLike[str] | None) -> list[int] | None:
-    """Return size in bytes and modification time in ns; None if the file does not exist."""
+    """Return size in bytes and modification time in ns; None if there is no path or the file cannot be found."""
     try:
         status = os.stat(path) if path is not None else None
     except OSError:

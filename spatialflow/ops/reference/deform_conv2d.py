@@ -23,7 +23,7 @@ def deform_conv2d(
     mask_sigmoid: bool = False,
     relu: bool = False,
 ) -> Tensor:
-    """Compute `spatialflow.ops.deform_conv2d` with one gather per tap and corner.
+    """Compute `spatialflow.ops.deform_conv2d` with one gather per corner of the bilinear samples.
 
     `algorithm` is accepted and ignored.
     """

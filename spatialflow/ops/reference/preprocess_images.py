@@ -48,7 +48,7 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def taps(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the two cells around each element of the target axis, clamped to it, and their weights (of 2048)."""
+    """Return the two source cells around each target element, clamped to the source, and their weights times 2048."""
     step = 1.0 / (target / source)
     position = ((torch.arange(target, dtype=torch.float64, device=device) + 0.5) * step - 0.5).float()
     cell = position.floor()

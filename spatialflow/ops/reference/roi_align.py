@@ -43,7 +43,7 @@ def _weighted(planes: Tensor, weights: Tensor) -> Tensor:
 
 
 def zeros(size: tuple[int, ...], features: Sequence[Tensor]) -> Tensor:
-    """Return zeros that have zero gradients by all `features`, also if these are NaN."""
+    """Return zeros that have zero gradients with respect to all `features`, also if these are NaN."""
     return features[0].new_zeros(size) + sum(feature.flatten()[:0].sum() for feature in features)
 
 

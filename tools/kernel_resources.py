@@ -60,14 +60,13 @@ def unfused_sources() -> list[str]:
 
 def kernel_name(symbol: str) -> str:
     """Return the first name in a mangled symbol that ends in _kernel; the symbol itself if there is none."""
-    names, position = [], 0
+    position = 0
     while match := re.compile(r"(\d+)").search(symbol, position):
         length, begin = int(match[1]), match.end()
         name = symbol[begin : begin + length]
         if name.endswith("_kernel"):
             return name
         position = begin + (length if name.isidentifier() else 0)
-        names.append(name)
     return symbol
 
 

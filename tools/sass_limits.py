@@ -63,7 +63,7 @@ LIMITS = (
     # products, and the residuals, one pixel at a time.
     Limit(
         "conv3x3_tensor_core_kernel<Tf32x3, *>",
-        "two blocks: 255; for three products two instructions take a number apart, four add",
+        "two blocks: 255; for three products, two instructions split a number and four add",
         registers=216,
         store=8,
         in_flight=2,
@@ -103,7 +103,7 @@ LIMITS = (
     ),
     Limit(
         "conv3x3_sm90_kernel<*>",
-        "inputs and weights by TMA; 384 threads share the registers: 168 before they trade",
+        "inputs and weights by TMA; 168 registers for each of 384 threads before setmaxnreg",
         registers=168,
         load=16,
         store=16,
@@ -123,7 +123,7 @@ LIMITS = (
     ),
     Limit(
         "conv3x3_weight_gradient_tensor_core_kernel<Tf32, 4>",
-        "one block of 8 warps: 255; operands by 4 and 8 bytes, rows of inputs moved on",
+        "one block of 8 warps: 255; operands by 4 and 8 bytes; rows of inputs shift from tap to tap",
         registers=255,
         load=16,
         narrow=0,
@@ -135,7 +135,7 @@ LIMITS = (
     ),
     Limit(
         "conv3x3_weight_gradient_tensor_core_kernel<Tf32x3, 4>",
-        "half the channels, by registers",
+        "half the channels, because of the registers",
         registers=216,
         load=16,
         narrow=0,
@@ -226,7 +226,7 @@ LIMITS = (
     # The main loop is one step over the depth (k) of the product, without loads; the corners are loaded outside it.
     Limit(
         "deform_conv2d_kernel<Tf32x3, *, 4>",
-        "for three products two instructions take a number apart, four add",
+        "for three products, two instructions split a number and four add",
         registers=128,
         load=16,
         store=16,
@@ -302,7 +302,7 @@ LIMITS = (
     ),
     Limit(
         "deform_conv2d_backward_weight_kernel<Tf32x3, *, 4>",
-        "tiles of 64 outputs, by registers",
+        "tiles of 64 outputs, because of the registers",
         registers=112,
         load=16,
         store=16,
@@ -521,6 +521,6 @@ LIMITS = (
         distance=16,
         in_flight=5,
     ),
-    Limit("stuff_labels_kernel<*>", "a class of four corners at a time", registers=48, in_flight=2),
+    Limit("stuff_labels_kernel<*>", "loads the four corners of one class at a time", registers=48, in_flight=2),
     Limit("*", "bound by launches and latency, or for shapes that no vector fits"),
 )

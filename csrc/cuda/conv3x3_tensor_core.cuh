@@ -41,8 +41,8 @@ struct TensorCoreConfig {
 };
 
 // Sums of a lane, for four rows of pixels. In 16 bits outputs are the columns of a product. sums[i][j][e] is in row i,
-// at pixel e / 2 * 8 and output j / 4 * 32 + j % 4 * 2 + e % 2, counted from the lane's first ones. In float32 outputs
-// are the rows of a product: see FloatFragmentCoordinates.
+// at pixel e / 2 * 8 and output j / 4 * 32 + j % 4 * 2 + e % 2. These count from the lane's first pixel and output. In
+// float32 outputs are the rows of a product: see FloatFragmentCoordinates.
 template <int kBlocks>
 using Sums = float[4][kBlocks * 4][4];
 
@@ -135,8 +135,8 @@ __device__ __forceinline__ void store_sums(
 }
 
 // Output pixels and channels of the sums of a lane, in float32. sums[i][j][e] is in row i, at pixel j / kProducts * 8 +
-// e % 2 and output j % kProducts * 16 + e / 2, counted from the lane's first ones. A lane has two of every eight pixels
-// and two of every 16 outputs.
+// e % 2 and output j % kProducts * 16 + e / 2. These count from the lane's first pixel and output. A lane has two of
+// every eight pixels and two of every 16 outputs.
 struct FloatFragmentCoordinates {
     int64_t first;  // offset of the outputs of the first pixel
     int y, x, output;

@@ -6,7 +6,7 @@
 //   grad_columns[p, k, c] = sum over o of grad_output[p, o] * weight[k, c, o]
 //   grad_mask[k, p]       = sum over c of grad_columns * sample
 //   grad_offset[k, p]     = sum over c of grad_columns * mask * derivative of the sample
-//   grad_input[cell, c]   = sum over the (p, k, i) that read the cell of mask * value_i * grad_columns
+//   grad_input[cell, c]   = sum over the (p, k, i) with cell_i = cell of mask * value_i * grad_columns
 //   grad_weight[k, c, o]  = sum over p of columns * grad_output[p, o]
 //
 // grad_output is (N, H_out, W_out, O). Other layouts and operand types are those of the forward pass. Each kernel's

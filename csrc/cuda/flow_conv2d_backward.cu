@@ -9,8 +9,8 @@
 // and gradients (N, H, W, O) have adjacent channels and any other strides. The result is (O, C, 3, 3). A block computes
 // a tile of outputs by channels for all taps, over a part of the pixel tiles. A second kernel adds the partial sums
 // (part, 9, O, C) in order. The number of parts depends on sizes only, so results are deterministic. A non-finite value
-// at the border of a map may affect the gradients of all taps of its channel, even of taps that pair it with pixels
-// outside the map.
+// at the border of a map may affect the gradients of all taps of its channel. These include taps that pair the value
+// with pixels outside the map.
 #include <algorithm>
 
 #include "cuda/conv3x3.h"
@@ -90,12 +90,12 @@ struct TensorCoreGradientConfig {
 template <int kBlocks>
 using GradientSums = float[kTaps][2][kBlocks][4];
 
+// Products of a step in 16 bits. This lane reads the first rows at `inputs` and `gradients`.
 template <typename operand_t>
 struct StepProducts {
     using Config = TensorCoreGradientConfig<operand_t>;
 
     // Inputs stay in registers while steps use them: rows[t][x] is rows t and t + 1 of inputs, for column x of taps.
-    // This lane reads the first rows at `inputs` and `gradients`.
     unsigned rows[3][3][4];
 
     __device__ __forceinline__ void load_row(const Shared<operand_t>& inputs, int row) {
@@ -198,7 +198,7 @@ __device__ __forceinline__ void store_pair(
 }
 
 // Kernel for 16-bit types on the tensor cores, and float32 by TF32. In 16 bits a block of 8 warps computes 64 outputs x
-// 64 channels, a warp 32 x 16 for all taps, by mma.sync with float32 sums. A step is 2 rows of 8 pixels. Rows of
+// 64 channels for all taps, a warp 32 x 16. It uses mma.sync with float32 sums. A step is 2 rows of 8 pixels. Rows of
 // inputs, loaded by ldmatrix.trans, stay in registers for all taps; the last rows also for the next step. The next tile
 // (16 x 8 pixels) is loaded into the other buffer meanwhile: gradients by cp.async, inputs through registers, a chunk
 // per step. In float32 a step is one row of 8 pixels, and a tile is 8 x 8. For Tf32x3 a block computes 32 channels, and
@@ -348,8 +348,8 @@ __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads,
 }
 
 // Sizes of the kernel for float64, and for float32 with "direct". A block of 8 warps computes 32 outputs x 32 channels:
-// a lane per channel, four outputs per warp, 36 sums a thread. A window of 3 x 3 inputs slides along the row, so that a
-// pixel costs 3 loads of inputs and a broadcast of 4 gradients for 36 multiply-adds.
+// a lane per channel, four outputs per warp, 36 sums a thread. A window of 3 x 3 inputs slides along the row. So the 36
+// multiply-adds of a pixel need only 3 loads of inputs and a broadcast of 4 gradients.
 struct SimtGradientConfig {
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 32, kChannels = kWarpSize;

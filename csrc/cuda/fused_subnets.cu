@@ -5,10 +5,10 @@
 //
 // A convolution that reads only inputs has dependency level 0. Any other convolution is one level above the highest
 // convolution whose result it reads. All convolutions of a level, on all maps, are one call of convolve3x3. It is
-// usually one launch; on compute capability 9.0 it may be two (sm90_conv3x3.cu). A flow is written to separate maps,
-// and added where the next convolution reads its input. So it depends on its source only. With four stages and all
-// flows, there are 23 convolutions in 8 levels. flow0 stands for the two flows into cls and stuff at stage 0; f0 stands
-// for the two convolutions of cls and stuff:
+// usually one launch; on compute capability 9.0 it may be two (sm90_conv3x3.cu). A flow into a convolution is written
+// to separate maps, and added where the convolution reads its input. So it depends on its source only. A flow without a
+// convolution is added to the feature at once. With four stages and all flows, there are 23 convolutions in 8 levels.
+// flow0 stands for the two flows into cls and stuff at stage 0; f0 stands for the two convolutions of cls and stuff:
 //
 //   reg0 | reg1 flow0 | reg2 flow1 f0 | reg3 flow2 f1 | flow3 f2, flow of thing | f3 | semantic | thing
 #include <algorithm>

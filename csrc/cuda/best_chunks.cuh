@@ -10,7 +10,7 @@
 namespace spatialflow {
 
 template <typename key_t>
-constexpr int kEntriesAhead = sizeof(key_t) == 4 ? 4 : 1;  // that a thread loads before it uses the first
+constexpr int kEntriesAhead = sizeof(key_t) == 4 ? 4 : 1;  // entries that a thread loads before it uses the first one
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kBins == 2 * kGreedyThreads, "a thread sums two bins");
@@ -39,8 +39,8 @@ __device__ __forceinline__ void for_each_entry(
     }
 }
 
-// Sum of `value` over the threads before this one, and over all in `total`; `sums` (kGreedyWarps). All threads of the
-// block must call it.
+// Return the sum of `value` over the threads before this one, and set `total` to the sum over all threads. `sums` is
+// scratch, (kGreedyWarps). All threads of the block must call it.
 __device__ __forceinline__ unsigned sum_before(unsigned value, Shared<unsigned> sums, unsigned& total) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
     unsigned inclusive = value;
@@ -70,7 +70,7 @@ __device__ __forceinline__ bool select_chunk(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Entry<key_t>& begin,
     Shared<unsigned> histogram,  // (kBins)
     Shared<unsigned> sums,       // (kGreedyWarps)
-    Shared<unsigned> cut,        // (kCutWords): first bin that does not fit; entries before it
+    Shared<unsigned> cut,        // (kCutWords): first bin that does not fit; number of entries before it
     Entry<key_t>& end) {
     constexpr int kKeyBits = static_cast<int>(8 * sizeof(key_t)), kRowBits = 32;
     const int thread = static_cast<int>(threadIdx.x);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// 1x1 convolution with bias, residual and ReLU, on CUDA:
+// 1x1 convolution on CUDA, with optional bias, residual and ReLU:
 //
 //   out[p, o] = relu(sum_c x[p, c] * weight[o, c] + bias[o] + residual[p, o])
 //
-// for pixels p; channels-last. This kernel supports all dtypes, sizes and devices that sm90_conv1x1.cu does not; it
-// computes one output value per thread and is not optimized. Networks on other devices use cuDNN
-// (spatialflow/models/optimized/conv.py).
+// for pixels p of channels-last maps. This kernel runs for all dtypes, sizes and devices that sm90_conv1x1.cu does not
+// support. It computes one output value per thread and is not optimized. On devices without sm90_conv1x1.cu, networks
+// use cuDNN (spatialflow/models/optimized/conv.py).
 #include "cuda/launch.h"
 #include "cuda/sm90_conv1x1.h"
 #include "ops/conv1x1.h"

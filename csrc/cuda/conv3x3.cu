@@ -5,13 +5,15 @@
 //   out[p, o] = relu?(sum over taps t, channels c of (x + flow)[p + t, c] * weights[t, c, o]
 //                     + bias[o] + residual[p, o])
 //
-// An implicit GEMM: rows are pixels, columns are output channels, and the sum runs over 9 C. Sources (N, H, W, C) by
-// strides with channels adjacent; weights (9, C, O padded to 32); out and residual (N, H, W, O). A table in the
-// kernel's parameters has an entry per convolution and level, largest maps first. Blocks are persistent: each takes
-// every gridDim.x-th tile. x + flow and weights are rounded to the 16-bit type. Results depend on the inputs alone.
+// An implicit GEMM: rows are pixels, columns are output channels, and the sum runs over 9 C. Sources are (N, H, W, C)
+// with adjacent channels and any other strides. Weights are (9, C, O padded to 32); out and residual are (N, H, W, O).
+// A table in the kernel's parameters has an entry per convolution and level, largest maps first. Blocks are persistent:
+// each takes every gridDim.x-th tile. In 16-bit types, x + flow and the weights are rounded to the type. Results are
+// deterministic.
 //
 // float64, and float32 with "direct": a block of 256 threads computes 8 x 8 pixels by 64 outputs, 4 x 4 sums per
-// thread. 16-bit types, TF32 and Tf32x3: conv3x3_tensor_core.cuh; on compute capability 9.0a, sm90_conv3x3.cu.
+// thread. 16-bit types, Tf32 and Tf32x3: conv3x3_tensor_core.cuh. 16-bit types on compute capability 9.0a:
+// sm90_conv3x3.cu, if it supports the sizes.
 #include <algorithm>
 
 #include "cuda/conv3x3_tensor_core.cuh"
@@ -24,7 +26,7 @@ constexpr int kMaxTiles = 1 << 30;  // the index of a tile beyond the last one s
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Sizes of the kernel for float32 and float64.
+// Sizes of the kernel for float64, and for float32 with "direct".
 struct SimtConfig {
     static constexpr int kThreads = 256;
     static constexpr int kSide = 8, kPixels = kSide * kSide, kOutputs = 64;
@@ -197,7 +199,8 @@ struct Kernel {
             launch<with_access<1>()>(blocks, threads, Config::kSharedBytes, stream, table);
         }
     }
-    // Estimated time of all tiles: n concurrent tiles of a multiprocessor need as long as n + 1/4 tiles.
+    // Estimated time of all tiles, in quarters of the time of a tile. n concurrent tiles on a multiprocessor take the
+    // time of n + 1/4 tiles.
     static int64_t cost(const std::vector<Convolution>& convolutions, Stream stream) {
         int64_t num_tiles = 0;
         for (const Convolution& conv : convolutions) {

@@ -12,14 +12,14 @@
 namespace spatialflow {
 
 // Offset of the 16-bit weights in packed float32 weights, in floats. Packed weights are 9 * C * O floats (O padded),
-// then the weights in float16 and in bfloat16. Both have rows in the order of packed_position. Zeros and the tag
-// follow.
+// then the weights in float16 and in bfloat16. The rows of both are in the order of packed_position. Zeros up to
+// packed_conv_size and the tag follow.
 inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_channels) {
     const int64_t floats = 9 * packed_tap_size(in_channels, out_channels);
     return dtype == ScalarType::Half ? floats : floats + floats / 2;
 }
 
-// See packed_tag; the layout is the same on every device.
+// See packed_tag. The layout is the same on every CUDA device.
 constexpr int64_t kPackedColumns = 1;
 
 // Arguments of out = relu?(conv3x3(x + flow) + bias + residual), on the levels of `out`; `x` and `flow` may have more
@@ -32,7 +32,7 @@ struct Convolution {
     Tensor packed;                 // weights from _pack_conv3x3, or (9, C, O padded) in the type of x; any alignment
     std::optional<Tensor> bias;    // (O) in the type of sums, dense
     bool relu;
-    int64_t algorithm;  // of the schemas
+    int64_t algorithm;  // as in the operator schemas
 };
 
 // Weights of a convolution in the type that its kernel reads.
@@ -49,10 +49,11 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
     return pointer_cast<const scalar_t>(data<float>(conv.packed) + packed_halves(dtype, in_channels, out_channels));
 }
 
-// Run convolutions that are independent of each other in one launch. More launches are needed if the table of a launch
-// is too small, and on compute capability 9.0 for a short last round of tiles. `active`: (N) bool, dense, a flag for
-// each image of every level. Results of inactive images are zero for any inputs, and tiles without an active image are
-// skipped.
+// Run convolutions that are independent of each other, in one launch if possible. Each algorithm has its own launch. A
+// table that is too small for all convolutions requires more launches. On compute capability 9.0, so do convolutions
+// that its kernel does not support, and a short last round of tiles. `active` is a dense bool tensor (N) with a flag
+// for each image, valid for all levels. Results of inactive images are zero for any inputs, and tiles without an active
+// image are skipped.
 void convolve3x3(
     const char* op, std::vector<Convolution> convolutions, Stream stream,
     const std::optional<Tensor>& active = std::nullopt);

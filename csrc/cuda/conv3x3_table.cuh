@@ -21,7 +21,7 @@ struct ConvEntry {
     Global<scalar_t> out;                  // (N, H, W, O)
     int outputs;
     bool relu;
-    bool vectorized;                            // outputs and residual are accessed 16 bytes at a time
+    bool vectorized;                            // outputs and residual allow accesses of 16 bytes
     int tile_begin;                             // first tile in the launch
     int tile_rows, tile_columns, output_tiles;  // of an image
 };
@@ -112,7 +112,7 @@ __device__ __forceinline__ void store_present(
 // read nor multiplied. A block reads the flags of its tiles once, before its first tile. All its threads then process
 // the same tiles and reach the same barriers, even if the flags change during the launch.
 
-constexpr int kMaxBlockTiles = 128;                        // of a block, which has at least one thread for each
+constexpr int kMaxBlockTiles = 128;                        // of a block, which has at least one thread per tile
 constexpr int kSkippedWords = kMaxBlockTiles / kWarpSize;  // one bit for each tile of the block, in order
 
 __device__ __forceinline__ bool is_skipped(const Shared<unsigned>& skipped, int tile) {

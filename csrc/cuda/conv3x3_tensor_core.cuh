@@ -4,9 +4,9 @@
 //
 // A block of four warps computes 8 x 16 pixels by 128 or 64 outputs. A K step has 32 channels (float32: 16). Each step
 // loads the tile and its halo once, as x + flow, for all nine taps. ldmatrix reads the rows of each tap from the same
-// buffer. In 16 bits a row of inputs in registers is used by the three taps of a column. In float32 weights are the
-// left operand. The next step, also across tiles, is loaded during the products of this one: inputs through registers,
-// weights by cp.async. Rows of shared memory are padded by 16 bytes against bank conflicts.
+// buffer. In 16 bits the three taps of a column use a row of inputs while it is in registers. In float32 the weights
+// are the left operand. The next step, even if it is in the next tile, is loaded during the products of this one:
+// inputs through registers, weights by cp.async. Rows in shared memory are padded against bank conflicts.
 #pragma once
 
 #include "cuda/conv3x3_table.cuh"
@@ -16,14 +16,14 @@ namespace spatialflow {
 
 // Sizes of the tensor-core kernel. A step of kChannels channels consists of units, one for each half of the channels
 // and column of taps. A unit has kWeightRows rows of weights; during its products a chunk of the next step's inputs is
-// loaded. Sizes in bytes are equal for all operand types.
+// loaded. The sizes of the buffers in bytes are equal for all operand types.
 template <typename operand_t, int kTileOutputs>
 struct TensorCoreConfig {
     static constexpr int kVector = kVectorElements<element_t<operand_t>>;
     static constexpr int kThreads = 128;
     static constexpr int kHeight = 8, kWidth = 16, kOutputs = kTileOutputs;
-    static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // kWarpRows: of the tile
-    static constexpr int kBlocks = kWarpOutputs / 32;                 // of packed_position
+    static constexpr int kWarpRows = 4, kWarpOutputs = kOutputs / 2;  // kWarpRows: rows of pixels
+    static constexpr int kBlocks = kWarpOutputs / 32;                 // groups of 32 outputs, see packed_position
     // Resident blocks of a multiprocessor, limited by registers and shared memory.
     static constexpr int kResident = kOutputs == 128 || std::is_same_v<operand_t, Tf32x3> ? 2 : 3;
     static constexpr int kChannels = 4 * kVector, kUnitChannels = 2 * kVector;
@@ -40,9 +40,9 @@ struct TensorCoreConfig {
     static_assert((kHeight + 2) * kHaloWidth <= kInputs, "one chunk per unit covers a tile and its halo");
 };
 
-// Sums of a lane, of four rows. In 16 bits outputs are the columns of a product. sums[i][j][e] is pixel e / 2 * 8,
-// output j / 4 * 32 + j % 4 * 2 + e % 2 from the lane's first on. In float32 outputs are the rows: see
-// FloatFragmentCoordinates.
+// Sums of a lane, for four rows of pixels. In 16 bits outputs are the columns of a product. sums[i][j][e] is in row i,
+// at pixel e / 2 * 8 and output j / 4 * 32 + j % 4 * 2 + e % 2. These count from the lane's first pixel and output. In
+// float32 outputs are the rows of a product: see FloatFragmentCoordinates.
 template <int kBlocks>
 using Sums = float[4][kBlocks * 4][4];
 
@@ -134,8 +134,9 @@ __device__ __forceinline__ void store_sums(
     }
 }
 
-// Output pixels and channels of the sums of a lane, in float32. sums[i][j][e] is column j / kProducts * 8 + e % 2,
-// output j % kProducts * 16 + e / 2 from the lane's first on. A lane has two of eight columns and two of 16 outputs.
+// Output pixels and channels of the sums of a lane, in float32. sums[i][j][e] is in row i, at pixel j / kProducts * 8 +
+// e % 2 and output j % kProducts * 16 + e / 2. These count from the lane's first pixel and output. A lane has two of
+// every eight pixels and two of every 16 outputs.
 struct FloatFragmentCoordinates {
     int64_t first;  // offset of the outputs of the first pixel
     int y, x, output;
@@ -173,8 +174,8 @@ struct FloatFragmentCoordinates {
     }
 };
 
-// Initialize the sums with zeros. Bias and residual are added at the end, so a residual gives the same value as a
-// separate addition of maps.
+// Initialize the sums with zeros. Bias and residual are added at the end, so that adding a residual here gives the same
+// values as a separate addition of maps.
 template <int kBlocks>
 __device__ __forceinline__ void start_sums(
     const ConvEntry<float>&, const FloatFragmentCoordinates&, Sums<kBlocks>& sums) {
@@ -188,7 +189,7 @@ template <int kBlocks>
 __device__ __forceinline__ void store_sums(
     const ConvEntry<float>& entry, const FloatFragmentCoordinates& coordinates, Sums<kBlocks>& sums) {
     constexpr int kProducts = kBlocks * 2;
-    // Read from the table once: otherwise the compiler may use a register for each use.
+    // These values are read from the table once. Otherwise the compiler may keep a separate register for each use.
     const Global<const float> biases = entry.bias, residuals = entry.residual;
     const Global<float> out = entry.out;
     const bool relu = entry.relu, vectorized = entry.vectorized;
@@ -232,7 +233,7 @@ __device__ __forceinline__ void store_sums(
     });
 }
 
-// Multiply a row of inputs by the weights of a tap.
+// Multiply a row of inputs by the weights of a tap, and add the products to the sums.
 template <int kBlocks, typename scalar_t>
 __device__ __forceinline__ void multiply_row(
     const unsigned (&a)[4], const unsigned (&b)[kBlocks * 2][4], float (&sums)[kBlocks * 4][4],
@@ -273,8 +274,9 @@ __device__ __forceinline__ void multiply_unit(
     }
 }
 
-// Multiply a unit in float32. The weights, which are in order, are the left operand; rows of inputs are used for one
-// tap after another. Tf32x3 needs more registers, so its taps are not unrolled.
+// Multiply a unit in float32. The weights, whose outputs are not permuted by packed_position, are the left operand.
+// Rows of inputs are used for one tap after another. Tf32x3 needs more registers, so its loop over taps is not
+// unrolled.
 template <typename Config, typename operand_t>
 __device__ __forceinline__ void multiply_unit(
     const Shared<float>& inputs, const Shared<float>& weights, Sums<Config::kBlocks>& sums, operand_t) {
@@ -390,7 +392,7 @@ struct WeightLoader {
     int row, column;
     Shared<scalar_t> target;
     Global<const scalar_t> source{nullptr};
-    int left = 0, row_size = 0, tap_size = 0;  // remaining channels; elements of a channel, and of a tap
+    int left = 0, row_size = 0, tap_size = 0;  // remaining channels; elements of a row (a channel), and of a tap
 
     __device__ __forceinline__
     WeightLoader(const ConvTable<scalar_t>& table, const Shared<scalar_t>& weights, int thread)
@@ -427,8 +429,9 @@ struct WeightLoader {
     }
 };
 
-// Multiply a step. During its products the next step is loaded, that of tile `next` if this step is the last one of its
-// tile. This lane reads the first row of inputs at `inputs` and the first tap at `weights`.
+// Multiply a step if the warp is `busy`. During its products the next step is loaded. If this step is the last one of
+// its tile, the next step is the first one of tile `next`. This lane reads the first row of inputs at `inputs` and the
+// first tap at `weights`.
 template <
     typename operand_t, int kAccess, int kTileOutputs, typename Config = TensorCoreConfig<operand_t, kTileOutputs>>
 __device__ __forceinline__ void multiply_step(
@@ -441,7 +444,7 @@ __device__ __forceinline__ void multiply_step(
         for (int column = 0; column < 3; ++column) {
             cp_async_wait<Config::kWeightStages - 2>();
             __syncthreads();
-            // The stage read by the previous unit is free.
+            // All warps have finished the previous unit, so its stage is free.
             if (column == 1 && half == 1 && is_last) {
                 weight_loader.begin(next);
             }
@@ -487,7 +490,7 @@ __global__ void __launch_bounds__(
     input_loader.begin(tile);
     __syncthreads();
     input_loader.load_step();
-    // Offsets from which this lane reads by ldmatrix, or loads its weights.
+    // Positions from which this lane reads: by ldmatrix, or for weights in float32 by loads.
     int lane_pixel = lane % 16, lane_channel = lane / 16 * 8, lane_row = lane % 16, lane_output = lane / 16 * 8;
     if constexpr (sizeof(scalar_t) == 4) {
         lane_pixel = lane / 16 * 8 + lane % 8;

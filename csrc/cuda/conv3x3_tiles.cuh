@@ -11,14 +11,14 @@ namespace spatialflow {
 
 constexpr int kTaps = 9;
 
-// Position of output `o` in a row of 16-bit weights for tensor cores. Of each 32 outputs, eight adjacent ones are at
-// two positions in each of four groups of eight. A lane holds these outputs after a product, so it stores eight
-// adjacent results.
+// Position of output `o` in a row of 16-bit weights for tensor cores. In every 32 positions, eight adjacent outputs
+// have two positions in each of the four groups of eight. A lane holds the sums at these positions, so it stores eight
+// adjacent outputs.
 __device__ __forceinline__ int64_t packed_position(int64_t o) {
     return o / 32 * 32 + o % 8 / 2 * 8 + o % 32 / 8 * 2 + o % 2;
 }
 
-// x + flow of one level; channels adjacent, the rest by strides.
+// x + flow of one level, with adjacent channels and any other strides.
 template <typename scalar_t>
 struct ConvSource {
     Global<const scalar_t> x, flow;        // (N, H, W, C); flow: null for none
@@ -84,7 +84,7 @@ __device__ __forceinline__ Vec<unsigned, 4> load_words(const Global<const scalar
     return words;
 }
 
-// Terms of x + flow: loads in flight, added at their first use.
+// Terms of x + flow. They are added only when the sum is stored, so that their loads stay in flight until then.
 struct SumTerms {
     Vec<unsigned, 4> x, flow;
 };

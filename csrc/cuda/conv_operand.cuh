@@ -8,8 +8,9 @@
 
 namespace spatialflow {
 
-// The algorithm of the CUDA kernels. float32: fused multiply-adds for "direct", one product of TF32 for "tf32", three
-// for all others. Other dtypes have one algorithm each.
+// Return the algorithm of the CUDA kernels. For float32 it is fused multiply-adds for "direct", one TF32 product for
+// "tf32", and three TF32 products for all others. Other dtypes have one algorithm each; the result is then always
+// kConvTf32x3, and is not used.
 inline int64_t cuda_algorithm(int64_t algorithm, ScalarType dtype) {
     return dtype == ScalarType::Float && (algorithm == kConvDirect || algorithm == kConvTf32) ? algorithm : kConvTf32x3;
 }

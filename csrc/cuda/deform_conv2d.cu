@@ -5,11 +5,12 @@
 //   output[n, p, o] = bias[o] + sum over taps k and channels c of
 //                     weight[k, c, o] * mask[n, k, p] * bilinear(input[n, :, :, c], position(p, k) + offset[n, k, p])
 //
-// input (N, H, W, C), copied if it has another layout; offset and mask by strides; output (N, H_out, W_out, O). A block
-// computes 64 or 128 pixels by 64 to 256 outputs of a group: mma.sync with float32 sums, or multiply-adds (float64 and
-// "direct": 64 pixels, at most 128 outputs). Columns are gathered into shared memory, 64 bytes per step, during the
-// product of the previous step, and rounded to the operand type once. For few pixels, blocks split the steps of a tile,
-// and another kernel adds their partial sums.
+// ReLU may follow. input is (N, H, W, C), and is copied if it has another layout. offset and mask have any strides;
+// output is (N, H_out, W_out, O). A block computes 64 or 128 pixels by 64 to 256 outputs of a group, by mma.sync with
+// float32 sums. For float64 and "direct" it computes 64 pixels by at most 128 outputs, by multiply-adds. Columns are
+// gathered into shared memory, 64 bytes per step, during the product of the previous step, and rounded to the operand
+// type once. For few pixels, blocks split the steps of a tile, and another kernel adds their partial sums. 16-bit types
+// on compute capability 9.0a use sm90_deform_conv2d.cu, if it supports the sizes.
 #include "cuda/deform_conv2d.cuh"
 
 #include <algorithm>
@@ -61,7 +62,8 @@ struct ColumnCursor {
     }
 };
 
-// Store adjacent outputs of a pixel, of which the first `count` exist. With `adjacent` either all or none exist.
+// Store adjacent outputs of a pixel, of which the first `count` exist. With `adjacent`, either all or none exist, and
+// they are stored by one access.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_outputs(
     Global<T> target, const Vec<T, kWidth>& values, bool adjacent, int count) {
@@ -110,8 +112,9 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
     }
     __syncthreads();
     Product product;
-    int begin = static_cast<int>(blockIdx.z) / problem.groups *
-                part_steps;  // first step of this block, relative to the current taps of a run; negative after it
+    // First step of this block, counted from the first step of the current batch of taps. In later batches it may be
+    // negative.
+    int begin = static_cast<int>(blockIdx.z) / problem.groups * part_steps;
     for (int run = 0; run < problem.group_channels; run += problem.run) {
         const int first_channel = group * problem.group_channels + run;
         for (int first_tap = 0; first_tap < problem.taps; first_tap += kTableTaps) {
@@ -129,7 +132,8 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
             __syncthreads();
             ColumnItem<scalar_t, kWidth> item;
             ColumnCursor cursor(first_channel, problem.chunk, taps, first + thread_item, kRows, thread_row);
-            // A chunk has all taps, so the rows of its weights are adjacent.
+            // The rows of the weights of these steps are adjacent: if a run has several chunks, one table holds all
+            // taps.
             int weights = (first_channel * problem.taps + first_tap * problem.run + first + thread_weight_row) *
                               problem.packed_outputs +
                           first_output + thread_weight;
@@ -287,8 +291,9 @@ void convolve_tiles(
     const Global<const scalar_t> bias = dense_bias ? data<scalar_t>(*dense_bias) : Global<const scalar_t>(nullptr);
     const int64_t column_tiles = ceil_div(shape.group_outputs(), kColumns);
     const int64_t blocks_per_tile = column_tiles * shape.groups;  // blocks with the same pixels
-    // The number of parts depends on shapes only, so results do not depend on the device. If there are several
-    // parts, they have about kMinSteps steps or more, so that adding the sums does not cost more than the products.
+    // The number of parts depends on shapes only, so the number of multiprocessors does not change results. If there
+    // are several parts, they have about kMinSteps steps or more, so that adding the sums does not cost more than the
+    // products.
     constexpr int64_t kWantedBlocks = 264, kMinSteps = 8, kMinLargeTiles = 100;
     const int64_t tiles = ceil_div(problem.pixels, kProductRows);
     const int64_t whole_batches = (shape.taps() - 1) / kTableTaps;
@@ -415,7 +420,7 @@ Tensor deform_conv2d_packed_cuda(
     const int64_t row = deform_weight_order(shape, dtype, deform_run(shape)).packed_outputs;
     check_packed_deform_weight(packed, input, dtype, shape.channels * shape.taps() * row, kPackedColumns);
     const DeviceScope device(input);
-    // The weight was packed for an aligned input.
+    // The weight was packed for an aligned input, so other inputs are copied.
     const Tensor dense = aligned(to_contiguous(input, MemoryFormat::ChannelsLast)), weight = aligned(packed);
     const auto operands = sample_operands(kOp, shape, accum_dtype(dtype), offset, mask, mask_sigmoid, device.stream());
     const Tensor output = convolve(

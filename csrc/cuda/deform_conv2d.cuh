@@ -2,11 +2,15 @@
 //
 // Device code shared by the kernels of deformable convolution: sampling positions, column gather, packed weights.
 //
+// A cell is a position of the input map with all its channels. Columns, as in im2col, are the sampled values of an
+// output pixel by tap and channel. Outputs are output channels.
+//
 // A run is the largest number of adjacent channels that always share weight group and offset group, gcd(C / groups, C /
-// offset_groups). The convolution sums over taps * run values per run, channels of a tap adjacent; `flat` is an index
-// into them. Packed weights have the order (run of channels, tap, channel of the run). The outputs of the group are
-// adjacent, padded with zeros to whole 16-byte items. The forward pass splits runs into chunks of 128 bytes. It
-// processes all taps of a chunk before the next chunk, so that cells that taps share are still in the cache.
+// offset_groups). A run contributes taps * run values to the sum of an output; the channels of a tap are adjacent.
+// `flat` is an index into these values. Packed weights have the order (run of channels, tap, channel of the run). The
+// outputs of the group are adjacent, padded with zeros to whole 16-byte items. The forward pass splits runs into chunks
+// of 128 bytes if deform_chunk allows. It processes all taps of a chunk before the next chunk, so that cells that taps
+// share are still in the cache.
 #pragma once
 
 #include "common/deform_conv2d.h"
@@ -42,7 +46,7 @@ struct DeformProblem {
     bool relu;  // only in the forward pass
 };
 
-// Order of packed weights and of the parts of their gradient, (C * taps, packed_outputs).
+// Order of packed weights and of the partial sums of their gradient, (C * taps, packed_outputs).
 struct WeightOrder {
     int taps, run, group_channels, group_outputs, packed_outputs;
 
@@ -72,7 +76,8 @@ __device__ __forceinline__ Global<T> in_cell(Global<T> base, int cell, unsigned 
     return pointer_cast<T>(pointer_cast<Byte>(base) + static_cast<int64_t>(bytes));
 }
 
-// Position of an output pixel; the position of the last pixel for an index beyond it.
+// Position of an output pixel. For an index beyond the last pixel, it is the position of the last pixel, and `present`
+// is false.
 struct OutputCell {
     int image, y, x;
     bool present;
@@ -86,8 +91,8 @@ __device__ __forceinline__ OutputCell output_cell(const DeformProblem<scalar_t>&
     return {image, row - image * problem.out_height, pixel - row * problem.out_width, present};
 }
 
-// Output pixel, as an index over all images, at an index in the order of tiles: strips of eight rows, column by column.
-// In this order the taps of a tile share input cells.
+// Return the output pixel, as an index over all images, that is at `index` in the order of tiles: strips of eight rows,
+// column by column. In this order the taps of a tile share input cells.
 template <typename scalar_t>
 __device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
     constexpr int kStripRows = 8;
@@ -114,16 +119,16 @@ struct TapOperands {
     }
 };
 
-// Sample of a tap of an output pixel that reads at least one cell.
+// Sample of a tap of an output pixel. The sample reads at least one cell.
 template <typename real_t>
 struct DeformSample {
     DeformTap<real_t> tap;
-    int first_cell;  // top left cell, in its image
+    int first_cell;  // index over all images of cell (0, 0) of the image
     real_t mask, tangent_y, tangent_x;
 };
 
-// Compute the sample of a tap. Return false if it reads no cell: the position is outside the map, offset or mask is not
-// finite, or the pixel does not exist.
+// Compute the sample of a tap. Return false if the sample reads no cell: the position is too far outside the map
+// (deform_tap), offset or mask is not finite, or the pixel does not exist.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ bool deform_sample(
     const DeformProblem<scalar_t>& problem, const OutputCell& cell, int offset_group, int tap,
@@ -149,7 +154,8 @@ __device__ __forceinline__ bool deform_sample(
     return true;
 }
 
-// Weights of the corners, without the mask: the sample is the sum over corners of values[corner] * input[corner].
+// Compute the weights of the corners, without the mask: the sample is the sum over corners of values[corner] *
+// input[corner]. With an offset tangent, the derivative along the tangent replaces the sample.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ void sample_values(
     const DeformProblem<scalar_t>& problem, const DeformSample<real_t>& sample, real_t (&values)[4]) {
@@ -160,7 +166,7 @@ __device__ __forceinline__ void sample_values(
     }
 }
 
-// Derivatives of the values w.r.t. the offset.
+// Compute the derivatives of the weights of sample_values w.r.t. the offset.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ void sample_slopes(
     const DeformProblem<scalar_t>& problem, const DeformSample<real_t>& sample, real_t (&slope_y)[4],
@@ -172,8 +178,8 @@ __device__ __forceinline__ void sample_slopes(
     }
 }
 
-// Table in shared memory of the taps of a tile's pixels. Entry slot * count + position is tap first_tap + slot of the
-// pixel at that position.
+// Table in shared memory of the taps of a tile's pixels: the four cells that each tap reads, and their weights. With
+// `count` positions of pixels, entry slot * count + position is tap first_tap + slot of the pixel at `position`.
 template <typename real_t, int kEntries>
 class TapTable {
 public:
@@ -186,8 +192,8 @@ public:
     template <int kCount, int kThreads = kProductThreads, typename scalar_t, typename Pixel>
     __device__ __forceinline__ void fill_tile(
         const DeformProblem<scalar_t>& problem, int offset_group, int first_tap, int slots, Pixel pixel) const {
-        // A thread has one position for all slots. It first stores the operands in place of the weights, so that loads
-        // of three taps are in flight at once.
+        // A thread has the same position in all its slots. It first stores the operands in place of the weights, so
+        // that loads of three taps are in flight at once.
         constexpr int kStep = kThreads / kCount, kInFlight = 3;
         static_assert(kThreads % kCount == 0, "all positions have the same number of threads");
         const int position = static_cast<int>(threadIdx.x) % kCount;
@@ -234,7 +240,7 @@ public:
         }
     }
 
-    // The four cells that an entry reads, as indices over all images; -1 for none.
+    // The four cells that an entry reads, as indices over all images; -1 for a cell that is not read.
     __device__ __forceinline__ Vec<int, 4> cells(int entry) const { return load_vector<4>(cells_ + entry * 4); }
 
     // Weights of the four cells, mask included.
@@ -279,8 +285,8 @@ private:
     Shared<int> cells_;       // (entry, corner)
 };
 
-// Load 16 bytes of grad_output to shared memory, from output `output` of a group on; zeros from pixel `end` on. With
-// kWidth > 1, cp.async is used.
+// Load 16 bytes of grad_output to shared memory: the outputs of a group from `output` on. Pixels from `end` on are
+// zeros. With kWidth > 1, the load uses cp.async.
 template <int kWidth, typename scalar_t>
 __device__ __forceinline__ void load_outputs(
     const DeformProblem<scalar_t>& problem, Global<const scalar_t> grad_output, int pixel, int end, int group,
@@ -302,12 +308,12 @@ __device__ __forceinline__ void load_outputs(
     }
 }
 
-// Taps of 64 pixels that fit in a table.
+// Maximum number of taps in a table, and entries of a table for the 64 pixels of a tile.
 constexpr int kTableTaps = 9;
 constexpr int kTableEntries = kTableTaps * kProductRows;
 
-// Item of 16 bytes of the columns of a pixel. With kWidth > 1 an item is in one tap. Its four cells are read by 16-byte
-// loads, which are in flight between `begin` and `finish`.
+// Item of 16 bytes of the columns of a pixel. With kWidth > 1 all values of an item are of one tap. Its four cells are
+// read by 16-byte loads, which are in flight between `begin` and `finish`.
 template <typename scalar_t, int kWidth>
 class ColumnItem {
     using real_t = accum_t<scalar_t>;
@@ -332,8 +338,9 @@ public:
         }
     }
 
-    // Compute an item with kWidth 1: positions from flat to min(flat + kItem, limit) of the run that begins at
-    // first_channel. Slot 0 of the table is tap first_tap.
+    // Compute an item with kWidth 1: the values from flat to min(flat + kItem, limit) of the run that begins at
+    // first_channel. The other values are zero. Slot 0 of the table is tap first_tap; `count` and `position` are those
+    // of the table.
     template <int kEntries>
     __device__ __forceinline__ void begin_elements(
         const DeformProblem<scalar_t>& problem, const TapTable<real_t, kEntries>& table, int first_channel, int flat,
@@ -402,20 +409,22 @@ Tensor pack_deform_weight(
     const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
     Stream stream);
 
-// Return offset and mask in the dtype of sums, with the sigmoid of the mask if `mask_sigmoid`: at most one launch.
+// Return offset and mask in the dtype of sums, with the sigmoid of the mask if `mask_sigmoid`. If both have the same
+// dtype, this takes at most one launch.
 std::pair<Tensor, std::optional<Tensor>> sample_operands(
     const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
     const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream);
 
-// Maximum of 32-bit indices of cells, pixels and weights. Indices of feature values have 64 bits.
+// Largest 32-bit index of cells, pixels and weights. Indices of feature values have 64 bits.
 constexpr int64_t kMaxDeformIndex = 0x7ffffeff;
 void check_deform_weight_size(const char* op, const DeformConvShape& shape);
-void check_deform_sizes(const char* op, const DeformConvShape& shape);  // including images
+void check_deform_sizes(const char* op, const DeformConvShape& shape);  // of the weight, cells and pixels
 
 // Number of adjacent channels that share weight group and offset group.
 int64_t deform_run(const DeformConvShape& shape);
 
-// Channels of a chunk of a run: 128 bytes of them if 16-byte items never cross runs, else the whole run.
+// Number of channels of a chunk. A chunk has 128 bytes if the items are vectorizable, whole chunks fill a run, and a
+// table holds all taps. Otherwise a chunk is a whole run.
 template <typename scalar_t>
 int64_t deform_chunk(const DeformConvShape& shape, bool is_vectorizable) {
     constexpr int64_t kChunk = 8 * kVectorElements<scalar_t>;
@@ -433,7 +442,7 @@ StridedImages<value_t> strided_images(const Tensor& tensor) {
         {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)}};
 }
 
-// Tensors of a call in the layouts of the kernels; must outlive the launches.
+// Tensors of a call in the layouts of the kernels. They must outlive the launches.
 class DeformOperands {
 public:
     DeformOperands(
@@ -479,7 +488,7 @@ public:
         return problem;
     }
 
-    // True if 16-byte items are aligned and never cross a run.
+    // True if 16-byte items are aligned and never contain channels of two runs.
     template <typename scalar_t>
     bool is_vectorizable() const {
         return deform_run(shape_) % kVectorElements<scalar_t> == 0 && is_aligned(input_.const_data_ptr(), 16);
@@ -492,8 +501,8 @@ private:
     std::optional<Tensor> mask_, offset_tangent_;
 };
 
-// Call run(columns, width) with two integral constants: the columns of a tile for a product with `columns` columns, and
-// the elements per access.
+// Call run(tile_columns, width) with two integral constants: the number of columns of a tile, chosen for a product with
+// `columns` columns, and the elements per access.
 template <typename scalar_t, int kMaxColumns, typename Run>
 inline void with_tile(bool vectorized, int64_t columns, Run run) {
     constexpr int kWidth = kVectorElements<scalar_t>;
@@ -516,9 +525,9 @@ inline void with_tile(bool vectorized, int64_t columns, Run run) {
     run(std::integral_constant<int, 64>{}, std::integral_constant<int, kWidth>{});
 }
 
-// Limited by registers. Sums of a tile of 64 x 256 in float32 need 64 registers of a thread; of 64 x 64 in float64, 32.
-// Operands of multiply-adds need more registers than those of one tensor-core product; three products need twice as
-// many as one.
+// Maximum number of columns of a tile, limited by registers. The sums of a 64 x 256 tile in float32 need 64 registers
+// per thread; those of a 64 x 64 tile in float64 need 32. Operands of multiply-adds need more registers than those of a
+// tensor-core product. Operands of Tf32x3 need twice as many as those of Tf32.
 template <typename operand_t>
 constexpr int kMaxTileColumns = std::is_same_v<operand_t, double>                                       ? 64
                                 : std::is_same_v<operand_t, float> || std::is_same_v<operand_t, Tf32x3> ? 128

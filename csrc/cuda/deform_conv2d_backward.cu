@@ -6,11 +6,11 @@
 //   grad_columns[p, k, c] = sum over o of grad_output[p, o] * weight[k, c, o]
 //   grad_mask[k, p]       = sum over c of grad_columns * sample
 //   grad_offset[k, p]     = sum over c of grad_columns * mask * derivative of the sample
-//   grad_input[cell, c]   = sum over the (p, k, i) that read the cell of mask * value_i * grad_columns
+//   grad_input[cell, c]   = sum over the (p, k, i) with cell_i = cell of mask * value_i * grad_columns
 //   grad_weight[k, c, o]  = sum over p of columns * grad_output[p, o]
 //
-// grad_output (N, H_out, W_out, O); other layouts and operand types as in the forward pass. Each kernel's comment
-// describes the mapping of work to blocks.
+// grad_output is (N, H_out, W_out, O). Other layouts and operand types are those of the forward pass. Each kernel's
+// comment describes the mapping of work to blocks.
 #include "cuda/deform_conv2d.cuh"
 #include "cuda/deform_conv2d_input_gradient.cuh"
 #include "cuda/deform_conv2d_weight_gradient.cuh"
@@ -23,7 +23,8 @@ namespace {
 template <typename operand_t, int kColumns>
 using DataProduct = TileProduct<operand_t, kColumns, false, false>;
 
-// Shared memory of the data gradient, and the mapping of grad_columns to lanes.
+// Shared memory of the kernel for the data gradient (of input, offset and mask), and the mapping of grad_columns to
+// lanes.
 template <typename operand_t, int kColumns, int kWidth>
 struct DataMemory {
     using scalar_t = element_t<operand_t>;
@@ -31,12 +32,13 @@ struct DataMemory {
     using Product = DataProduct<operand_t, kColumns>;
     // With 256 columns, half of them are in shared memory at a time.
     static constexpr int kPasses = kColumns > 128 ? 2 : 1, kPassColumns = kColumns / kPasses;
-    // Channels of a lane: 16 bytes of grad_input, so that the reductions of adjacent lanes fill whole sectors.
+    // Channels of a lane. With kWidth > 1 they are 16 bytes of grad_input, so that the reductions of adjacent lanes
+    // fill whole sectors.
     static constexpr int kPart = kWidth == 1 ? kPassColumns / kWarpSize : kVectorElements<real_t>;
     static constexpr int kLanes = kPassColumns / kPart;                      // per pixel
     static constexpr int kPixels = kProductRows * kLanes / kProductThreads;  // per thread
     static_assert(kLanes <= kWarpSize && kPixels * 4 == kLanes, "each lane gets the sum for one corner of one pixel");
-    // The tiles of a product and its result share this memory, one after the other.
+    // The tiles of a product, and later its result, use the same memory.
     static constexpr int kColumnsRow = kPassColumns + kVectorElements<real_t>;
     static constexpr int kTilesBegin = TapTable<real_t, kProductRows>::kSize;
     static constexpr size_t kColumnsBytes = kProductRows * kColumnsRow * sizeof(real_t);
@@ -88,8 +90,8 @@ private:
     Vec<scalar_t, kPart> values_[4];  // without kVectorized, instead of words_
 };
 
-// Process kPart channels of a pixel: add their products with the four cells to `dots`, and their gradients to those
-// cells in grad_input.
+// Process kPart channels of a pixel. Add the products of grad_columns (`columns`) with the four cells to `dots`, and
+// the gradients of these cells to grad_input.
 template <int kAccess, typename scalar_t, typename real_t, int kPart, bool kVectorized>
 __device__ __forceinline__ void scatter_item(
     const DeformProblem<scalar_t>& problem, Shared<real_t> columns, const Vec<int, 4>& cells,
@@ -152,7 +154,7 @@ __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount])
     }
 }
 
-// Block of the data gradient: the lanes of a pixel, each with kPart channels, and the use of grad_columns.
+// Work of a block of the data gradient with grad_columns. Each of kLanes lanes processes kPart channels of a pixel.
 template <typename operand_t, int kColumns, int kWidth>
 struct DataGradientBlock {
     using scalar_t = element_t<operand_t>;
@@ -161,7 +163,8 @@ struct DataGradientBlock {
     using Memory = DataMemory<operand_t, kColumns, kWidth>;
     static constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
     static constexpr int kAccess = kWidth == 1 ? 1 : kPart;
-    // Limited by registers: loads of two pixels, or loads during a product, are in flight only with few sums.
+    // Limited by registers: only 16-bit types load for two pixels at once, and only those with one pass load during the
+    // product.
     static constexpr bool kEarly = sizeof(scalar_t) == 2 && Memory::kPasses == 1;
     static constexpr int kPair = sizeof(scalar_t) == 2 ? 2 : 1;
     using Items = CornerItem<scalar_t, kPart, kWidth != 1>[kPair];
@@ -184,8 +187,8 @@ struct DataGradientBlock {
         }
     }
 
-    // Use part kPass of grad_columns, the channels of the run from `begin` on: scatter gradients to grad_input, and add
-    // products with the cells to `dot`. `next` has the items of the first pixels if kEarly.
+    // Process part kPass of grad_columns for the channels of the run from `begin` on. Scatter gradients to grad_input,
+    // and add products with the cells to `dot`. If kEarly, `next` already has the items of the first pixels.
     template <int kPass>
     __device__ __forceinline__ void scatter(
         const Product& product, Items& next, int first_channel, int begin, bool has_dots, Global<real_t> grad_input,
@@ -264,9 +267,9 @@ __device__ __forceinline__ void store_sampling_gradients(
 }
 
 // Gradients of input, offset and mask. A block computes 64 pixels at one tap and offset group. It first computes
-// grad_columns in shared memory. The lanes of a pixel, 16 bytes of channels each, then multiply them with the pixel's
-// four cells, for offset and mask. They add gradients to grad_input by float32 reductions in any order. For
-// deterministic results, and in float64, deform_conv2d_input_gradient.cuh computes grad_input instead.
+// grad_columns in shared memory. For offset and mask, the lanes of a pixel then multiply grad_columns with the pixel's
+// four cells. The same lanes add gradients to grad_input by float32 reductions in any order. For deterministic results,
+// and in float64, deform_conv2d_input_gradient.cuh computes grad_input instead.
 template <typename operand_t, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_data_kernel(
     const __grid_constant__ DeformProblem<element_t<operand_t>> problem,

@@ -6,10 +6,10 @@
 //   spread[cell, k, o]  = sum of mask * value * grad_output[p, o] over the pixels p whose tap k reads the cell,
 //                         in ascending order within each corner
 //
-// The transpose of the forward pass: an implicit GEMM over input cells, with `spread` gathered into shared memory.
-// First, a counting sort builds lists of output pixels by the top left cell of their samples. Each slice (image, offset
-// group, tap) has its lists, which are then sorted. The pixels that read a cell are in four lists: of the cell, its
-// left and upper neighbors, and the one between those.
+// This is the transpose of the forward pass: an implicit GEMM over input cells, with `spread` gathered into shared
+// memory. A reader of a cell is an output pixel whose sample reads it. First, a counting sort builds lists of output
+// pixels by the top left cell of their samples. Each slice (image, offset group, tap) has its lists, which are then
+// sorted. The readers of a cell are in four lists: those of the cell and of its left, upper and upper left neighbors.
 #pragma once
 
 #include "cuda/deform_conv2d.cuh"
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kListThreads)
     }
 }
 
-// Sort each list by heap sort. Most lists are short, but offsets can make a long one, and its time must not be
-// quadratic.
+// Sort each list by heap sort. Most lists are short, but offsets can make a long one, and the time to sort it must not
+// be quadratic.
 __global__ void __launch_bounds__(kListThreads)
     deform_sort_readers_kernel(const __grid_constant__ ReaderLists readers) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
@@ -151,8 +151,8 @@ struct Cell {
     int image, y, x;
 };
 
-// Add weight times the outputs of an item, from `output` on, to `sums`. Outputs from `end` on do not exist. kWidth
-// outputs are one access.
+// Add to `sums` an item of grad_output at `source`, multiplied by `weight`. Its first value is output `output` of the
+// group; outputs from `end` on do not exist. One access loads kWidth outputs.
 template <int kWidth, int kItem, typename scalar_t, typename real_t>
 __device__ __forceinline__ void add_weighted(
     Global<const scalar_t> source, real_t weight, int output, int end, real_t (&sums)[kItem]) {
@@ -181,7 +181,8 @@ __device__ __forceinline__ Vec<scalar_t, kVectorElements<scalar_t>> spread_item(
     const int64_t first_pixel = static_cast<int64_t>(cell.image) * readers.image_pixels;
 #pragma unroll
     for (int above = 0; above < 2; ++above) {
-        // List of the cell to the left; the next list is that of the cell. Lists are numbered from cell (-1, -1) on.
+        // List of the left neighbor, or of the upper left one if `above`. The next list is that of the cell, or of its
+        // upper neighbor. Lists are numbered from cell (-1, -1) on.
         const int64_t list = slice * (readers.lists + 1) + (cell.y + 1 - above) * (problem.width + 1) + cell.x;
         const int begin = readers.starts[list], middle = readers.starts[list + 1], end = readers.starts[list + 2];
         for (int i = begin; i < end; ++i) {

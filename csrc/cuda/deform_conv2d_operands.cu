@@ -148,7 +148,7 @@ Tensor pack_deform_weight(
     const WeightOrder order = deform_weight_order(shape, weight.scalar_type(), run);
     Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps() * order.packed_outputs + tag});
     if (tag > 0) {
-        torch::stable::zero_(packed);  // equal weights give equal packed tensors, including the tag
+        torch::stable::zero_(packed);  // including the tag, so that equal weights give equal packed tensors
     }
     if (weight.numel() == 0) {
         return packed;

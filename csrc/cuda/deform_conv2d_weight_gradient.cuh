@@ -4,9 +4,9 @@
 //
 //   grad_weight[k, c, o] = sum over p of columns[p, k, c] * grad_output[p, o]
 //
-// An implicit GEMM over output pixels, with columns gathered into shared memory. A block computes at most 64 positions
-// of a run by 64 to 256 outputs, over a part of the pixels. A second kernel adds the partial sums in order, so results
-// are deterministic.
+// An implicit GEMM over output pixels, with columns gathered into shared memory. A position of a run is a pair of a tap
+// and a channel of the run. A block computes at most 64 positions by 64 to 256 outputs, over a part of the pixels. A
+// second kernel adds the partial sums in order, so results are deterministic.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ constexpr size_t kWeightSharedBytes =
     TapTable<accum_t<element_t<operand_t>>, kTableEntries>::kSize * sizeof(accum_t<element_t<operand_t>>) +
     2 * WeightProduct<operand_t, kColumns>::kTilesSize * sizeof(element_t<operand_t>);
 
-// Positions of a run that a block computes: at most 64, and with at most as many taps as fit in a table.
+// Number of positions of a run that a block computes: at most 64, and so few that a table holds their taps.
 __host__ __device__ __forceinline__ int weight_tile_rows(int run) {
     return run * (kTableTaps - 1) < kProductRows ? run * (kTableTaps - 1) : kProductRows;
 }
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
     const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
     const int thread_pixel = static_cast<int>(threadIdx.x) / kRowItems;
     const int thread_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
-    // Beyond the last position of the block, a thread repeats its first ones; those sums are not used.
+    // A thread beyond the last position of the block repeats the first positions of the block. Its sums are not used.
     const int thread_flat = first_flat + thread_item < limit ? first_flat + thread_item : first_flat;
     const int thread_tap = thread_flat / problem.run,
               thread_channel = first_channel + thread_flat - thread_tap * problem.run;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// relu(conv3x3(x + flow) + bias) over all levels of a pyramid in one launch, on CUDA: packing of weights and host side.
-// The kernels are described in conv3x3.cu.
+// relu?(conv3x3(x + flow) + bias) over all levels of a pyramid in one launch, on CUDA: packing of weights and host
+// side. ReLU is optional. The kernels are described in conv3x3.cu.
 //
 //   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32)
 //
-// in float64 for float64. Otherwise in float32, followed by the same weights in both 16-bit types (packed_halves) and a
-// tag (packed_tag). Unpacked weights are packed for the call, in their dtype. All algorithms read the same float32
-// weights.
+// For float64, packed weights are in float64. For other dtypes they are in float32, followed by the same weights in
+// both 16-bit types (packed_halves). A tag is last (packed_tag). Unpacked weights are packed for the call, in their
+// dtype. All algorithms read the same float32 weights.
 #include "cuda/conv3x3.h"
 
 namespace spatialflow {
@@ -18,7 +18,7 @@ namespace {
 template <typename scalar_t, typename packed_t>
 __global__ void __launch_bounds__(256) pack_conv3x3_kernel(
     Global<const scalar_t> weight,  // (O, C, 3, 3)
-    Global<packed_t> packed,        // (9, C, O padded); zeros at two and three times that size, if `has_zeros`
+    Global<packed_t> packed,        // (9, C, O padded); if `has_zeros`, zeros from 2x to 4x that size
     Global<packed_t> tag,           // `tag_size` zeros
     Global<float16> halves,         // (9, C, O padded) or null; `bfloats` has the same layout
     Global<bfloat16> bfloats, const int64_t channels, const int64_t out_channels, const int64_t padded_channels,

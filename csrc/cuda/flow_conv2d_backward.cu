@@ -5,11 +5,12 @@
 //   grad_weight[o, c, t] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + t, c]
 //
 // flow_conv2d with rotated weights computes the gradient w.r.t. x and flow; that w.r.t. the bias is a sum over pixels.
-// Nine matrix products (outputs x pixels) by (pixels x channels), one per tap. Sources (N, H, W, C) and gradients (N,
-// H, W, O) by strides with adjacent channels; result (O, C, 3, 3). A block computes outputs by channels for all taps,
-// over a part of the pixel tiles. A second kernel adds the partial sums (part, 9, O, C) in order. The number of parts
-// depends on sizes only, so results are deterministic. A non-finite value at the border of a map may affect the
-// gradients of all taps of its channel, even of taps outside the map.
+// The kernel computes nine matrix products (outputs x pixels) by (pixels x channels), one per tap. Sources (N, H, W, C)
+// and gradients (N, H, W, O) have adjacent channels and any other strides. The result is (O, C, 3, 3). A block computes
+// a tile of outputs by channels for all taps, over a part of the pixel tiles. A second kernel adds the partial sums
+// (part, 9, O, C) in order. The number of parts depends on sizes only, so results are deterministic. A non-finite value
+// at the border of a map may affect the gradients of all taps of its channel. These include taps that pair the value
+// with pixels outside the map.
 #include <algorithm>
 
 #include "cuda/conv3x3.h"
@@ -35,7 +36,8 @@ struct GradientTable {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Tiles of a part, with a stride of the number of parts, so that all parts need about the same time.
+// Iterator over the tiles of a part. The tiles of a part have a stride of the number of parts, so that all parts need
+// about the same time.
 template <int kHeight, int kWidth, typename scalar_t>
 struct TileReader {
     const GradientTable<scalar_t>& table;
@@ -64,7 +66,8 @@ struct TensorCoreGradientConfig {
     static constexpr int kVector = kVectorElements<element_t<operand_t>>;
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 64;
-    static constexpr int kBlocks = std::is_same_v<operand_t, Tf32x3> ? 1 : 2;  // of 8 channels of a warp, by registers
+    // Number of blocks of 8 channels of a warp, limited by registers.
+    static constexpr int kBlocks = std::is_same_v<operand_t, Tf32x3> ? 1 : 2;
     static constexpr int kWarpChannels = kBlocks * 8, kChannels = 4 * kWarpChannels;
     static constexpr int kSteps = 8, kStepRows = kVector / 4;
     static constexpr int kHeight = kSteps * kStepRows, kWidth = 8, kPixels = kHeight * kWidth;
@@ -73,8 +76,8 @@ struct TensorCoreGradientConfig {
     static constexpr int kChunks = (kHaloPixels + kChunkPixels - 1) / kChunkPixels;
     static constexpr int kFetched = kChunks * kChunkPixels;  // pixels with halo, padded to whole chunks
     static constexpr int kInputs =
-        kVector == 8 ? kFetched : kHaloPixels;                       // of them stored: all, if shared memory suffices
-    static constexpr int kCopied = kThreads / (kOutputs / kVector);  // pixels of gradients by all threads in one pass
+        kVector == 8 ? kFetched : kHaloPixels;                       // pixels stored; in float32 without the padding
+    static constexpr int kCopied = kThreads / (kOutputs / kVector);  // gradient pixels copied by all threads per pass
     // Row lengths of the shared arrays, padded against bank conflicts.
     static constexpr int kInputRow = kChannels + 8, kGradientRow = kOutputs + 8;
     static constexpr int kGradients = kInputs * kInputRow;               // offset of the gradients
@@ -83,16 +86,16 @@ struct TensorCoreGradientConfig {
     static_assert(kChunks <= kSteps, "a tile is loaded during the steps of the previous one");
 };
 
-// Sums of a warp, by tap, 16 outputs and 8 channels. Inputs stay in registers, by row and column of taps, while steps
-// use them. This lane reads the first rows at `inputs` and `gradients`.
+// Sums of a lane, by tap, 16 outputs and 8 channels of a warp.
 template <int kBlocks>
 using GradientSums = float[kTaps][2][kBlocks][4];
 
+// Products of a step in 16 bits. This lane reads the first rows at `inputs` and `gradients`.
 template <typename operand_t>
 struct StepProducts {
     using Config = TensorCoreGradientConfig<operand_t>;
 
-    // rows[t][x] is rows t and t + 1 of inputs, for column x of taps.
+    // Inputs stay in registers while steps use them: rows[t][x] is rows t and t + 1 of inputs, for column x of taps.
     unsigned rows[3][3][4];
 
     __device__ __forceinline__ void load_row(const Shared<operand_t>& inputs, int row) {
@@ -128,7 +131,8 @@ struct StepProducts {
     }
 };
 
-// In float32, one row of eight pixels; outputs 2 i and 2 i + 1 are rows i and i + 8 of a product.
+// Products of a step in float32, which is one row of eight pixels. Outputs 2 i and 2 i + 1 are rows i and i + 8 of a
+// product.
 template <typename operand_t>
 struct FloatStepProducts {
     using Config = TensorCoreGradientConfig<operand_t>;
@@ -179,7 +183,8 @@ struct FloatStepProducts {
     }
 };
 
-// Store the sums of two adjacent channels: by one access if `paired`, else one by one if the second channel exists.
+// Store the sums of two adjacent channels: by one access if `paired`, else separately, and the second one only if
+// `has_second`.
 __device__ __forceinline__ void store_pair(
     const Global<float>& target, const Vec<float, 2>& pair, bool paired, bool has_second) {
     if (paired) {
@@ -193,10 +198,11 @@ __device__ __forceinline__ void store_pair(
 }
 
 // Kernel for 16-bit types on the tensor cores, and float32 by TF32. In 16 bits a block of 8 warps computes 64 outputs x
-// 64 channels, a warp 32 x 16 for all taps, by mma.sync with float32 sums. A step is 2 rows of 8 pixels. Rows of
+// 64 channels for all taps, a warp 32 x 16. It uses mma.sync with float32 sums. A step is 2 rows of 8 pixels. Rows of
 // inputs, loaded by ldmatrix.trans, stay in registers for all taps; the last rows also for the next step. The next tile
 // (16 x 8 pixels) is loaded into the other buffer meanwhile: gradients by cp.async, inputs through registers, a chunk
-// per step. In float32 a step is one row of 8 pixels, and a tile 8 x 8.
+// per step. In float32 a step is one row of 8 pixels, and a tile is 8 x 8. For Tf32x3 a block computes 32 channels, and
+// a warp 8.
 template <typename operand_t, int kAccess>
 __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads, 1)
     conv3x3_weight_gradient_tensor_core_kernel(
@@ -342,8 +348,8 @@ __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads,
 }
 
 // Sizes of the kernel for float64, and for float32 with "direct". A block of 8 warps computes 32 outputs x 32 channels:
-// a lane per channel, four outputs per warp, 36 sums a thread. A window of 3 x 3 inputs slides along the row, so that a
-// pixel costs 3 loads of inputs and a broadcast of 4 gradients for 36 multiply-adds.
+// a lane per channel, four outputs per warp, 36 sums a thread. A window of 3 x 3 inputs slides along the row. So the 36
+// multiply-adds of a pixel need only 3 loads of inputs and a broadcast of 4 gradients.
 struct SimtGradientConfig {
     static constexpr int kThreads = 256;
     static constexpr int kOutputs = 32, kChannels = kWarpSize;
@@ -477,8 +483,8 @@ __global__ void __launch_bounds__(256) conv3x3_weight_gradient_sum_kernel(
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Wanted number of blocks, which determines the number of parts: one per multiprocessor of a large GPU, or eight small
-// ones.
+// Wanted number of blocks, which determines the number of parts: per multiprocessor of a large GPU, one tensor-core
+// block or eight of the smaller SIMT blocks.
 template <typename operand_t>
 constexpr int64_t kWantedBlocks = kIsSimt<operand_t> ? 1056 : 132;
 

@@ -3,10 +3,12 @@
 // fused_subnets on CUDA: the sub-networks of SpatialFlow and their flows over a whole pyramid, one launch per
 // dependency level of the schedule in ops/fused_subnets_walk.h.
 //
-// The dependency level of a convolution is one more than the highest level that it reads. All convolutions of a level,
-// on all maps, are one launch of conv3x3.cu; on compute capability 9.0 a level may be two launches (sm90_conv3x3.cu). A
-// flow is written to separate maps, and added where the next convolution reads its input. So it depends on its source
-// only. Four stages with all flows are 23 convolutions in 8 levels ("flow" and "f" are those of cls and of stuff):
+// A convolution that reads only inputs has dependency level 0. Any other convolution is one level above the highest
+// convolution whose result it reads. All convolutions of a level, on all maps, are one call of convolve3x3. It is
+// usually one launch; on compute capability 9.0 it may be two (sm90_conv3x3.cu). A flow into a convolution is written
+// to separate maps, and added where the convolution reads its input. So it depends on its source only. A flow without a
+// convolution is added to the feature at once. With four stages and all flows, there are 23 convolutions in 8 levels.
+// flow0 stands for the two flows into cls and stuff at stage 0; f0 stands for the two convolutions of cls and stuff:
 //
 //   reg0 | reg1 flow0 | reg2 flow1 f0 | reg3 flow2 f1 | flow3 f2, flow of thing | f3 | semantic | thing
 #include <algorithm>

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // GroupNorm, ReLU and optional 2x bilinear upsampling on CUDA in two launches. Layouts: see group_norm_relu.cuh.
+//   y = relu((x - mean) * rstd * weight + bias), mean and rstd of a group of an image (common/group_norm_relu.h)
 //
-//   y = relu((x - mean) * rstd * weight + bias), mean and rstd of a group in its image (common/group_norm_relu.h)
-//
-//   sums        A thread sums x - pivot and (x - pivot)^2 over up to 64 pixels; pivot is its first pixel. Further sums
-//               are float64. Blocks write partial sums per group to a table (N, groups, blocks, slices of a group, 2).
+//   sums        A thread sums x - pivot and (x - pivot)^2 over up to 64 pixels; pivot is its first pixel. These sums
+//               are then added in float64. Blocks write partial sums per group to a table (N, groups, blocks, slices of
+//               a group, 2).
 //   normalize   A block adds the partial sums of its groups in a fixed order, so results are deterministic. For
-//               upsampling, a thread processes a column of the output and keeps the two input rows around it.
+//               upsampling, a thread processes a column of the output, row by row. It keeps the two input rows around
+//               the current row, interpolated at this column.
 #include "cuda/group_norm_relu.cuh"
 
 namespace spatialflow {

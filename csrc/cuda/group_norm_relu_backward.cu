@@ -2,8 +2,9 @@
 //
 // Gradients of group_norm_relu on CUDA in three launches. Layouts: see group_norm_relu.cuh.
 //
-//   sums        sums of g and g * (x - mean) per channel and block; g is the gradient w.r.t. the input of ReLU. With
-//               upsampling, its transpose is computed by a gather along columns of the input, and g is stored.
+//   sums        sums of g and g * (x - shift) per channel and block; g is the gradient w.r.t. the input of ReLU, shift
+//               the rounded mean. With upsampling, the transpose of upsampling is computed by a gather along columns of
+//               the input, and g is stored.
 //   channels    a warp per channel adds the sums of the blocks in a fixed order, so results are deterministic
 //   gradient    gradient w.r.t. the input, from the sums of its groups
 #include "cuda/group_norm_relu.cuh"
@@ -11,7 +12,7 @@
 namespace spatialflow {
 namespace {
 
-constexpr int kReaders = 5;  // maximum number of outputs of doubling that read one cell of an axis
+constexpr int kReaders = 5;  // maximum number of outputs of 2x upsampling that read one cell of an axis
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
@@ -34,8 +35,8 @@ struct GradientSums {
     }
 };
 
-// Compute the transpose of upsampling for a column of the input per thread. It sums each row of the incoming gradient
-// over the pixels that read the column. Each sum is added to the two cells from which that row is interpolated.
+// Compute the transpose of upsampling, one column of the input per thread. The thread sums each row of the incoming
+// gradient over the pixels that read the column. It adds each sum to the two cells from which that row is interpolated.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void gather_column(
     const NormMap<const scalar_t>& grad_output, const NormMap<const scalar_t>& input,
@@ -221,8 +222,8 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_channel_sums_kernel(
     }
 }
 
-// gradient_t: type of the incoming gradient, or (kMasked) of the gradient w.r.t. the input of ReLU that the sums
-// stored.
+// gradient_t: type of `gradient`. This is the incoming gradient, or with kMasked the gradient w.r.t. the input of ReLU
+// that the kernel of the sums stored.
 template <typename scalar_t, typename gradient_t, bool kMasked, int kWidth>
 __global__ void __launch_bounds__(kThreads) group_norm_relu_input_gradient_kernel(
     const NormMap<const gradient_t> gradient, const NormMap<const scalar_t> input, Global<const double> statistics,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Host side of a CUDA operator: device pointers of tensors, the current device and stream, and the registration.
+// Without nvcc, the same for the SIMT interpreter (csrc/simt), which runs kernels on the CPU.
 #pragma once
 
 #include "cuda/platform.h"
@@ -37,8 +38,8 @@ private:
     Stream stream_;
 };
 
-// Pointer to `count` elements of a contiguous tensor from element `begin` on. The interpreter checks the bounds of this
-// part.
+// Pointer to `count` elements of a contiguous tensor from element `begin` on. The version for the SIMT interpreter
+// (below) checks the bounds of this part.
 template <typename scalar_t>
 inline scalar_t* mutable_data(const Tensor& tensor, int64_t begin, int64_t /*count*/) {
     return mutable_data<scalar_t>(tensor) + begin;

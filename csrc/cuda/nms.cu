@@ -7,7 +7,7 @@
 //               (up to 4 chunks) or merges of runs (more chunks)
 //   2. gather   boxes in that order; for every tile of 1024 candidates, the begin of the class of its first candidate
 //   3. rounds   a class may span tiles, and a tile may contain several classes; round r is the r-th tile of every class
-//      suppress   a thread per candidate of later tiles tests it against the boxes of its class kept in the last round
+//      suppress   a thread per candidate of later tiles tests it against the boxes that its class kept in round r - 1
 //      greedy     a block per tile decides on the candidates of this round: in round 0 all classes that begin in the
 //                 tile, in round r the class that began r tiles before
 //   4. collect  sort the kept entries by (score, row); entries of one class are in order already
@@ -64,9 +64,9 @@ struct CandidateState {
     Global<Box<real_t>> boxes;                   // (N)
     Global<int> removed;                         // (N), nonzero: suppressed, or not a candidate
     Global<int64_t> begins;                      // (tiles), where the class of the tile's first candidate begins
-    Global<unsigned> listed;                     // (N), per tile: kept positions of the class of its last candidate
+    Global<unsigned> listed;                     // (N), per tile: kept candidates of the class of its last candidate
     Global<int> listed_count;                    // (tiles)
-    Global<ClassEntryOf<real_t>> kept;           // (N), the result in any order, of class 0
+    Global<ClassEntryOf<real_t>> kept;           // (N), the kept entries in any order, with label 0
     Global<unsigned> progress;                   // (2), a Progress
     int64_t count;
     real_t threshold;
@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kGreedyThreads) nms_sort_chunks_kernel(
     }
 }
 
-// Return the first i in [low, high) for which before(i) is false, or high. before(i) must be true for all smaller i.
-// All lanes of a warp must call it.
+// Return the first i in [low, high) for which before(i) is false, or high. before(i) must be true for all smaller i,
+// and false for all others. All lanes of a warp must call it.
 template <typename Before>
 __device__ __forceinline__ int64_t partition_point(int64_t low, int64_t high, Before before) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
     const int64_t right = left + run < count ? left + run : count, end = right + run < count ? right + run : count;
     const int size = static_cast<int>(end - first < kMergeTile ? end - first : kMergeTile);
     if (warp < 2) {
-        // Number of entries before the tile, or before its end, from the left run.
+        // `before` is the number of merged entries before the tile (warp 0) or before its end (warp 1). `cut` is how
+        // many of them are from the left run.
         const int64_t before = first - left + warp * size;
         const int64_t least = before > end - right ? before - (end - right) : 0;
         const int64_t most = before < right - left ? before : right - left;
@@ -339,9 +340,9 @@ __global__ void __launch_bounds__(kSuppressThreads)
     bool alive = false;
     if (index < candidates.count) {
         box = candidates.boxes[index];
-        alive = candidates.removed[index] == 0 &&
-                candidates.entries[index].label ==
-                    candidates.entries[tile * kTile].label;  // other classes begin in this tile
+        // The other classes begin in this tile, so no earlier tile suppresses their candidates.
+        alive =
+            candidates.removed[index] == 0 && candidates.entries[index].label == candidates.entries[tile * kTile].label;
     }
     const bool was_alive = alive;
     const real_t area = box_area(box);
@@ -384,8 +385,8 @@ void sort_chunks(
         dim3(grid_size(op, ceil_div(count, kChunk))), dim3(kGreedyThreads), 0, stream, source, target, progress, count);
 }
 
-// Merge the sorted chunks of `entries`. `scratch` has the same size. If the result is in `scratch`, the two are
-// swapped.
+// Merge the sorted chunks of `entries`. `scratch` has the same size. The two are swapped after each pass, so that the
+// result is in `entries`.
 template <typename real_t>
 void merge_chunks(
     const char* op, Global<ClassEntryOf<real_t>>& entries, Global<ClassEntryOf<real_t>>& scratch, int64_t count,

@@ -54,8 +54,8 @@ __device__ __forceinline__ void exchange(entry_t& entry, int index, int width, i
     }
 }
 
-// Run the steps below 64 of the bitonic sort, for the widths from `first_width` to `last_width`, in registers. A warp
-// has 64 adjacent entries, two per lane: lane l has entries l and l + 32.
+// Run the steps of the bitonic sort with distances below 64 in registers, for the widths from `first_width` to
+// `last_width`. A warp has 64 adjacent entries, two per lane: lane l has entries l and l + 32.
 template <typename entry_t>
 __device__ __forceinline__ void sort_warps(Shared<entry_t> entries, int padded, int first_width, int last_width) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
@@ -123,9 +123,10 @@ constexpr int kGreedySlots = 3 * kLabelSlots;
 
 // Keep the first live candidate, drop the candidates of its label that it suppresses, and repeat. The pass ends when no
 // candidate is alive or `limit` are kept. Each warp in order decides on its 32 candidates by votes, for all its labels
-// at once. Then all later warps test their candidates against those that it kept: one barrier per warp. A table by
-// label gives the kept lanes that a candidate must be tested against. Return the number of kept candidates. `position`
-// is the rank of this thread among them in order of threads, or -1. All threads of the block must call it.
+// at once. Then all later warps test their candidates against those that this warp kept, which needs one barrier per
+// warp. A table by label modulo kLabelSlots gives the kept lanes that a candidate must be tested against. Return the
+// number of kept candidates. `position` is the rank of this thread among them in order of threads, or -1. All threads
+// of the block must call it.
 template <typename real_t, typename label_t>
 __device__ __forceinline__ int greedy_pass(
     Candidate<real_t, label_t> candidate, int limit, Shared<Box<real_t>> boxes, Shared<label_t> labels,
@@ -167,7 +168,7 @@ __device__ __forceinline__ int greedy_pass(
             }
         }
         __syncthreads();
-        if (warp == deciding_warp - 1 && is_kept) {  // no warp reads the last table, or writes it in the next iteration
+        if (warp == deciding_warp - 1 && is_kept) {  // no warp reads the previous table now, or writes it next
             atomicExch(slots + (deciding_warp - 1) % 3 * kLabelSlots + slot, 0u);
         }
         if (warp > deciding_warp && candidate.alive) {

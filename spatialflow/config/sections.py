@@ -41,7 +41,7 @@ _FACTORS = Rule(
 class ModelConfig:
     """Section `model`: the architecture of the network. The defaults are SpatialFlow R50 on COCO.
 
-    Fields of a head that is switched off have no effect.
+    Without a stuff or thing head, its stages must be 0 and its flows false; its other fields have no effect.
     """
 
     backbone_depth: int = setting(50, "number of layers of the ResNet", one_of(50, 101))
@@ -202,7 +202,7 @@ class InferenceConfig:
 
     @property
     def test_edges(self) -> tuple[tuple[int, float], ...]:
-        """Short edge, and limit of the long edge, of each size in which the network processes an image."""
+        """(short edge, limit of the long edge) of every size at which the network processes an image."""
         largest = max(self.test_short_edges)
         return tuple((short, self.test_long_edge * short / largest) for short in self.test_short_edges)
 

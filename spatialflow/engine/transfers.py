@@ -27,10 +27,10 @@ class Download(NamedTuple):
 
 
 class Transfers:
-    """Copies between the host and a device. On the CPU nothing is copied.
+    """Copies between the host and a device. On the CPU only arrays that are read-only or not contiguous are copied.
 
-    Copies to and from a GPU use pinned memory, so that the host need not wait for them. Torch reuses that memory after
-    the copies queued from or to it are done.
+    Copies to and from a GPU use pinned memory, so that the host need not wait for them. Torch reuses that memory only
+    after the queued copies that read or write it are done.
 
     Args:
         device: "cpu" or a CUDA device.
@@ -51,7 +51,7 @@ class Transfers:
         return 1 if self._is_gpu else 0
 
     def stage(self, pixels: np.ndarray) -> Tensor:
-        """Copy an image to the memory that `upload` reads; may be called in any thread.
+        """Copy an image to pinned memory, from which `upload` reads; may be called in any thread.
 
         Args:
             pixels: (H, W, 3) uint8 of any strides.

@@ -41,7 +41,8 @@ _FACTORS = Rule(
 class ModelConfig:
     """Section `model`: the architecture of the network. The defaults are SpatialFlow R50 on COCO.
 
-    Without a stuff or thing head, its stages must be 0 and its flows false; its other fields have no effect.
+    If `stuff_head` or `thing_head` is false, the sub-network of that task must have 0 stages, no deformable stages and
+    no flows. The other fields of the absent head have no effect.
     """
 
     backbone_depth: int = setting(50, "number of layers of the ResNet", one_of(50, 101))

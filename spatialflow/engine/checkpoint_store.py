@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint of a training run: the full state, from which the run resumes with bit-identical results."""
+"""The checkpoint of a training run: the full state, for resumption with equal results (bit-identical on the CPU)."""
 
 import hashlib
 import json
@@ -21,7 +21,8 @@ from spatialflow.engine.checkpoints import not_finite, save_checkpoint, shorten
 from spatialflow.files import atomic_write
 
 RESUMABLE_FIELDS = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
-"""Fields of the configuration that may change between the start of a run and its resumption."""
+"""Fields of the configuration that may change between the start of a run and its resumption. Those of the section
+`test` may change too, except `PROPOSAL_FIELDS`."""
 
 REMEDY_FIELDS = (
     "learning_rate",

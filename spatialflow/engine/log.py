@@ -13,7 +13,7 @@ class TrainingLog:
     """Writer of `log.jsonl`, whose rows have a "step" (number of steps done) and a "kind".
 
     Kinds: "step" and "evaluation"; "problem", an image that could not be used; "note", the first annotation that breaks
-    a rule but was used; "warning", about divergence. All numbers are finite, as JSON has no others.
+    a rule but was used; "warning" about divergence. All numbers are finite, as JSON has no others.
 
     Args:
         folder: of the run.

@@ -107,9 +107,9 @@ class Trainer:
     """A training run in a folder.
 
     The folder contains `checkpoint.pt`, the full state of the run, from which weights can be loaded too. The weights
-    alone, `model.safetensors`, are written at the end of an epoch, unless a checkpoint was written in the
-    `CHECKPOINT_INTERVAL_S` before it; the last epoch always writes them. Further files are `log.jsonl`, `curves.png`,
-    `tensorboard/` and `evaluation/`.
+    alone, `model.safetensors`, are written with each checkpoint at the end of an epoch. Such a checkpoint is left out
+    if the previous one is at most `CHECKPOINT_INTERVAL_S` old, but not after the last epoch. Further files are
+    `log.jsonl`, `curves.png`, `tensorboard/` and `evaluation/`.
 
     Args:
         config: the network and the settings of training.
@@ -126,7 +126,7 @@ class Trainer:
     Attributes:
         step: steps done.
         reinitialized_layers: layers with random initial weights, as `initial_weights.checkpoint` lacks them or has
-            them in another shape.
+            them in another shape; empty without that file.
 
     Raises:
         TrainingError: the processes cannot share the batch; the folder's checkpoint was written by a run with other

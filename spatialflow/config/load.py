@@ -69,7 +69,10 @@ def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, An
 
 
 def _locate(config: str | Path, folder: Path | None) -> Path:
-    """Find the file of a configuration; relative paths start at `folder`, if given, or at the current folder."""
+    """Find the file of a configuration.
+
+    A relative path is searched first in `folder`, that of the file with `base`, if given; then in the current folder.
+    """
     text = str(config)
     if text.endswith((".yaml", ".yml")):
         path = Path(text)

@@ -182,7 +182,7 @@ class CheckpointStore:
 
 
 def run_identity(config: Config, data: DataSet) -> dict[str, Any]:
-    """Collect the settings and a hash of the images of a run; a checkpoint is resumed only if its own are equal.
+    """Collect the settings and a hash of the images of a run, with which those in a checkpoint are compared.
 
     Args:
         config: configuration of the run; its name is not part of the identity.

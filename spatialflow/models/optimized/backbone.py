@@ -18,8 +18,7 @@ from spatialflow.ops import PackedConv, flow_conv2d
 class FusedStem(FusedConv):
     """First convolution of the backbone with a ReLU: (N, 3, H, W) -> (N, O, H/2, W/2).
 
-    On a GPU the images are padded with channels of zeros, since cuDNN's fused kernels load channels in vectors of 16
-    bytes.
+    On a GPU the images are padded with channels of zeros, as cuDNN's fused kernels load channels in 16-byte vectors.
 
     Args:
         conv: the convolution.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from spatialflow import _library
 
 __version__ = "0.2.0"
-__path__ = [*dict.fromkeys((str(_library.BUILD), *__path__))]  # for the `_evaluation` of a build with sanitizers
+# For `_evaluation` of a build with sanitizers or coverage, which is not in the package's folder.
+__path__ = [*dict.fromkeys((str(_library.BUILD), *__path__))]
 
 if TYPE_CHECKING:  # the names that `__getattr__` resolves, for type checkers and editors
     from spatialflow import data as data

@@ -32,12 +32,13 @@ _BACKEND = _BACKENDS.get(_NAME, _BACKENDS["cpu"])
 _PACKAGE = Path(__file__).resolve().parent
 
 BUILD = _PACKAGE.parent / "build" / _BACKEND.build / "package" if _BACKEND.build else _PACKAGE
-"""Folder of the compiled files: this package, or the output of a build with sanitizers."""
+"""Folder of the compiled files: this package, or the output of a build with sanitizers or coverage."""
 
 FOLDER = BUILD / "lib"
 """Folder of the compiled libraries."""
 
-# Levels, best first, by torch's name of the processor's capability, which ATEN_CPU_CAPABILITY may lower.
+# Levels, best first, by the result of torch's `get_cpu_capability`. The environment variable ATEN_CPU_CAPABILITY may
+# lower that result.
 _LEVELS = {
     "AVX512": ("x86-64-v4", "x86-64-v3", "x86-64-v2"),
     "AVX2": ("x86-64-v3", "x86-64-v2"),
@@ -155,7 +156,7 @@ def load() -> None:
         threads_were_used = ctypes.c_bool.in_dll(library, "spatialflow_threads_were_used")
 
         def use_one_thread() -> None:
-            # A fork does not copy threads: a parallel loop in the child would wait forever for those of the parent.
+            # A fork does not copy threads: a parallel loop in the child would wait forever for threads of the parent.
             if threads_were_used.value:
                 torch.set_num_threads(1)
 

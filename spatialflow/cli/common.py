@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the commands: error output, path arguments, and loading of networks."""
+"""Functions that several commands use: error output, path arguments, and loading of networks."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def resolve_images(
     """List the images that files and folders contain.
 
     A folder contributes its images. It also contributes those in its sub-folders if `recursive` is set or if it has no
-    image itself, such as Cityscapes' folder of cities. Links to folders are then followed.
+    image itself, such as Cityscapes' folder of cities. In both cases symbolic links to folders are followed.
 
     Args:
         paths: files and folders.
@@ -178,8 +178,8 @@ def _images_below(
     Args:
         folder: the folder.
         outputs: real paths of files and folders that are not inputs.
-        failed: receives a message about each folder that cannot be read. None: the images are only counted; such
-            folders and links to folders are skipped.
+        failed: receives a message about each folder that cannot be read. None: such folders are skipped silently, and
+            links to folders are not followed.
         prefix: start of the images' names.
         parents: real paths of the folders above, to which a link may lead back.
     """
@@ -206,7 +206,7 @@ def panoptic_json(path: Path) -> Path:
     """Find a panoptic JSON: `path` itself, the one in the output of `predict`, or the one beside a folder of PNGs."""
     candidates = [path]
     if os.path.isdir(path):
-        # "." has no name, and ".." is not the name of its folder.
+        # `Path(".").name` is empty and `Path("..").name` is "..": only the resolved path has the folder's name.
         folder = path.resolve() if path.name in ("", "..") else path
         candidates = [path / "panoptic.json", folder.parent / f"{folder.name}.json"]
     for candidate in candidates:
@@ -287,7 +287,7 @@ def path_in_oserror(path: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_command_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Within the block, turn exceptions of `kinds` and OSError into CommandError, except a closed standard output."""
+    """Within the block, turn exceptions of `kinds` and OSError, except BrokenPipeError, into CommandError."""
     try:
         yield
     except BrokenPipeError:
@@ -299,7 +299,7 @@ def as_command_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def format_error(error: Exception) -> str:
-    """Format an exception as a one-line message; an OSError with a file name was raised while that file was written."""
+    """Format an exception as a one-line message; an OSError with a file name is taken for a failed write to it."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: cannot be written: {error.strerror}"
     return str(error)

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _follows_interrupt(error: BaseException | None) -> bool:
-    """Tell whether an error was raised while an interrupt was handled, such as saving results to a full disk."""
+    """Tell whether an error was raised while an interrupt was handled, e.g. a full disk when results are saved."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
@@ -124,7 +124,7 @@ def _signals_raise() -> Iterator[list[signal.Signals]]:
 
     def stop(number: int, _: object) -> None:
         received.append(signal.Signals(number))
-        if _is_being_imported("torch"):  # an exception would abort its C++ code; there are no results to save yet
+        if _is_being_imported("torch"):  # an exception would abort torch's C++ code; no results exist yet
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         raise _EXCEPTION_BY_SIGNAL[received[-1]]
@@ -134,7 +134,7 @@ def _signals_raise() -> Iterator[list[signal.Signals]]:
         return
     handlers = {number: signal.getsignal(number) for number in _EXCEPTION_BY_SIGNAL}
     for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as for SIGINT in a background job of a shell
+        if handler != signal.SIG_IGN:  # signals that are ignored stay so: shells ignore SIGINT in background jobs
             signal.signal(number, stop)
     try:
         yield received

@@ -143,7 +143,7 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Decode, predict and write several images at once, each step in order; return the exit code.
+    """Predict and write all images; return the exit code. Decoding, prediction and writing of several images overlap.
 
     An image that cannot be read or written is reported and skipped.
     """

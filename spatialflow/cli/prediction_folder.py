@@ -29,7 +29,7 @@ MAX_UNWRITTEN = 4
 RESULTS = ("panoptic", "overlays")
 """Folders of pictures in the output folder."""
 
-# Without a version, as files of another version may be replaced.
+# No version is stored, so that the command may replace files that another version of it wrote.
 _INFO = {"description": "written by spatialflow predict"}
 
 
@@ -39,7 +39,7 @@ class PredictionFolder:
     The folder has all files of an image or none of them. Several threads may write images at once; the end of the
     `with` block waits for them.
 
-    The JSON files are written when the `with` block ends, also by an exception, so that the images done so far are
+    The JSON files are written when the `with` block ends, even with an exception, so that the images done so far are
     usable. After an exception the journal of `PanopticWriter` is kept, and the next run resumes from it. The journal is
     also kept if an interrupted run did images that are not inputs of this run; `left_out` counts them.
 

@@ -179,7 +179,13 @@ def _draw_all(
 
 
 def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> PanopticFolder:
-    """Read a JSON for `use`. Its categories are those of `truth` if given; a prediction need not have categories."""
+    """Read a panoptic JSON.
+
+    Args:
+        path: the JSON, or a folder as for `panoptic_json`.
+        use: `rules.TRUTH` or `rules.PREDICTION`. A prediction need not have categories.
+        truth: the ground truth, whose categories then apply; None: the categories of the JSON.
+    """
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.formats import check_panoptic, load_json
     from spatialflow.panoptic.photographs import photograph_key, photograph_names
@@ -237,7 +243,7 @@ def _draw(image: InputImage, folders: dict[str, PanopticFolder], model: SpatialF
 
 
 def _read_map(image: InputImage, pixels: np.ndarray, title: str, folder: PanopticFolder) -> Map:
-    """Read the id map and the segments of one photograph, and note their problems in `folder.problems`."""
+    """Read the id map and the segments of one photograph, and append their problems to `folder.problems`."""
     from spatialflow.panoptic import PanopticFormatError, read_id_map
     from spatialflow.panoptic.extents import extents
     from spatialflow.panoptic.rules import pixel_problems, raise_first
@@ -258,7 +264,7 @@ def _read_map(image: InputImage, pixels: np.ndarray, title: str, folder: Panopti
 
 
 def _quality(path: Path, categories: list[dict[str, Any]], truth: Map, prediction: Map) -> float:
-    """Compute PQ over the classes that occur in one image; `_read_map` has noted the problems of both maps."""
+    """Compute PQ over the classes that occur in one image; `_read_map` has collected the problems of both maps."""
     from spatialflow.panoptic import PanopticQuality
 
     quality = PanopticQuality(categories)

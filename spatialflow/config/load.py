@@ -42,7 +42,7 @@ def load_config(config: str | Path | Config, **overrides: Any) -> Config:
 
 
 def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
-    """Read the settings of one file, which replace those of its `base`; `chain` has the files that led here."""
+    """Read the settings of one file, which replace those of its `base`; `chain`: the files whose `base` led to it."""
     path = _locate(config, chain[-1].parent if chain else None)
     if path in chain:
         raise ConfigError(f"{path}: base: refers back to itself ({' -> '.join(p.name for p in (*chain, path))})")
@@ -69,7 +69,10 @@ def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, An
 
 
 def _locate(config: str | Path, folder: Path | None) -> Path:
-    """Find the file of a configuration; relative paths start at `folder` (of the file with `base`) if given."""
+    """Find the file of a configuration.
+
+    A relative path is searched first in `folder`, that of the file with `base`, if given; then in the current folder.
+    """
     text = str(config)
     if text.endswith((".yaml", ".yml")):
         path = Path(text)

@@ -41,7 +41,8 @@ _FACTORS = Rule(
 class ModelConfig:
     """Section `model`: the architecture of the network. The defaults are SpatialFlow R50 on COCO.
 
-    Fields of a head that is switched off have no effect.
+    If `stuff_head` or `thing_head` is false, the sub-network of that task must have 0 stages, no deformable stages and
+    no flows. The other fields of the absent head have no effect.
     """
 
     backbone_depth: int = setting(50, "number of layers of the ResNet", one_of(50, 101))
@@ -202,7 +203,7 @@ class InferenceConfig:
 
     @property
     def test_edges(self) -> tuple[tuple[int, float], ...]:
-        """Short edge, and limit of the long edge, of each size in which the network processes an image."""
+        """(short edge, limit of the long edge) of every size at which the network processes an image."""
         largest = max(self.test_short_edges)
         return tuple((short, self.test_long_edge * short / largest) for short in self.test_short_edges)
 

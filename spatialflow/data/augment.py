@@ -32,8 +32,8 @@ def augment(sample: Sample, config: DataConfig, rng: np.random.Generator) -> Tra
         rng: the only source of random numbers.
 
     Returns:
-        TrainingSample. Boxes are clipped to the crop. A box is dropped if less than a pixel of a side is left, or no
-        pixel of its mask.
+        TrainingSample. Boxes are clipped to the image. With `train_crop`, a thing is dropped if a side of its box is
+        shorter than a pixel, or its mask has no pixel left.
     """
     size = _random_size(sample.image.shape[:2], config, rng)
     image = resize_image(sample.image, size)

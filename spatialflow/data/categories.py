@@ -16,7 +16,7 @@ from spatialflow.structures import UNLABELED
 
 TABLES = Path(__file__).resolve().parent / "tables"
 COCO_OTHER_ID = 183
-"""COCO's category "other": all thing pixels in semantic maps; no segment has it."""
+"""Id of COCO's category "other", which stands for all thing pixels in semantic maps. No segment has this category."""
 
 
 class CategoryError(ValueError):
@@ -41,7 +41,7 @@ class Categories:
 
     Args:
         rows: COCO category rows: mappings with `id`, `name`, `isthing` (0 or 1) and, where given, `color`.
-        has_other: the stuff classes include "other".
+        has_other: whether the stuff classes include "other".
         other_id: id that decides the index of "other"; None: after the last stuff class.
         source: name of the table for error messages.
 
@@ -90,7 +90,7 @@ class Categories:
         return np.array([0 if row is None else row.id for row in self.stuff], dtype=np.int64)
 
     def semantic_index(self, category_id: int) -> int:
-        """Return the semantic index of a category, for a thing that of "other"; 255 if it has no index."""
+        """Return the semantic index of a category; that of "other" for a thing, 255 for a category without one."""
         if category_id in self.stuff_index:
             return self.stuff_index[category_id]
         if category_id in self.thing_label and self.other_index is not None:
@@ -98,7 +98,7 @@ class Categories:
         return UNLABELED
 
     def as_coco(self) -> list[dict[str, Any]]:
-        """The rows in the format of a COCO panoptic JSON."""
+        """Return the rows in the format of a COCO panoptic JSON."""
         return [
             {"id": row.id, "name": row.name, "isthing": int(row.isthing), "color": list(row.color)} for row in self.rows
         ]
@@ -110,11 +110,11 @@ def load_categories(
     """Load the categories of a network.
 
     Args:
-        table: "coco", "cityscapes", a JSON file (a COCO category list, or a COCO or panoptic file with
-            `categories`), or None for numbered classes: things first, from id 1, then stuff, without "other".
+        table: "coco", "cityscapes" or a JSON file (a COCO category list, or a COCO or panoptic file with
+            `categories`). None: numbered classes, things first, from id 1, then stuff, without "other".
         num_things: thing classes of the network.
         num_stuff: stuff classes of the network; one more than in the table adds the class "other".
-        has_stuff_head: False: num_stuff is ignored (RetinaNet).
+        has_stuff_head: False: `num_stuff` need not fit the table.
 
     Raises:
         CategoryError: the file is absent or holds no category list, or the numbers of classes do not fit.

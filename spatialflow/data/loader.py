@@ -81,8 +81,9 @@ class Batch(NamedTuple):
 class Schedule:
     """The images of every step of a training run: a pure function of the fields, so that a run can resume at any step.
 
-    In each epoch every image appears once, in random order. All images of a batch are landscape or all are portrait,
-    which keeps padding small. The last batch of an orientation is completed with its first images.
+    In each epoch every image appears at least once, in random order. All images of a batch are landscape or all are
+    portrait, which keeps padding small. The last batch of an orientation is completed by repeating the first images of
+    that orientation.
 
     Args:
         sizes: (height, width) of every image.
@@ -123,7 +124,7 @@ class Schedule:
 
         Args:
             first_step: 0-based.
-            last_step: the first step that is not included.
+            last_step: end of the range of steps, itself not included.
             rank: of the process.
             world_size: number of processes.
             accumulation: accumulation steps per step.
@@ -153,7 +154,7 @@ class _Item(NamedTuple):
 class _Samples(torch.utils.data.Dataset[_Item | SampleError]):
     """Augmented samples by request; an image that cannot be used is reported and replaced by the next one.
 
-    The error that ends a run is returned, not raised, as a worker would wrap its message into a traceback.
+    An error that ends the run is returned, not raised, as DataLoader would put a worker's traceback into its message.
     """
 
     def __init__(self, data: DataSet, config: DataConfig, strict: bool) -> None:

@@ -52,7 +52,8 @@ def make_sample(
         Sample. Crowds have neither box nor mask, but count in the semantic map ("other"). The same holds for things
         whose box, clipped to the image, is less than a pixel wide or high. Ids without a segment and categories
         not in the table are void. Segments without pixels are left out. A box that contradicts its mask is replaced by
-        the box of the mask. `notes` has the last two cases.
+        the box of the mask. `notes` has the ids without a segment, the segments without pixels and the replaced
+        boxes.
 
     Raises:
         SampleError: image and map differ in size; no listed segment has pixels; an id is 0 or not unique; or a box is

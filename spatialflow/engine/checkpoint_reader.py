@@ -30,7 +30,8 @@ RELEASED_NAMES = (
     (r"mask_head\.conv_logits\.", r"thing_head.logits."),
     (r"stuff_head\.conv\.", r"stuff_head.logits."),
 )
-"""Prefix of a released name -> prefix here. The backbone keeps its names; `name_from_released` adds the stuff head."""
+"""Prefix of a released name (regular expression) -> prefix in this package. Names in the backbone are equal;
+`name_from_released` converts those of the stuff head's blocks."""
 
 
 CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights", "params")
@@ -45,7 +46,7 @@ SWAP_NOTE = (
 )
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names added by torch.compile, DistributedDataParallel, FSDP and activation checkpoints."""
+"""Parts of names that torch.compile, DistributedDataParallel, FSDP and activation checkpointing add."""
 
 EMA_NAMES = ("ema_model", "ema")
 """Attributes under which trainers store the average: the first part of every name, if present."""
@@ -54,7 +55,7 @@ OUTER_NAMES = ("model", "network", "net", *EMA_NAMES)
 """Attributes under which trainers store the network or its average."""
 
 COUNTERS = ("n_averaged", "steps")
-"""Counters that averaging wrappers (torch's and mmengine's `AveragedModel`) store beside the network, `module`."""
+"""Counters that averaging wrappers (torch's and mmengine's `AveragedModel`) store beside the network, `self.module`."""
 
 
 class CheckpointError(RuntimeError):
@@ -91,19 +92,19 @@ def name_from_released(name: str) -> str:
 
 
 def is_released(state: Mapping[str, Tensor]) -> bool:
-    """Return whether names are of the released implementation (`neck`, `bbox_head`, ...), not of this package."""
+    """Return whether the names are those of the released implementation (`neck.`, `bbox_head.`, `mask_head.`)."""
     return any(name.startswith(("neck.", "bbox_head.", "mask_head.")) for name in state)
 
 
 def read_state(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     """Read the tensors of a safetensors or torch file, under the names of this package.
 
-    The format is recognized by content. Additions of trainers and wrappers are removed: keys that hold the weights
+    The format is recognized by content. What trainers and wrappers add is removed: keys that hold the weights
     (`CONTAINERS`, `EMA_CONTAINERS`), parts of names (`WRAPPERS`, `OUTER_NAMES`), averages `ema_*` beside the weights.
-    The logger `spatialflow.engine.checkpoints` reports them.
+    The logger `spatialflow.engine.checkpoints` reports what was removed.
 
     Args:
-        path: a safetensors file, or a torch file with a state dict, bare or under such keys.
+        path: a safetensors file, or a torch file with a state dict, either at the top level or under such keys.
         ema: read the moving average of the weights. False reads an average only where the file has no other
             weights.
 
@@ -152,7 +153,7 @@ def _is_state(content: Any) -> bool:
 
 
 def _may_hold_weights(value: Any) -> bool:
-    """Return whether a value is a dict with tensors or with a key of trainers; a configuration is not."""
+    """Return whether a value is a dict that contains a tensor or a key of trainers, unlike a configuration."""
     return isinstance(value, dict) and any(
         isinstance(inner, Tensor) or name in CONTAINERS or name in EMA_CONTAINERS for name, inner in value.items()
     )
@@ -171,9 +172,9 @@ def _are_equal(first: Any, second: Any) -> bool:
 
 
 def _without_containers(path: Path, content: Any, ema: bool, notes: list[str]) -> tuple[Any, bool]:
-    """Unwrap the keys under which trainers store weights, at any depth; also return whether they are an average."""
+    """Unwrap up to 8 nested keys under which trainers store weights; also return whether the weights are an average."""
     is_average = False
-    for _ in range(8):  # a pickle can hold itself
+    for _ in range(8):  # a limit, as a pickled dict can contain itself
         if not isinstance(content, dict):
             break
         plain = [key for key in CONTAINERS if _may_hold_weights(content.get(key))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint of a training run: the full state, from which the run resumes with bit-identical results."""
+"""The checkpoint of a training run: the full state, for resumption with equal results (bit-identical on the CPU)."""
 
 import hashlib
 import json
@@ -21,7 +21,8 @@ from spatialflow.engine.checkpoints import not_finite, save_checkpoint, shorten
 from spatialflow.files import atomic_write
 
 RESUMABLE_FIELDS = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
-"""Fields of the configuration that may change between the start of a run and its resumption."""
+"""Fields of the configuration that may change between the start of a run and its resumption. Those of the section
+`test` may change too, except `PROPOSAL_FIELDS`."""
 
 REMEDY_FIELDS = (
     "learning_rate",
@@ -31,10 +32,10 @@ REMEDY_FIELDS = (
     "gradient_clip_norm",
     "finetune_learning_rate",
 )
-"""Further fields that may change, as they help a run that diverged. Their changes are reported."""
+"""Further fields that may change, as a change can help a run that diverged. Such changes are reported."""
 
 PROPOSAL_FIELDS = ("candidates_per_level", "score_threshold", "max_detections")
-"""Fields of the test section that also choose the proposals of training."""
+"""Fields of the test section that also affect training, as they select its proposals."""
 
 
 class TrainingError(RuntimeError):
@@ -45,15 +46,15 @@ class CheckpointStore:
     """Saves and restores the state of a training run in its folder.
 
     Args:
-        folder: of the run; for `checkpoint.pt` and `model.safetensors`.
+        folder: folder of the run, which holds `checkpoint.pt` and `model.safetensors`.
         network: the network in training.
         optimizer: with one parameter group.
         scaler: the loss scaler.
-        identity: of the run, see `run_identity`.
+        identity: identity of the run, from `run_identity`.
 
     Attributes:
         changed_settings: "field old -> new" for each of `REMEDY_FIELDS` that `restore` found changed.
-        last_save_time: of `save`, by `time.monotonic`; -inf before the first call.
+        last_save_time: `time.monotonic()` at the end of the last `save`; -inf before the first one.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class CheckpointStore:
         """Load the content of a checkpoint file; content of another form may raise any exception."""
         self._check_identity(json.loads(state["identity"]))
         self.network.load_state_dict(state["model"])
-        settings = self.optimizer.state_dict()["param_groups"]  # those of the configuration, not of the file
+        settings = self.optimizer.state_dict()["param_groups"]  # of the configuration, not of the file
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
         for parameter, row in self.optimizer.state.items():
             if row["momentum_buffer"] is not None and row["momentum_buffer"].shape != parameter.shape:
@@ -181,11 +182,11 @@ class CheckpointStore:
 
 
 def run_identity(config: Config, data: DataSet) -> dict[str, Any]:
-    """Collect the settings and the images of a run, by which a checkpoint is matched to it.
+    """Collect the settings and a hash of the images of a run, with which those in a checkpoint are compared.
 
     Args:
-        config: its name is not part of the identity.
-        data: a hash of the names, the order and the sizes of its images is stored.
+        config: configuration of the run; its name is not part of the identity.
+        data: training images; the hash covers their names, order and sizes.
     """
     sections = {section: vars(getattr(config, section)) for section in ("model", "test", "data", "training")}
     images = json.dumps([list(data.names), list(data.sizes)]).encode()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of networks: loading into a model, also of backbones and for fine-tuning, saving and conversion."""
+"""Weights of networks: loading of whole networks, of backbones and for fine-tuning; saving; conversion."""
 
 import hashlib
 import math
@@ -52,12 +52,14 @@ def load_checkpoint(model: Module, path: str | Path, ema: bool = False) -> Modul
 
 
 def load_matching(model: nn.Module, path: str | Path, may_differ: Sequence[str], ema: bool = False) -> list[str]:
-    """Load a checkpoint for fine-tuning; layers of `may_differ` keep their values if the file has another shape.
+    """Load a checkpoint for fine-tuning.
+
+    Layers of `may_differ` keep their values if the file lacks them or has them in another shape.
 
     Args:
         model: from `build_model`.
         path: a whole network's weights.
-        may_differ: names of layers that may have another shape.
+        may_differ: names of layers that the file may lack or have in another shape.
         ema: read the moving average of the weights.
 
     Returns:
@@ -120,8 +122,8 @@ def load_backbone(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, optional: str | None = None) -> None:
-    """Copy a state dict into a module if everything fits; parameters that match `optional` need not be in it."""
-    counter = "num_batches_tracked"  # BatchNorm's counter has no influence; some files lack it
+    """Copy a state dict into a module if everything fits; names that match the pattern `optional` may be missing."""
+    counter = "num_batches_tracked"  # BatchNorm's counter does not affect the outputs; some files lack it
     target = {name: value for name, value in module.state_dict().items() if not name.endswith(counter)}
     values = {name: value for name, value in state.items() if not name.endswith(counter)}
     missing = [name for name in target if name not in values and not (optional and re.search(optional, name))]
@@ -164,7 +166,7 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def shorten(names: Sequence[str], limit: int = 12) -> str:
-    """Join the first names, long ones truncated, and the number of the others."""
+    """Join the first `limit` names, each truncated to 120 characters, and add the number of the others."""
     cut = [name if len(name) <= 120 else f"{name[:120]}..." for name in names[:limit]]
     return ", ".join(cut) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
@@ -210,8 +212,8 @@ def convert(source: str | Path, destination: str | Path, dtype: torch.dtype | No
     Args:
         source: as for `load_checkpoint`.
         destination: path of the new file, .safetensors or .pt / .pth.
-        dtype: floating point dtype of the stored tensors; BatchNorm's counters, which have no influence, are then
-            omitted. None keeps all tensors as they are.
+        dtype: floating point dtype of the stored tensors; BatchNorm's counters, which do not affect the outputs,
+            are then omitted. None keeps all tensors as they are.
         ema: read the moving average of the weights.
 
     Returns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache of CUDA graphs of functions of tensors, one graph per shape."""
+"""Cache of CUDA graphs of functions of tensors, one graph per key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WARM_UPS = 2
 """Runs before a capture, in which libraries choose algorithms and allocate workspaces outside the graph."""
 
 _capturing = threading.Lock()
-"""Permits one capture at a time: each first empties torch's allocator, which fails during another capture."""
+"""Permits one capture at a time: a capture begins with `torch.cuda.empty_cache`, which fails during another capture."""
 
 
 def _kernel_settings() -> tuple[Any, ...]:
@@ -37,17 +37,17 @@ def _kernel_settings() -> tuple[Any, ...]:
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]  # static tensors that the graph reads
-    output: Any  # static tensors that it writes
+    output: Any  # static tensors that the graph writes
     function: Callable[[list[Tensor]], Any]  # keeps its closure alive, which the graph reads too
 
 
 class GraphCache:
     """Captured functions by key; the least recently used one is dropped beyond `limit`.
 
-    The graphs share one memory pool: their intermediate tensors together take the memory of the largest graph. Inputs
-    and results add up. Where they leave too little memory for another graph, all graphs are dropped. A result is valid
-    until the next call with any key: queue a copy in the same stream before that. Threads must hold `lock` until they
-    have queued the copy.
+    The graphs share one memory pool: their intermediate tensors together take the memory of the largest graph. Each
+    graph has its own inputs and results. If they leave too little memory for another graph, all graphs are dropped.
+    A result is valid until the next call with any key: queue a copy in the same stream before that. Threads must hold
+    `lock` until they have queued the copy.
 
     Args:
         device: a CUDA device.
@@ -87,7 +87,7 @@ class GraphCache:
         """
         stream = torch.cuda.current_stream(self.device)
         if self._last_stream is not None and stream != self._last_stream:
-            stream.wait_stream(self._last_stream)  # the graphs' memory is in use there
+            stream.wait_stream(self._last_stream)  # work queued there may still use the graphs' memory
         self._last_stream = stream
         key = (key, _kernel_settings())
         captured = self._captured.get(key)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Rank and device of this process, and the number of processes; 1 if torchrun did not start this one.
+    """Rank and device of this process, and the number of processes, which is 1 without torchrun.
 
     Attributes:
         rank: of this process, 0-based.
@@ -93,8 +93,8 @@ def end(process_group: ProcessGroup) -> None:
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that in training mode computes its statistics over the batches of all processes.
 
-    Every process must call these modules, forward and backward, in the same order. Unlike torch's SyncBatchNorm they
-    run on every device.
+    All processes must run the forward and backward passes of these modules in the same order. Unlike torch's
+    SyncBatchNorm, this module also runs on the CPU.
     """
 
     momentum: float
@@ -108,7 +108,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         upcast = x.to(self.weight.dtype)  # from the dtype of mixed precision
         variance, mean = torch.var_mean(upcast, dim=(0, 2, 3), correction=0)  # (C,) of this process
-        variance, mean = variance.double(), mean.double()  # the square of a mean is subtracted again below
+        variance, mean = variance.double(), mean.double()  # float64, as mean(x^2) - mean(x)^2 below cancels
         count = torch.full_like(mean, x.numel() / x.shape[1])
         moments = torch.stack([count, count * mean, count * (variance + mean.square())])
         count, total, squares = _SumOverProcesses.apply(moments)  # type: ignore[no-untyped-call]  # of torch

@@ -19,7 +19,7 @@ from spatialflow.panoptic.writer import PanopticWriter
 from spatialflow.threads import map_ahead
 
 SCORED_AHEAD = 4
-"""Results held in memory while an earlier one is compared with its ground truth and written."""
+"""Largest number of results that are in memory and not yet scored and written."""
 
 
 class ScoredData(Protocol):
@@ -164,7 +164,7 @@ def _with_progress(rows: Iterable[Any], count: int) -> Iterable[Any]:
 def _read_truth(data: ScoredData, folder: Path, process_group: ProcessGroup) -> _Truth:
     """Read the ground truth. Only the first process has the messages about images without ground truth."""
     if process_group.is_first:
-        data.panoptic_truth(folder)  # a data set that must write the files does so once, before the others read them
+        data.panoptic_truth(folder)  # writes the files, if needed, once, before the other processes read them
     process_group.wait()
     json_path, png_folder = data.panoptic_truth(folder)
     content = read_panoptic_json(json_path, with_categories=True, use=TRUTH)

@@ -12,12 +12,12 @@ from spatialflow.files import atomic_write
 class TrainingLog:
     """Writer of `log.jsonl`, whose rows have a "step" (number of steps done) and a "kind".
 
-    Kinds: "step" and "evaluation"; "problem", an image that could not be used; "note", an annotation that contradicts
-    its pixels and was used; "warning", about divergence. All numbers are finite, as JSON has no others.
+    Kinds: "step" and "evaluation"; "problem", an image that could not be used; "note", the first annotation that breaks
+    a rule but was used; "warning" about divergence. All numbers are finite, as JSON has no others.
 
     Args:
         folder: of the run.
-        steps_done: rows of later steps, left by an interrupted run, are removed.
+        steps_done: rows of later steps, left by an interrupted run, are removed; 0 removes all rows.
     """
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:

@@ -127,7 +127,7 @@ class PanopticResult:
 
 
 def image_id_of(image_name: str) -> int | str:
-    """Derive the image id from a file name: its stem, as an integer for COCO, without "_leftImg8bit" for Cityscapes."""
+    """Derive the image id from a file name: the stem without Cityscapes' "_leftImg8bit", as an integer if possible."""
     stem = Path(image_name).stem.removesuffix("_leftImg8bit")
     return int(stem) if stem.isascii() and stem.isdigit() else stem
 
@@ -161,8 +161,8 @@ class _Running(NamedTuple):
 class Predictor:
     """Inference from image files to panoptic maps, with one model or an ensemble.
 
-    Several short edges (`test_short_edges`) or mirrored images (`test_flip`) are test-time augmentation. The views of
-    an image are combined to one map, as are the models of an ensemble. See `Pipeline`.
+    Several short edges (`test_short_edges`) or mirrored images (`test_flip`) are test-time augmentation. The outputs
+    for all views of an image, and of all models of an ensemble, are combined into one map. See `Pipeline`.
 
     Args:
         model: from `build_model`, with weights loaded; a sequence for an ensemble, which uses the configuration of the
@@ -171,14 +171,14 @@ class Predictor:
         dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and
             boxes are always float32.
         cuda_graph: replay a CUDA graph per padded size of the network's input instead of queueing every kernel; None:
-            on a GPU. The capture, at the first image of a size, takes about the time of four images. The 64 most
-            recently used sizes are kept, fewer where memory is short. Under autocast, and within
-            `spatialflow.ops.checked()`, every kernel is queued. Each combination of torch's settings for TF32, cuDNN,
+            True on a GPU, else False. The capture, at the first image of a size, takes about the time of four images.
+            The 64 most recently used sizes are kept, fewer where memory is short. Under autocast, and within
+            `spatialflow.ops.checked()`, no graph is used. Each combination of torch's settings for TF32, cuDNN,
             reduced precision and deterministic algorithms has separate graphs. Forward hooks of modules run at the
             capture of a graph, not at a replay.
         optimize: fold BatchNorm and repack the weights once.
-        detection_masks: whether results have the mask of every detection. Without, the CPU does not compute the masks
-            of detections below `instance_score_threshold`, often a quarter of all work. A GPU computes all masks, as
+        detection_masks: whether results have the mask of every detection. If False, the CPU skips the masks of
+            detections below `instance_score_threshold`, often a quarter of all work. A GPU computes all masks, as
             the host does not know their number, but does not download them.
         batch_size: images that go through the network together. Only images of equal padded size share a batch, so
             that results do not depend on the other images. See `stream` for how long an image waits for others.
@@ -189,13 +189,13 @@ class Predictor:
         ConfigError: an override breaks a rule.
         CategoryError: the configuration's categories do not fit the model.
         ValueError: the device does not exist or is neither a CPU nor a CUDA device; the dtype is not supported;
-            `cuda_graph` is set without a CUDA device; the batch size is below 1; there is no model; or the models of an
-            ensemble differ in their classes or inputs.
+            `cuda_graph` is True without a CUDA device; the batch size is below 1; there is no model; or the models of
+            an ensemble differ in their classes, heads or inputs.
         TypeError: `model` is neither a SpatialFlow network nor a sequence of them.
 
     Note:
-        On a CUDA device nothing waits for the GPU between the upload of an image and the download of its result.
-        Several threads may share a Predictor. With CUDA graphs their images are queued one after the other.
+        On a CUDA device the host never waits for the GPU between the upload of an image and the download of its
+        result. Several threads may share a Predictor. With CUDA graphs their images are queued one after the other.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class Predictor:
                     try:
                         raise outcome.error
                     finally:
-                        del outcome  # the error refers to this frame
+                        del outcome  # the error's traceback refers to this frame
                 yield cast("PanopticResult", outcome.result)
 
     def outcomes(self, images: Iterable[Image]) -> Generator[Outcome, None, None]:
@@ -331,7 +331,7 @@ class Predictor:
                         try:
                             raise outcome.error
                         finally:
-                            del outcome  # the error refers to this frame
+                            del outcome  # the error's traceback refers to this frame
                     yield outcome
 
     def _batches(self, images: Iterable[Image], failed: dict[int, Outcome]) -> Generator[list[_Item], None, None]:
@@ -342,10 +342,10 @@ class Predictor:
             failed: receives the outcomes, by position, of images that cannot be read.
 
         Yields:
-            A batch; or an empty list if the running batches should be finished first. That is the case while the next
-            image is not decoded, and at the end.
+            A batch; or an empty list if the running batches should be finished first. That is the case if the next
+            image is not decoded yet, and at the end.
         """
-        # By padded sizes; the group of the earliest image is first.
+        # Images without a full batch, by their padded sizes. The group that begins with the earliest image is first.
         waiting: dict[tuple[tuple[int, int], ...], list[_Item]] = {}
         threads, error = DECODERS[self.device.type], None
         with closing(map_ahead(self._load, _with_positions(images), threads, 2 * threads + self.batch_size)) as loads:
@@ -371,10 +371,10 @@ class Predictor:
             try:
                 raise error
             finally:
-                del error  # the error refers to this frame
+                del error  # the error's traceback refers to this frame
 
     def _load(self, numbered_image: tuple[int, Image]) -> _Item:
-        """Read an image; called in a worker thread for one image of many."""
+        """Read and check one image; `stream` calls this method in worker threads."""
         position, image = numbered_image
         times = zero_times()
         name = Path(image).name if isinstance(image, (str, Path)) else f"image {position}"
@@ -413,7 +413,7 @@ class Predictor:
         return outcomes
 
     def _result(self, item: _Item, result: FixedResult) -> PanopticResult:
-        """Make the result of an image, without the padding rows of its detections."""
+        """Make the result of an image; rows of `result` beyond its number of detections are padding and are dropped."""
         count = int(result.count)
         return PanopticResult(
             result.merged.id_map.numpy(),
@@ -430,11 +430,11 @@ class Predictor:
 
 
 def graph_cache(device: torch.device, enabled: bool | None) -> GraphCache | None:
-    """Make the cache of CUDA graphs of a Predictor; None: it uses no graphs.
+    """Make the cache of CUDA graphs of a Predictor; return None if it uses no graphs.
 
     Args:
-        device: of the Predictor.
-        enabled: its argument `cuda_graph`; None: on a CUDA device.
+        device: device of the Predictor.
+        enabled: argument `cuda_graph` of the Predictor; None: True on a CUDA device.
 
     Raises:
         ValueError: graphs are enabled on another kind of device.
@@ -458,7 +458,7 @@ def _models_of(model: SpatialFlow | Sequence[SpatialFlow]) -> list[SpatialFlow]:
 
 
 def check_ensemble(configs: Sequence[Config]) -> None:
-    """Raise ValueError unless there is a configuration, and all have the same input format and the same classes."""
+    """Raise ValueError unless there is a configuration, and all agree in input format, classes and heads."""
     if not configs:
         raise ValueError("model: an ensemble needs at least one model, got none")
     shared = {
@@ -476,7 +476,7 @@ def check_ensemble(configs: Sequence[Config]) -> None:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Return the device by name; raise ValueError unless it is a CPU or an existing CUDA device."""
+    """Convert a name to a device; raise ValueError unless it is the CPU or an existing CUDA device."""
     try:
         usable = torch.device(device)
     except RuntimeError:

@@ -14,7 +14,8 @@ from spatialflow.engine.log import TrainingLog
 from spatialflow.panoptic.rules import Problem
 
 DIVERGENCE_FACTOR = 100.0
-"""Growth at which a run is reported: of the loss, over its minimum in the first steps, or of the largest weight."""
+"""Growth at which a run is reported as diverging. The loss is compared with its minimum in the first steps, the largest
+weight with its value before the first step."""
 
 REMEDIES = "a lower learning_rate, a longer warm-up (warmup_iterations) or gradient_clip_norm"
 
@@ -32,7 +33,7 @@ class ProblemReporter:
     def __init__(self, log: TrainingLog | None) -> None:
         self.problems: set[str] = set()
         self._log = log
-        self._hashes_by_rule: dict[str, set[int]] = {}  # of the texts, which would take much memory
+        self._hashes_by_rule: dict[str, set[int]] = {}  # hashes of messages, as the messages would take much memory
 
     @property
     def count_by_rule(self) -> dict[str, int]:

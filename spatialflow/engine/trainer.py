@@ -34,16 +34,16 @@ CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits
 """Layers whose shape depends on the classes. The first phase of finetuning trains them alone."""
 
 LOG_INTERVAL = 10
-"""Steps between downloads of the losses, and checks of weights and optimizer state."""
+"""Maximum number of steps between downloads of the losses, each with a check of the weights and optimizer state."""
 
 MIN_LOSS_SCALE = 2.0**-24
-"""fp16: below this loss scale the gradients of some forty steps in a row have overflowed."""
+"""fp16: training stops below this loss scale. GradScaler starts at 2**16, and each overflow of gradients halves it."""
 
 CHECKPOINT_INTERVAL_S = 5.0
-"""Minimum seconds between end-of-epoch checkpoints; very short epochs would otherwise spend their time saving."""
+"""Minimum seconds from the last checkpoint to one at the end of an epoch; short epochs would otherwise mostly save."""
 
 PLOT_INTERVAL_S = 60.0
-"""Minimum seconds between plots of the curves; very short epochs would otherwise spend their time plotting."""
+"""Minimum seconds between plots of the curves; short epochs would otherwise mostly plot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,12 @@ class InitialWeights:
 
 
 def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> float:
-    """Learning rate of a step: linear warm-up, and a tenth after each of `learning_rate_epochs`.
+    """Compute the learning rate of a step: linear warm-up, and division by 10 after each of `learning_rate_epochs`.
 
     Args:
         step: 0-based.
         steps_per_epoch: steps of an epoch.
-        training: the first phase of finetuning has `finetune_learning_rate` as its base.
+        training: its `finetune_learning_rate` replaces `learning_rate` in the first phase of finetuning.
     """
     epoch = step // steps_per_epoch
     base = training.finetune_learning_rate if epoch < training.finetune_class_layers_epochs else training.learning_rate
@@ -107,14 +107,15 @@ class Trainer:
     """A training run in a folder.
 
     The folder contains `checkpoint.pt`, the full state of the run, from which weights can be loaded too. The weights
-    alone, `model.safetensors`, are written after each epoch that takes more than a few seconds. Further files are
+    alone, `model.safetensors`, are written with each checkpoint at the end of an epoch. Such a checkpoint is left out
+    if the previous one is at most `CHECKPOINT_INTERVAL_S` old, but not after the last epoch. Further files are
     `log.jsonl`, `curves.png`, `tensorboard/` and `evaluation/`.
 
     Args:
         config: the network and the settings of training.
         data: training images.
-        folder: of the run.
-        process_group: this process and the number of all.
+        folder: folder of the run.
+        process_group: rank and device of this process, and the number of processes.
         validation: images to evaluate on; None for no evaluation.
         initial_weights: files of the initial weights.
         workers: number of processes that load data.
@@ -124,7 +125,8 @@ class Trainer:
 
     Attributes:
         step: steps done.
-        reinitialized_layers: layers of other classes than the file of initial weights, initialized at random.
+        reinitialized_layers: layers with random initial weights, as `initial_weights.checkpoint` lacks them or has
+            them in another shape; empty without that file.
 
     Raises:
         TrainingError: the processes cannot share the batch; the folder's checkpoint was written by a run with other
@@ -185,8 +187,8 @@ class Trainer:
             The trained network.
 
         Raises:
-            TrainingError: a loss, a weight, a statistic of BatchNorm or the optimizer's state is not finite. Files keep
-                the last finite state. All processes raise it after the same step.
+            TrainingError: a loss, a weight, a statistic of BatchNorm or the optimizer's state is not finite. The
+                files keep the last finite state. All processes raise the error after the same step.
             SampleError: a broken image in a strict run, or no image that can be used.
             OSError: a file cannot be written; the last complete checkpoint stays.
         """
@@ -206,7 +208,7 @@ class Trainer:
         pending: list[_PendingLosses] = []
         module, phase = None, None
         if self.step == 0 and self.process_group.is_first:
-            self.store.discard()  # left by the run that this one replaces; must not be resumed
+            self.store.discard()  # an earlier run in this folder left it; a later call must not resume that run
         if self.step and self.step % per_epoch == 0:  # the end of the epoch may have been interrupted
             self._end_epoch(self.step // per_epoch, save_weights=True)
         while self.step < self.total_steps:
@@ -326,7 +328,7 @@ class Trainer:
             bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
 
     def _loss_by_name(self, row: Sequence[float]) -> dict[str, float]:
-        """Map the total and the terms of a step by name; tasks without a head are left out."""
+        """Map names to the total loss and the terms of a step; tasks without a head are left out."""
         has_term = (True, True, True, self.network.thing_head is not None, self.network.stuff_head is not None)
         names = ("total", *Losses._fields)
         return {name: value for name, value, present in zip(names, row, has_term, strict=True) if present}
@@ -371,7 +373,8 @@ class Trainer:
         self.network.eval()
         short, long = self.config.test.test_edges[0]
         single_view: dict[str, Any] = {"test_short_edges": (short,), "test_long_edge": round(long), "test_flip": False}
-        # Augmentation would multiply the time, and graphs would take memory beside that of training.
+        # Test-time augmentation would multiply the time of an evaluation. CUDA graphs would need memory that training
+        # holds.
         predictor = Predictor(self.network, cuda_graph=False, **single_view)
         folder = self.folder / "evaluation"
         scores = evaluate_network(predictor, data, folder, self.process_group, self.progress)
@@ -417,7 +420,7 @@ def _check_sizes(
 
 
 def _initial_network(config: Config, weights: InitialWeights) -> tuple[SpatialFlow, list[str]]:
-    """Build a network with its initial weights; also return the layers that no file fills, as the classes differ."""
+    """Build a network with its initial weights; also return the class layers that `load_matching` left random."""
     network = build_model(config)
     if weights.checkpoint is not None:
         return network, load_matching(network, weights.checkpoint, CLASS_LAYERS, weights.ema)

@@ -18,7 +18,7 @@ class Download(NamedTuple):
     done: torch.cuda.Event | None  # None on the CPU
 
     def wait(self) -> Any:
-        """Wait for the copies; returns the same structure of tensors on the host, in newly allocated memory."""
+        """Wait for the copies; return the same structure of tensors on the host, newly allocated if copied."""
         if self.done is None:
             return self.value
         # torch.cuda.set_sync_debug_mode("error") permits Event.synchronize, but not Stream.synchronize.
@@ -27,10 +27,10 @@ class Download(NamedTuple):
 
 
 class Transfers:
-    """Copies between the host and a device. On the CPU nothing is copied.
+    """Copies between the host and a device. On the CPU only arrays that are read-only or not contiguous are copied.
 
-    Copies to and from a GPU use pinned memory, so that the host need not wait for them. Torch reuses that memory after
-    the copies queued from or to it are done.
+    Copies to and from a GPU use pinned memory, so that the host need not wait for them. Torch reuses that memory only
+    after the queued copies that read or write it are done.
 
     Args:
         device: "cpu" or a CUDA device.
@@ -51,7 +51,7 @@ class Transfers:
         return 1 if self._is_gpu else 0
 
     def stage(self, pixels: np.ndarray) -> Tensor:
-        """Copy an image to the memory that `upload` reads; may be called in any thread.
+        """Copy an image to pinned memory, from which `upload` reads; may be called in any thread.
 
         Args:
             pixels: (H, W, 3) uint8 of any strides.

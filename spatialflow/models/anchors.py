@@ -18,7 +18,7 @@ def base_anchors(
     Args:
         stride: stride of the level in pixels.
         octave_scale: smallest anchor size in strides.
-        scales_per_octave: sizes, each 2 ** (1 / scales_per_octave) times the one before.
+        scales_per_octave: number of sizes, each 2 ** (1 / scales_per_octave) times the one before.
         ratios: height / width.
 
     Returns:
@@ -52,7 +52,7 @@ def valid_flags(size: tuple[int, int], stride: int, padded_sizes: Tensor, num_an
 
 
 def encode_boxes(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Encode boxes as deltas, which `ops.select_candidates` decodes: means 0, standard deviations 1.
+    """Encode boxes as deltas, without normalization (means 0, deviations 1); `ops.select_candidates` decodes them.
 
     Args:
         anchors: (..., 4), (x1, y1, x2, y2).

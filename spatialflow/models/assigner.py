@@ -25,10 +25,10 @@ class Targets(NamedTuple):
 
 
 class TargetAssigner:
-    """Assignment of ground truth to anchors and proposals. Nothing here has gradients.
+    """Assignment of ground truth to anchors and proposals, without gradients.
 
     Args:
-        config: for the anchors, the thresholds and the selection of proposals.
+        config: provides the anchors, the thresholds and the selection of proposals.
     """
 
     def __init__(self, config: Config) -> None:
@@ -80,7 +80,7 @@ class TargetAssigner:
         return thing_targets(proposals, truth, 2 * self.config.model.roi_size, self.config.training.positive_iou)
 
     def _base_anchors(self, device: torch.device) -> Tensor:
-        """Return the base anchors of all levels, (L, A, 4), uploaded once per change of device."""
+        """Return the base anchors of all levels, (L, A, 4); they are computed again only if the device changes."""
         if self._base is None or self._base.device != device:
             self._base = pyramid_base_anchors(self.config.model, device)
         return self._base

@@ -42,7 +42,7 @@ def focal_loss_sum(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: fl
         alpha: weight of positives.
 
     Returns:
-        () float32. Smooth in the logits however large they are.
+        () float32. Value and gradients are numerically stable for logits of any size.
 
     Source: Lin et al., Focal Loss for Dense Object Detection (2017), equation 5.
     """
@@ -67,7 +67,7 @@ def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
         semantic: (N, H, W) integer, UNLABELED (255) where a pixel does not count.
 
     Returns:
-        () float32. Differentiable once, by `logits`.
+        () float32. Differentiable once, with respect to `logits`.
     """
     return torch.stack(
         [
@@ -80,7 +80,7 @@ def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
 class _UpsampledCrossEntropy(torch.autograd.Function):
     """Loss and gradient of one image in one pass, band by band; only the labels have the size of the image.
 
-    Upsampling is a matrix product along either axis, and so is its adjoint.
+    Upsampling is one matrix product per axis; its adjoint, for the gradient, is the products with the transposes.
     """
 
     @staticmethod
@@ -126,13 +126,13 @@ StuffLoss = Callable[[Tensor, Tensor], Tensor]
 class Criterion:
     """The losses of a batch.
 
-    Every term is a sum over the batch divided by a count over the batch. For anchors the count is the sum over images
-    of their positives, at least 1 each. For masks it is the number of RoIs, for pixels the number of labeled ones.
-    With several processes the counts are the means over processes, so that the averaged gradients are those of one
-    process with the whole batch.
+    Every term is a sum over the batch divided by a count over the batch. For anchors the count is the number of
+    positives, at least 1 per image. For masks it is the number of RoIs, for the stuff loss the number of labeled
+    pixels. With several processes the counts are the means over processes, so that the averaged gradients are those of
+    one process with the whole batch.
 
     Args:
-        config: for the classes, the parameters of the focal loss and the weight of the stuff loss.
+        config: provides the number of classes, the parameters of the focal loss and the weight of the stuff loss.
         average: replaces a vector of counts by its mean over processes; None with one process.
         stuff_loss: the loss of the semantic map.
     """
@@ -196,5 +196,5 @@ class Criterion:
 
 
 def _thing_sum(mask_logits: Tensor, things: ThingTargets) -> Tensor:
-    """Compute the mask loss summed over RoIs; without any, zero with zero gradients."""
+    """Compute the mask loss summed over RoIs; without RoIs, zero with zero gradients."""
     return mask_loss_sum(mask_logits, things.masks) if len(things.rois) > 0 else mask_logits.float().sum() * 0

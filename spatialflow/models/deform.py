@@ -8,19 +8,22 @@ from torch import Tensor, nn
 from spatialflow.ops import deform_conv2d
 
 Geometry: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""Stride, padding and dilation of a convolution, for rows and columns each; torch's annotations are less exact."""
+"""Stride, padding and dilation of a convolution, (rows, columns) each; torch's annotations are less exact."""
 
 OFFSETS, OFFSET_CHANNELS = 18, 27
-"""18 offsets, (dy, dx) per tap, taps row-major; with the 9 mask logits behind them 27 channels."""
+"""A prediction has 27 channels: 18 offsets, (dy, dx) per tap with the taps row-major, then 9 mask logits."""
 
 
 def split_offsets(prediction: Tensor) -> tuple[Tensor, Tensor]:
-    """Split (N, 27, H, W) into offsets (N, 18, H, W) and mask (N, 9, H, W), by a sigmoid in 0..1."""
+    """Split (N, 27, H, W) into offsets (N, 18, H, W) and the mask (N, 9, H, W), the sigmoid of its logits."""
     return prediction[:, :OFFSETS], prediction[:, OFFSETS:].sigmoid()
 
 
 class FlowOffsetDeformConv2d(nn.Conv2d):
-    """Deformable convolution with offsets and mask from a flow: (N, C, H, W), (N, 27, H', W') -> (N, O, H', W')."""
+    """Deformable convolution with offsets and mask logits from a flow.
+
+    (N, C, H, W), (N, 27, H', W') -> (N, O, H', W').
+    """
 
     def forward(  # type: ignore[override]  # takes the offsets, too
         self, x: Tensor, prediction: Tensor
@@ -61,7 +64,7 @@ class SelfOffsetDeformConv2d(nn.Conv2d):
         self.zero_offsets()
 
     def zero_offsets(self) -> None:
-        """Set the offsets to 0 and the mask to 0.5: an ordinary convolution times 0.5."""
+        """Set the offsets to 0 and the mask to 0.5, so that the result is half that of an ordinary convolution."""
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(cast("Tensor", self.conv_offset.bias))
 

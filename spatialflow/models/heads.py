@@ -13,10 +13,10 @@ from torch.nn import functional as F
 class BoxHead(nn.Module):
     """RetinaNet's two predictors, shared by all levels.
 
-    Per level (N, C, H, W) twice -> (N, A * classes, H, W) and (N, A * 4, H, W).
+    Per level: cls and reg features, (N, C, H, W) each -> (N, A * classes, H, W) and (N, A * 4, H, W).
 
-    Channels of `class_logits` are anchor-major (anchor, class), of `box_deltas` (anchor, dx dy dw dh). Classes are
-    sigmoids without a background class.
+    Channels of `class_logits` are anchor-major (anchor, class), of `box_deltas` (anchor, dx dy dw dh). Each class has
+    its own sigmoid; there is no background class.
 
     Args:
         in_channels: channels of the sub-network features.

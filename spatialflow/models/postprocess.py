@@ -33,7 +33,7 @@ def pyramid_anchors(base: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tens
 
 
 def detect(candidates: Candidates, test: InferenceConfig) -> Detections:
-    """Suppress class by class over all levels; at most `test.max_detections` per image in score order."""
+    """Apply NMS per class over all levels; keep at most `test.max_detections` per image, in score order."""
     return multiclass_nms(
         candidates.boxes, candidates.scores, test.score_threshold, test.nms_threshold, test.max_detections
     )
@@ -89,7 +89,7 @@ def mask_logits(
 def resized_stuff_logits(
     logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int], mirrored: bool = False
 ) -> Tensor:
-    """Resize stuff logits to the original size, where the logits of several views can be averaged.
+    """Resize stuff logits to the original size, at which the logits of several views can be averaged.
 
     The steps are 4x upsampling, crop to the valid image and bilinear resize, all with aligned corners. Every step is
     linear and separable, so one matrix for rows and one for columns do all three. No map of the size of the network's
@@ -128,7 +128,7 @@ def mirror_boxes(boxes: Tensor, widths: Tensor) -> Tensor:
 def mean_mask_logits(logits: Sequence[Tensor]) -> Tensor:
     """Compute the logits of the mean probabilities; probabilities near 0 and 1 keep their precision.
 
-    log(mean p / (1 - mean p)), with log sums of log p and of log(1 - p).
+    log(mean p / (1 - mean p)) is computed as logsumexp(log p) - logsumexp(log(1 - p)).
     """
     stacked = torch.stack(list(logits))
     return F.logsigmoid(stacked).logsumexp(dim=0) - F.logsigmoid(-stacked).logsumexp(dim=0)

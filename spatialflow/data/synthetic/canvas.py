@@ -13,7 +13,7 @@ CATEGORIES: tuple[dict[str, Any], ...] = tuple(read_rows(TABLES / "synthetic.jso
 """The category table of synthetic scenes."""
 
 SMALLEST_SHARE = 0.001
-"""Segments with a smaller share of the image's pixels become void."""
+"""Segments with a smaller share of the image's pixels, or with fewer than 4 pixels, become void."""
 
 _ID_BY_NAME = {row["name"]: row["id"] for row in CATEGORIES}
 
@@ -117,14 +117,14 @@ def vary_color(rng: np.random.Generator, base: Color, amount: float = 0.12) -> C
 
 
 class Brush:
-    """Draw a new segment in the coordinates of a thing: origin at its foot, x to the right, y up, height 1.
+    """Brush that draws a new segment in the coordinates of a thing: origin at its foot, x to the right, y up, height 1.
 
     Args:
-        canvas: to draw on.
+        canvas: the canvas to draw on.
         x, y: foot of the thing, in pixels.
         size: height of the thing, in pixels.
-        category: of the segment.
-        mirror: flip x.
+        category: category of the segment.
+        mirror: whether to flip x.
     """
 
     def __init__(self, canvas: Canvas, x: float, y: float, size: float, category: str, mirror: bool = False) -> None:
@@ -139,7 +139,7 @@ class Brush:
         return np.round(points * 16).astype(np.int32)  # OpenCV's fixed-point coordinates, 4 fractional bits
 
     def polygon(self, points: list[tuple[float, float]], color: Color, texture: float = 0.0) -> None:
-        """Fill a polygon, brighter towards the sun; `texture` is the amplitude of a grain."""
+        """Fill a polygon, brighter towards the sun; `texture` is the amplitude of a wavy pattern."""
         canvas, corners = self.canvas, self._place(np.array(points))
         left, top = np.maximum(corners.min(axis=0) // 16, 0)
         right, bottom = np.minimum(corners.max(axis=0) // 16 + 2, (canvas.width, canvas.height))

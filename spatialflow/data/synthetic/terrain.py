@@ -9,7 +9,7 @@ _STUFF = [row["name"] for row in CATEGORIES if not row["isthing"]]
 
 
 def draw_terrain(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Paint all stuff, from far to near. A scene has each part but sky and grass with some probability."""
+    """Paint all stuff, from far to near. Sky and grass are always drawn, each other part with some probability."""
     segment_by_name = {name: canvas.new_segment(name) for name in _STUFF}
     _draw_sky(canvas, rng, segment_by_name["sky"])
     if rng.random() < 0.85:

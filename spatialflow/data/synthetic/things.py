@@ -127,9 +127,9 @@ class _Kind(NamedTuple):
 
     category: str
     draw: Callable[[Canvas, np.random.Generator, float, float, float], None]
-    height: float  # at the lower edge of the image, as a share of its shorter side
+    height: float  # approximate, at the lower edge of the image, as a share of the shorter side of the image
     ground: frozenset[str]  # stuff that the foot may stand on
-    probability: float  # that a scene has at least one
+    probability: float  # that a scene tries to place at least one
     largest_count: int
     nearest: float  # largest distance of the foot from the horizon, as a share of the ground's height
 
@@ -170,7 +170,7 @@ def draw_things(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def _find_column(canvas: Canvas, rng: np.random.Generator, row: float, ground: frozenset[str]) -> float | None:
-    """Draw an x at which the row shows one of the stuff categories `ground`; None after twelve failed attempts."""
+    """Choose a random x at which `row` shows one of the stuff categories `ground`; None after 12 failed attempts."""
     for _ in range(12):
         x = canvas.width * rng.uniform(0.02, 0.98)
         segment = canvas.ids[min(int(row), canvas.height - 1), min(int(x), canvas.width - 1)]

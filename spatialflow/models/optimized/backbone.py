@@ -18,7 +18,7 @@ from spatialflow.ops import PackedConv, flow_conv2d
 class FusedStem(FusedConv):
     """First convolution of the backbone with a ReLU: (N, 3, H, W) -> (N, O, H/2, W/2).
 
-    On a GPU the images are padded with channels of zeros, since cuDNN's fused kernels read 16 bytes of channels.
+    On a GPU the images are padded with channels of zeros, as cuDNN's fused kernels load channels in 16-byte vectors.
 
     Args:
         conv: the convolution.
@@ -58,7 +58,7 @@ class FusedBottleneck(nn.Module):
         self.downsample: FusedConv | None = None
         if block.downsample is not None:
             self.downsample = FusedConv(cast("nn.Conv2d", block.downsample[0]))
-            # The residual sum then needs no further pass for the bias of the shortcut.
+            # conv3 adds the bias of the shortcut, so that `downsample` needs no pass for it.
             self.conv3.bias = cast("Tensor", self.conv3.bias) + cast("Tensor", self.downsample.bias)
             self.downsample.bias = None
 

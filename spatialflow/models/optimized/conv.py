@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolution with bias, residual sum and ReLU in its epilogue, by the fastest operator of the device.
 
-In 16 bits a 1x1 convolution runs on the package's kernel `conv1x1` on a GPU of compute capability 9.0. Otherwise the
-operator is oneDNN's on the CPU in float32, and cuDNN's on a GPU. torch exposes both, but only its compiler uses them.
-In 16 bits on other GPUs a 1x1 convolution without ReLU is a matrix product with a bias. Everything else is `F.conv2d`
-followed by elementwise operators.
+The first operator that applies is used:
+
+1. 1x1 in 16 bits on a GPU of compute capability 9.0: the package's kernel `conv1x1`.
+2. float32 on the CPU: oneDNN's convolution with an epilogue.
+3. With a ReLU on a GPU: cuDNN's convolution with an epilogue.
+4. 1x1 in 16 bits on a GPU, without a ReLU: a matrix product with a bias.
+5. Everything else: `F.conv2d`, followed by elementwise operators.
+
+torch exposes the operators of oneDNN and cuDNN, but only its compiler uses them.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ def fused_conv2d(
     """Compute relu(conv2d(x) + bias + residual), without gradients.
 
     Args:
-        x: (N, C, H, W), channels-last; of the dtype of the weight, or any where autocast is on.
+        x: (N, C, H, W), channels-last; of the dtype of the weight, or of any floating point dtype under autocast.
         weight: (O, C / groups, kernel height, kernel width), channels-last.
         bias: (O,) of the dtype of the weight, or None.
         shape: stride, padding, groups.
@@ -85,7 +90,7 @@ def _cast(name: str, x: Tensor, weight: Tensor, *optional: Tensor | None) -> lis
 
 
 def _has_conv1x1_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Return whether `conv1x1` has a fast kernel for a convolution; the kernel reads 16 bytes of channels."""
+    """Return whether `conv1x1` has a fast kernel for a convolution; it loads channels in vectors of 16 bytes."""
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and weight.shape[2:] == (1, 1)
@@ -115,7 +120,7 @@ def _has_onednn_epilogue(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()  # the operators have no fake kernels; the compiler fuses anyway
+        and not torch.compiler.is_compiling()  # no fake kernels; the compiler fuses the epilogue itself
     )
 
 
@@ -140,7 +145,7 @@ _unsupported: set[tuple[torch.dtype, torch.Size, Shape]] = set()
 
 
 def _has_cudnn_epilogue(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Return whether to try cuDNN; its fused kernels end with a ReLU and read 16 bytes of channels."""
+    """Return whether to try cuDNN; its fused kernels end with a ReLU and load channels in vectors of 16 bytes."""
     vector = 16 // x.element_size()
     return (
         x.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -173,7 +178,7 @@ def _is_unsupported(error: RuntimeError) -> bool:
 def _is_matrix_product(x: Tensor, weight: Tensor, shape: Shape) -> bool:
     """Return whether to compute a convolution as a matrix product.
 
-    Not in float32: torch has separate TF32 settings for cuDNN and for matrix products.
+    float32 is excluded, as torch has separate TF32 settings for cuDNN and for matrix products.
     """
     return weight.shape[2:] == (1, 1) and shape == _POINTWISE and x.device.type != "cpu" and x.element_size() == 2
 
@@ -188,7 +193,7 @@ def _run_matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute relu(x @ weight.T + bias), x (N, I), weight (O, I), on a GPU in one kernel; dtypes as `fused_conv2d`."""
+    """Compute relu(x @ weight.T + bias), x (N, I), weight (O, I); one kernel on a GPU. Dtypes as in `fused_conv2d`."""
     if x.dtype != weight.dtype or x.device != weight.device:
         x, weight, bias = _cast("linear_relu", x, weight, bias)
     if x.device.type == "cpu":

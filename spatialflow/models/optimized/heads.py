@@ -14,7 +14,7 @@ from spatialflow.ops import PackedConv, flow_conv2d, group_norm_relu
 
 
 class PackedBoxHead(PackedModule):
-    """`BoxHead` with both predictors on all levels in one call; shapes as there.
+    """`BoxHead` with both predictors on all levels in one call; shapes as in `BoxHead`.
 
     Args:
         head: the plain head.
@@ -32,11 +32,11 @@ class PackedBoxHead(PackedModule):
 
 
 class PackedThingHead(ThingHead):
-    """`ThingHead` with packed 3x3 convolutions and the deconvolution as a matrix product; shapes as there.
+    """`ThingHead` with packed 3x3 convolutions and the deconvolution as a matrix product; shapes as in `ThingHead`.
 
-    The 2x2 outputs of a deconvolution of stride 2 do not overlap: each input pixel gives 4 output pixels. With one
-    class per RoI, its dot product is computed before the pixels are rearranged. The 3x3 convolutions, nine tenths of
-    the work, skip RoIs that are not active.
+    The 2x2 outputs of a deconvolution of stride 2 do not overlap: each input pixel gives 4 output pixels. The
+    last 1x1 convolution is applied before these pixels are rearranged; with labels, only for each RoI's class. The 3x3
+    convolutions, nine tenths of the work, skip RoIs that are not active.
 
     Args:
         head: the plain head.
@@ -46,7 +46,7 @@ class PackedThingHead(ThingHead):
     bias: Tensor
 
     rois_at_once = 32
-    """RoIs per chunk on the CPU. Keeps the widest intermediate, 4 pixels x channels per input pixel, near the cache."""
+    """RoIs per chunk on the CPU, so that the largest intermediate, 4 x channels per input pixel, fits the cache."""
 
     def __init__(self, head: ThingHead) -> None:
         nn.Module.__init__(self)
@@ -83,11 +83,11 @@ class PackedThingHead(ThingHead):
 
 
 class PackedStuffHead(StuffHead):
-    """`StuffHead` with packed 3x3 convolutions, classifying before the last 2x upsampling; shapes as there.
+    """`StuffHead` with packed 3x3 convolutions, classifying before the last 2x upsampling; shapes as in `StuffHead`.
 
     All three branches end with the same upsampling from stride 8, and the 1x1 convolution acts on each pixel alone.
-    Both are linear and the interpolation weights sum to one, so their order does not matter. The head sums and
-    classifies at stride 8, then upsamples the logits.
+    Both are linear and the interpolation weights sum to one, so their order does not matter. The head sums the
+    branches and classifies at stride 8, then upsamples the logits.
 
     Args:
         head: the plain head.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network optimized for inference: BatchNorm folded, bias and ReLU in the convolutions, weights packed once.
 
-Every module of this package computes the same function as the plain module it replaces, to rounding, and holds
-buffers instead of parameters. The plain modules are the reference implementation.
+Every module for inference computes the same function as the plain module it replaces, to rounding. It holds buffers or
+packed weights instead of parameters, except the last 1x1 convolution of `PackedThingHead`. The plain modules are the
+reference implementation.
 """
 
 import copy
@@ -25,14 +26,13 @@ def optimize_for_inference(
     Args:
         model: from `build_model`, with its weights loaded. It is not changed.
         device: where the result runs; None: where the model is.
-        dtype: of weights and features; None: that of the model. BatchNorm is folded before the weights are rounded to
-            it.
+        dtype: of weights and features; None: that of the model. BatchNorm is folded before the weights are converted.
 
     Returns:
         A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no
-        weights with `model`, and cannot be trained. It can be pickled and copied. Its weights are packed again on
-        loading, for the instruction set there, and when `.to` changes device or dtype. Images of another dtype than
-        its weights raise a RuntimeError.
+        weights with `model`, and cannot be trained. It can be pickled and copied. Its weights are packed again when
+        it is unpickled, for the instruction set of that machine, and when `.to` changes device or dtype. Images of
+        another dtype than its weights raise a RuntimeError.
     """
     with torch.no_grad():
         source: Any = copy.deepcopy(model).to(device)  # its parts are of the plain classes

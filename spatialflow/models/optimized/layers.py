@@ -49,7 +49,7 @@ class FusedConv(nn.Module):
 
 
 def is_3x3(conv: nn.Conv2d) -> bool:
-    """Return whether `flow_conv2d` computes this convolution."""
+    """Return whether `flow_conv2d` supports this convolution."""
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     deformable = isinstance(conv, (FlowOffsetDeformConv2d, SelfOffsetDeformConv2d))
     return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and not deformable

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network optimized for training: the package's fused operators applied to the parameters of the plain modules.
 
-On the CPU BatchNorm of fixed statistics is folded into the convolutions. Features are channels-last.
+On the CPU, BatchNorm with fixed statistics is folded into the convolutions. Features are channels-last.
 """
 
 import copy
@@ -22,7 +22,7 @@ from spatialflow.ops import deform_conv2d, flow_conv2d, fused_subnets, group_nor
 
 
 class FoldedConv(nn.Module):
-    """Convolution with an optional BatchNorm, folded in every call, and ReLU: (N, C, H, W) -> (N, O, H', W').
+    """Convolution with optional BatchNorm and ReLU; each call folds the norm: (N, C, H, W) -> (N, O, H', W').
 
     Args:
         conv: the convolution, whose parameters train.
@@ -58,7 +58,7 @@ class FoldedConv(nn.Module):
 
 
 class TrainingBottleneck(nn.Module):
-    """`Bottleneck` with folded norms of fixed statistics: (N, C, H, W) -> (N, 4 * planes, H / stride, W / stride).
+    """`Bottleneck` with fixed statistics, its norms folded: (N, C, H, W) -> (N, 4 * planes, H / stride, W / stride).
 
     Args:
         block: the plain block, whose parameters train.
@@ -79,7 +79,7 @@ class TrainingBottleneck(nn.Module):
 
 
 class TrainingSubnets(nn.Module):
-    """`Subnets` without deformable stages, all levels in one call of `fused_subnets`; shapes as there.
+    """`Subnets` without deformable stages, all levels in one call of `fused_subnets`; shapes as in `Subnets`.
 
     Args:
         subnets: the plain sub-networks, whose parameters train.
@@ -95,11 +95,11 @@ class TrainingSubnets(nn.Module):
 
 
 class TrainingBoxHead(nn.Module):
-    """`BoxHead` with all levels in one call per predictor; shapes as there.
+    """`BoxHead` with all levels in one call per predictor; shapes as in `BoxHead`.
 
     Args:
         head: the plain head, whose parameters train.
-        on_cuda: fuse only the predictors for which `is_faster_on_cuda`; the others convolve level by level.
+        on_cuda: fuse only the predictors for which `is_faster_on_cuda`; the others run one convolution per level.
     """
 
     def __init__(self, head: BoxHead, on_cuda: bool = False) -> None:
@@ -124,20 +124,20 @@ class TrainingBoxHead(nn.Module):
 def is_faster_on_cuda(out_channels: int) -> bool:
     """Return whether `flow_conv2d` over P3 to P7, with its gradients, takes less GPU time than cuDNN level by level.
 
-    By measurement (docs/training.md) it does with few output channels. Single levels, wide predictors and the
-    sub-networks, whose convolutions have 256 output channels, are not faster.
+    It does with few output channels, as measured (docs/training.md). It does not on single levels, in wide
+    predictors, or in the sub-networks, whose convolutions have 256 output channels.
     """
     return out_channels <= MAX_OUTPUTS_ON_CUDA
 
 
 MAX_OUTPUTS_ON_CUDA = 64
-"""Output channels of a tile of `flow_conv2d`; 36 were measured to be faster than cuDNN, 256 not."""
+"""Largest number of output channels: one tile of `flow_conv2d`. 36 were measured to be faster than cuDNN, 256 not."""
 
 
 class TrainingStuffHead(StuffHead):
-    """`StuffHead` with norm, ReLU and upsampling in one pass; shapes as there.
+    """`StuffHead` with norm, ReLU and upsampling in one pass; shapes as in `StuffHead`.
 
-    As in `PackedStuffHead`, the head sums and classifies before the last 2x upsampling.
+    As in `PackedStuffHead`, the branches are summed and classified before the last 2x upsampling.
 
     Args:
         head: the plain head, whose parameters train.
@@ -164,7 +164,7 @@ class TrainingStuffHead(StuffHead):
 
 
 def replace_modules(module: nn.Module) -> nn.Module:
-    """Copy `module` with every part replaced that has a faster form; the parameters are shared."""
+    """Copy `module`, and replace every part that has a faster form; the copy shares the parameters."""
     batch_statistics = isinstance(module, ResNet) and module.norm_trains
     deformable = isinstance(module, Subnets) and any(module.deformable.values())
     if batch_statistics or deformable:
@@ -187,17 +187,17 @@ def replace_modules(module: nn.Module) -> nn.Module:
 def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
     """Make a faster form of a network for training, on the device of its parameters.
 
-    On the CPU (float32) every part takes its fused form. On CUDA two heads do: the stuff head, but for its
-    convolutions, and in the box head the predictors for which `is_faster_on_cuda`. On CUDA the weights of
-    convolutions become channels-last, as cuDNN otherwise rearranges them in every call. RoIAlign, deformable
-    convolutions and the focal loss are operators of the package anyway.
+    On the CPU (float32) every part that has a fused form is replaced. On CUDA only two heads are: the stuff head,
+    except its convolutions, and the predictors of the box head for which `is_faster_on_cuda` is true. On CUDA the
+    weights of convolutions become channels-last, as cuDNN otherwise rearranges them in every call. RoIAlign,
+    deformable convolutions and the focal loss are operators of the package in the plain network too.
 
     Args:
-        model: in training mode. It keeps the parameters: checkpoints and evaluation use it.
+        model: in training mode. The result shares its parameters; checkpoints and evaluation use `model`.
 
     Returns:
-        A SpatialFlow that computes the same outputs to rounding; gradients arrive at the parameters of `model`. Its
-        input should be channels-last.
+        A SpatialFlow that computes the same outputs to rounding; gradients reach the parameters of `model`. The input
+        of the result should be channels-last.
     """
     if next(model.parameters()).device.type == "cpu":
         return cast("SpatialFlow", replace_modules(model))

@@ -50,7 +50,7 @@ SortedCandidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_
 
 // Whether a kept box suppresses `box`. Only the cells that can contain the center of such a box are searched.
 template <typename real_t>
-bool suppressed_by_neighbors(
+__attribute__((always_inline)) inline bool suppressed_by_neighbors(
     const SelectedBoxes<real_t>& kept, const UniformGrid<real_t>& grid, const Box<real_t>& box, real_t area,
     real_t threshold) {
     const auto range = grid.reachable(box);

@@ -41,7 +41,7 @@ def raw(levels, convs, flow_source="reg", segmentation_levels=3, algorithm="auto
     )
 
 
-# Inputs of ReLU are far from zero. At zero, finite differences and ReLU masks in 16 bits do not test a kernel.
+# Inputs of ReLU are far from zero. Near zero, finite differences are wrong, and rounding to 16 bits changes ReLU masks.
 def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), (4, 6)), batch=2, **options):
     def tensors(grow: int = 0) -> list:
         levels = pyramid(channels, [(h + grow, w + grow) for h, w in sizes], batch=batch)
@@ -83,7 +83,7 @@ class TestFusedSubnets(OpMatrix):
 
 
 class TestWirings:
-    """The operator, its composition and the reference agree for every ablation of the paper."""
+    """The operator, calls of `flow_conv2d`, and the reference agree for every ablation of the paper."""
 
     @pytest.mark.parametrize("channels", [6, 33])
     @pytest.mark.parametrize("case", list(WIRINGS.values()), ids=list(WIRINGS))
@@ -96,7 +96,7 @@ class TestWirings:
         assert_near(actual, expected, torch.float32, factor=4)
         tracked = map_tensors(lambda t: t.clone().requires_grad_(), single)
         composed = run_fused_subnets(*tracked, **source)
-        # Tiles and sums have the same order, but sums of two flows are rounded equally only in float32.
+        # Both paths add in the same order, so float32 results are equal. In 16 bits, sums of two flows may differ.
         for first, second in zip(actual, composed):
             assert all(torch.equal(a, b) for a, b in zip(first, second))
         packed = ops.pack_subnets(parameters_of(single[1], **source))

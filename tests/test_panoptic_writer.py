@@ -228,7 +228,7 @@ class TestWriter:
         assert (tmp_path / "maps.json").stat().st_size > 10_000_000 > 4 * peak
 
     def test_writers_of_several_processes(self, tmp_path):
-        """Each writer has its own journal; the first writer copies the rows of the other."""
+        """Each writer keeps its own rows, as in a process of its own; the first writer copies the rows of the other."""
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         writers = [PanopticWriter(tmp_path / "maps", tmp_path / f"{name}.json") for name in ("maps", "other")]
         for index in range(4):
@@ -315,7 +315,7 @@ class TestWriter:
             assert len((tmp_path / "maps.journal.jsonl").read_bytes().splitlines()) == 2
 
     def test_closed_and_used_again(self, tmp_path):
-        """A writer that was closed with its journal can be used again, and no row is lost."""
+        """A writer that was closed with `keep_journal=True` can be used again, and no row is lost."""
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         writer = PanopticWriter(tmp_path / "maps", resume=True)
         writer.add(0, "0.jpg", ids, segments)
@@ -336,7 +336,7 @@ class TestWriter:
             first.add(1, "1.jpg", ids, segments)
 
     def test_closed_before_the_first_image(self, tmp_path):
-        """An image fails, and the journal is created again."""
+        """Closing after an image that failed deletes the journal; the next image creates it again."""
         kill(tmp_path, "before the PNG", 1)
         writer = PanopticWriter(tmp_path / "maps", resume=True)
         for _index in range(2):

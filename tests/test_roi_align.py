@@ -88,7 +88,7 @@ class TestValues:
 
     @pytest.mark.parametrize("extent", [1e4, 1e9, 1e30])
     def test_huge_roi_is_bounded_work(self, extent):
-        """An adaptive grid of a huge RoI has up to 1e60 samples; only samples on the map cost time."""
+        """An adaptive grid of a huge RoI has up to 4e60 samples; only samples on the map cost time."""
         feature = torch.ones(1, 2, 6, 6)
         pooled = ops.roi_align(feature, torch.tensor([[0, -extent, -extent, extent, extent]]), 3)
         assert torch.isfinite(pooled).all()
@@ -137,7 +137,7 @@ class TestValues:
 
     @pytest.mark.parametrize("aligned", [False, True])
     def test_largest_sampling_ratio(self, aligned):
-        """The largest sampling ratio gives the mean of a small one, for proper, empty and reversed RoIs."""
+        """The largest sampling ratio gives the same means as a small one, for proper, empty and reversed RoIs."""
         feature = torch.full((1, 2, 6, 6), 3.0, dtype=torch.float64)
         boxes = torch.tensor([[0, 1, 1, 4, 4], [0, 2, 2, 2, 2], [0, 4, 4, 1, 1]], dtype=torch.float64)
         assert_near(

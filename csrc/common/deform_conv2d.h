@@ -71,8 +71,8 @@ SPATIALFLOW_HOST_DEVICE void deform_slopes(const DeformTap<real_t>& tap, real_t 
     slope_x[3] = tap.fraction_y;
 }
 
-// Weights of the four corners in the derivative of a sample along an offset tangent. If there is a tangent, this
-// derivative replaces the sample.
+// Weights of the four corners in the derivative of a sample along (tangent_y, tangent_x), a tangent of the offset. A
+// kernel that is given offset tangents computes with this derivative instead of the sample.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void deform_tangent_values(
     const DeformTap<real_t>& tap, real_t tangent_y, real_t tangent_x, real_t value[4]) {

@@ -49,8 +49,8 @@ void conv3x3_winograd(const std::vector<ConvGroup<scalar_t>>& groups);
 template <typename scalar_t>
 void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups);
 
-// Length of a padded row: whole vectors plus one cache line. Without that line, rows at distances of a power of two
-// would map to few cache sets.
+// Length of a padded row: a multiple of 16 values, plus 16 (one cache line of floats). Without the extra 16, rows at
+// distances of a power of two would map to few cache sets.
 inline int64_t padded_row(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }
 
 // Number of threads for `tasks` tasks with `work` multiply-adds in total.
@@ -73,7 +73,7 @@ void run_tasks(int64_t tasks, int64_t work, const Body& body) {
 }
 
 // Call body(c, load, store) for channels c, c + lanes, ... The functions load(pointer) and store(pointer, value) access
-// whole vectors, and partial ones in the last step.
+// whole vectors, or a partial one where fewer than `lanes` channels remain.
 template <typename real_t, typename Body>
 __attribute__((always_inline)) inline void for_channel_vectors(int64_t channels, const Body& body) {
     constexpr int64_t lanes = kLanes<real_t>;

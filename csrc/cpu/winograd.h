@@ -59,7 +59,7 @@ inline void input_pixels(
     }
 }
 
-// Compute B^T (x + flow) B. Product f = 6 i + j of channel c goes to products[f * product_stride + c].
+// Compute B^T (x + flow) B. Element (i, j) of channel c is written to products[(6 i + j) * product_stride + c].
 template <bool kFlow, typename scalar_t>
 void transform_input(
     const scalar_t* const (&x)[kWinogradProducts], const scalar_t* const (&flow)[kWinogradProducts], int64_t channels,
@@ -107,15 +107,15 @@ void transform_input(
     }
 }
 
-// Compute A^T products A plus bias and residual, with an optional ReLU, for the height x width outputs of a tile inside
-// the map.
+// Compute A^T products A plus bias and residual, with an optional ReLU. Only the first height x width pixels of the
+// tile are written; the others lie outside the map.
 template <typename scalar_t>
 void transform_output(
     const accum_t<scalar_t>* products, int64_t product_stride, int64_t channels, const accum_t<scalar_t>* bias,
     bool relu, int64_t height, int64_t width,
     const scalar_t* residual,  // pixel (0, 0) of the tile, or null
     scalar_t* out,             // pixel (0, 0) of the tile
-    int64_t row_stride) {      // of pixels in out and residual; a pixel has `channels` values
+    int64_t row_stride) {      // values from one row of out and residual to the next; a pixel has `channels` values
     using real_t = accum_t<scalar_t>;
     for_channel_vectors<real_t>(channels, [&](int64_t c, const auto& load, const auto& store) {
         Vector<real_t> half[4][6], line[6], result[4];

@@ -10,7 +10,7 @@ from fuzz.brute_force.common import to_array, without_warnings
 
 
 def _doubled(values: np.ndarray) -> np.ndarray:
-    """Interpolate (S, ...) to (2 S, ...) linearly along the first axis, repeating the first and the last value."""
+    """Interpolate (S, ...) linearly to (2 S, ...) along the first axis; the ends keep their values (align_corners)."""
     size = len(values)
     result = []
     for index in range(2 * size):
@@ -67,10 +67,10 @@ def sigmoid_focal_loss(
         if not 0 <= target <= classes:
             continue
         for label in range(classes):
-            right = rows[row, label] if label == target else -rows[row, label]  # the larger, the better
+            right = rows[row, label] if label == target else -rows[row, label]  # logit of the right decision
             weight = 1.0 if alpha < 0 else alpha if label == target else 1 - alpha
             rest = np.log1p(np.exp(-abs(right)))
-            modulation = np.exp(-gamma * (rest + max(right, 0.0))) if gamma > 0 else 1.0  # (1 - p) ** gamma
+            modulation = np.exp(-gamma * (rest + max(right, 0.0))) if gamma > 0 else 1.0  # sigmoid(-right) ** gamma
             loss[row, label] = weight * modulation * (rest + max(-right, 0.0))
     if reduction == "sum":
         return loss.sum()

@@ -4,8 +4,9 @@
 //
 // Layouts: a map is read as (N, H, W, C) with adjacent channels and any other strides; other layouts are copied first.
 // Results and the tables of partial sums are dense. A block of 256 threads processes a slice of channels and some
-// pixels, 8 vectors of channels by 32 pixels at a time. A vector has 16 bytes if all pixels are aligned to 16 bytes,
-// else one channel. Both slices and pixels are distributed over blocks, so that small maps occupy a large GPU too.
+// pixels, 8 vectors of channels by 32 pixels at a time. A vector has 16 bytes if all pixels consist of aligned
+// 16-byte vectors, else one channel. Both slices and pixels are distributed over blocks, so that small maps occupy a
+// large GPU too.
 #pragma once
 
 #include "common/group_norm_relu.h"
@@ -184,8 +185,8 @@ __device__ __forceinline__ AffineVector<real_t, kWidth> affine_of(
     return affine;
 }
 
-// Iterator over the outputs of an axis that is upsampled 2x. It gives the values of `doubled_cell`
-// (common/group_norm_relu.h) without a division per output.
+// Iterator over the outputs of an axis that is upsampled 2x. Cells are those of `doubled_cell`
+// (common/group_norm_relu.h). Weights may differ by rounding, as they are computed without a division per output.
 template <typename real_t>
 struct DoubledWalk {
     int low, remainder, size;
@@ -215,7 +216,8 @@ NormMap<const scalar_t> map_of(const Tensor& tensor) {
     return {data<scalar_t>(tensor), stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 3)};
 }
 
-// Blocks of consecutive pixels: about kBlocks blocks in the launch, at most `most` pixels per thread.
+// Blocks of consecutive pixels. The launch has about kBlocks blocks; more if a thread would have more than `most`
+// pixels, fewer if the map is small.
 inline NormParts pixel_parts(const NormShape& shape, int64_t most) {
     const int64_t pixels = shape.pixels(), slices = static_cast<int64_t>(shape.batch) * shape.slices;
     const int64_t wanted = ceil_div(pixels, ceil_div(kBlocks, slices));

@@ -110,8 +110,8 @@ def load_categories(
     """Load the categories of a network.
 
     Args:
-        table: "coco", "cityscapes" or a JSON file (a COCO category list, or a COCO or panoptic file with
-            `categories`). None: numbered classes, things first, from id 1, then stuff, without "other".
+        table: "coco", "cityscapes", "synthetic" or a JSON file (a COCO category list, or a COCO or panoptic file with
+            `categories`). None: classes numbered from id 1, first things and then stuff, without "other".
         num_things: thing classes of the network.
         num_stuff: stuff classes of the network; one more than in the table adds the class "other".
         has_stuff_head: False: `num_stuff` need not fit the table.

@@ -42,8 +42,8 @@ class CocoPanoptic:
         image_folder: photographs named by `images`.
         panoptic_folder: PNGs named by the annotations; None: the JSON's path without its suffix.
         categories: numbering of the classes.
-        scored: whether results are scored against the file. It must then have `categories` and satisfy the rules of
-            scoring.
+        scored: whether results are scored against the file. The file must then have `categories` and satisfy the rules
+            of scoring.
 
     Attributes:
         names: file name of every photograph, in the order of the annotations.
@@ -52,8 +52,8 @@ class CocoPanoptic:
 
     Raises:
         PanopticFormatError: the JSON is absent; it breaks a rule at which training stops (docs/annotations.md); or its
-            `categories` contradict the network's table. They do if the table has none of their ids, or if an id is a
-            thing in one of them and stuff in the other.
+            `categories` contradict the network's table. A contradiction is that the table has none of the file's ids,
+            or that an id is a thing in one of them and stuff in the other.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class CocoPanoptic:
         return len(self.annotations)
 
     def image_path(self, index: int) -> Path:
-        """Path of the photograph."""
+        """Return the path of the photograph."""
         return find_photograph(self.image_folder, self.names[index])
 
     def __getitem__(self, index: int) -> Sample:

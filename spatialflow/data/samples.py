@@ -31,7 +31,7 @@ class Sample(NamedTuple):
     image: np.ndarray  # (H, W, 3) uint8 BGR
     boxes: np.ndarray  # (K, 4) float32, (x1, y1, x2, y2) in pixels; things except crowds
     labels: np.ndarray  # (K,) int64 thing labels
-    instances: np.ndarray  # (H, W) int32: k + 1 on the pixels of box k, 0 elsewhere
+    instances: np.ndarray  # (H, W) int32: k + 1 on the mask of the thing with box k, 0 elsewhere
     semantic: np.ndarray  # (H, W) uint8 semantic indices, 255 for pixels without one
     notes: tuple[Problem, ...] = ()  # where the annotation contradicts its pixels; the pixels were used
 
@@ -49,15 +49,15 @@ def make_sample(
         categories: numbering of the classes.
 
     Returns:
-        Sample. Crowds have neither box nor mask, but count in the semantic map ("other"). The same holds for things
-        whose box, clipped to the image, is less than a pixel wide or high. Ids without a segment and categories
-        not in the table are void. Segments without pixels are left out. A box that contradicts its mask is replaced by
-        the box of the mask. `notes` has the ids without a segment, the segments without pixels and the replaced
-        boxes.
+        Sample. Crowds have neither box nor mask; in the semantic map they are "other", as all things. The same holds
+        for things whose box, clipped to the image, is less than a pixel wide or high. Ids without a segment and
+        categories not in the table are void. Segments without pixels are left out. A box that contradicts its mask is
+        replaced by the box of the mask. `notes` has the ids without a segment, the segments without pixels and the
+        replaced boxes.
 
     Raises:
-        SampleError: image and map differ in size; no listed segment has pixels; an id is 0 or not unique; or a box is
-            not four finite numbers.
+        SampleError: image and map differ in size; segments are listed, but none has pixels; an id is 0 or not unique;
+            or a box is not four finite numbers.
     """
     if image.shape[:2] != id_map.shape:
         raise SampleError(f"{name}: image of {_size(image)} pixels, but annotation of {_size(id_map)}")

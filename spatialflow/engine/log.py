@@ -12,8 +12,9 @@ from spatialflow.files import atomic_write
 class TrainingLog:
     """Writer of `log.jsonl`, whose rows have a "step" (number of steps done) and a "kind".
 
-    Kinds: "step" and "evaluation"; "problem", an image that could not be used; "note", the first annotation that breaks
-    a rule but was used; "warning" about divergence. All numbers are finite, as JSON has no others.
+    Kinds: "step" and "evaluation"; "problem", an image that could not be used; "note", for each rule of annotations the
+    first annotation that breaks the rule but was used; "warning" about divergence. All numbers are finite, as JSON has
+    no others.
 
     Args:
         folder: of the run.

@@ -40,7 +40,7 @@ class TestTimeView(NamedTuple):
     """A view of a batch of B images for test-time augmentation: resized to one short edge, mirrored or not."""
 
     mirrored: bool
-    geometries: tuple[ResizeGeometry, ...]  # of each image
+    geometries: tuple[ResizeGeometry, ...]  # one per image
     valid_sizes: Tensor  # (B, 2) int64, H and W
     scales: Tensor  # (B, 2) float32, x and y
     widths: Tensor  # (B,) float32, of the original images
@@ -65,8 +65,10 @@ class Recognized(NamedTuple):
     scores: Tensor  # (B, D) float32, descending
     labels: Tensor  # (B, D) int64
     counts: Tensor  # (B,) int64
-    merge_boxes: Tensor  # (B, D, 4) boxes of the candidates of the merge; NaN for other rows: nothing is pasted there
-    mask_logits: Tensor | None  # (B, D, 28, 28) float32, unspecified where not needed; None without a thing head
+    merge_boxes: Tensor  # (B, D, 4) boxes of the candidates of the merge; NaN in other rows, whose masks stay empty
+    # (B, D, 2R, 2R) float32 with R = `roi_size`, unspecified where not needed; None without a thing head. On the CPU
+    # without `detection_masks`, the trailing rows that no merge needs are left out.
+    mask_logits: Tensor | None
     stuff_logits: list[Tensor | None]  # per view (B, num_stuff, H/4, W/4); None without a stuff head
 
 
@@ -77,7 +79,7 @@ class FixedResult(NamedTuple):
     scores: Tensor  # (D,) float32, descending
     labels: Tensor  # (D,) int64, -1 = padding
     count: Tensor  # type: ignore[assignment]  # () int64; hides tuple.count
-    mask_logits: Tensor | None  # (D, 28, 28) float32; None without a thing head or without `detection_masks`
+    mask_logits: Tensor | None  # (D, 2R, 2R) float32, R = `roi_size`; None without a thing head or `detection_masks`
     merged: PanopticMergeOutput
 
 
@@ -228,7 +230,7 @@ class Pipeline:
         if outputs[0][0].thing_features is not None:
             with stage("masks"):
                 mask_boxes = boxes if self.detection_masks else self._without_trailing_nan(merge_boxes)
-                needed = None  # None: all; where counts are read, the other rows were removed
+                needed = None  # all rows: where counts are read, unneeded trailing rows are already removed
                 if not self.reads_counts:
                     needed = labels >= 0 if self.detection_masks else is_merged
                 mask_logits = self._mean_mask_logits(
@@ -259,7 +261,7 @@ class Pipeline:
         labels: Tensor,
         needed: Tensor | None,
     ) -> Tensor:
-        """Compute the logits (B, D, 28, 28) of the mean mask probability over views and networks, by `_mask_logits`."""
+        """Compute the logits (B, D, 2R, 2R) of the mean mask probability over views and networks, by `_mask_logits`."""
         parts = [
             self._mask_logits(view, network, cast("list[Tensor]", output.thing_features), boxes, labels, needed)
             for view, view_outputs in zip(plan, outputs, strict=True)
@@ -287,7 +289,7 @@ class Pipeline:
             needed: (B, D) bool; None for all.
 
         Returns:
-            (B, D, 28, 28), unspecified where not needed.
+            (B, D, 2R, 2R) with R = `roi_size`, unspecified where not needed.
         """
         boxes = postprocess.mirror_boxes(boxes, view.widths) if view.mirrored else boxes
         rois = postprocess.make_rois(boxes, view.scales)

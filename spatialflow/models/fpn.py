@@ -11,8 +11,8 @@ from torch.nn import functional as F
 class FPN(nn.Module):
     """Feature pyramid: [C3, C4, C5] -> [P3, ..., P7], each (N, channels, H / stride, W / stride), strides 8 to 128.
 
-    P3 to P5 come top-down from C3 to C5. P6 is a strided convolution of C5, P7 one of P6, without a ReLU between.
-    Convolutions have a bias and no norm.
+    P3 to P5 are made from C3 to C5 by 1x1 convolutions, a top-down pathway and 3x3 convolutions. P6 is a strided
+    convolution of C5, P7 one of P6, without a ReLU between. Convolutions have a bias and no norm.
 
     Args:
         in_channels: channels of C3, C4, C5.
@@ -32,7 +32,7 @@ class FPN(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Compute the pyramid from C3, C4 and C5."""
-        # (N, channels, H/8..H/32, ...)
+        # `merged` has one map (N, channels, H / stride, W / stride) for each of the strides 8, 16 and 32.
         merged = [lateral(f) for lateral, f in zip(self.lateral, features, strict=True)]
         for i in range(len(merged) - 1, 0, -1):
             merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")

@@ -46,7 +46,7 @@ def _draw_sky(canvas: Canvas, rng: np.random.Generator, segment: int) -> None:
 
 
 def _draw_mountains(canvas: Canvas, rng: np.random.Generator, segment: int) -> None:
-    """Paint one to three ridges above the horizon, the high ones with snow."""
+    """Paint one to three ridges above the horizon, with snow on their high parts."""
     for layer in range(int(rng.integers(1, 4))):
         ridge = canvas.noise(rng, canvas.unit * rng.uniform(0.3, 0.6), 5)[0]
         ridge = ridge * rng.uniform(0.08, 0.16) + rng.uniform(0.02, 0.12)

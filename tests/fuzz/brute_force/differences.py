@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 def perturbed_boxes(boxes: Tensor, amount: float = 1e-6) -> list[Tensor]:
-    """Return the boxes in float64 and four copies perturbed by about a rounding: up, down, wider and narrower.
+    """Return the boxes in float64 and four copies perturbed by about a rounding error of float32.
+
+    The copies are shifted towards larger x and y, shifted towards smaller x and y, enlarged, and shrunk.
 
     RoIAlign is discontinuous where a sample crosses the border, a bin gets one more sample, or a RoI changes its level.
-    There the operator is right if each number is that of one of these boxes.
+    There, a value of the operator is correct if it equals the value for one of these boxes.
 
     Args:
         boxes: (K, 5) of batch index and corners, or (K, 4).

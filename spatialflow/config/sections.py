@@ -102,9 +102,9 @@ class ModelConfig:
     deformable_cls_stages: tuple[int, ...] = setting(
         (), "stages (from 0) of the cls sub-network with deformable convolutions (paper, equation 4)"
     )
-    deformable_reg_stages: tuple[int, ...] = setting((), "the same for the reg sub-network")
-    deformable_stuff_stages: tuple[int, ...] = setting((), "the same for the stuff sub-network")
-    deformable_thing_stages: tuple[int, ...] = setting((), "the same for the thing sub-network")
+    deformable_reg_stages: tuple[int, ...] = setting((), "as deformable_cls_stages, for the reg sub-network")
+    deformable_stuff_stages: tuple[int, ...] = setting((), "as deformable_cls_stages, for the stuff sub-network")
+    deformable_thing_stages: tuple[int, ...] = setting((), "as deformable_cls_stages, for the thing sub-network")
     anchor_octave_scale: float = setting(4.0, "size of the smallest anchor of a level, in strides", POSITIVE)
     anchor_scales_per_octave: int = setting(
         3, "anchor sizes per level; each is 2 ** (1 / anchor_scales_per_octave) times the one before", POSITIVE
@@ -260,7 +260,9 @@ class TrainingConfig:
     seed: int = setting(0, "seed of the initial weights, the order of the images and their augmentation", NOT_NEGATIVE)
     learning_rate: float = setting(0.005, "learning rate for images_per_step images", POSITIVE)
     learning_rate_epochs: tuple[int, ...] = setting(
-        (16, 19), "the learning rate is divided by ten after each of these epochs except the last one", ALL_POSITIVE
+        (16, 19),
+        "the learning rate is divided by ten after each of these epochs",
+        ALL_POSITIVE,
     )
     warmup_iterations: int = setting(500, "steps of the linear warm-up", NOT_NEGATIVE)
     warmup_factor: float = setting(0.001, "share of the learning rate at the first step", _SHARE)
@@ -287,10 +289,14 @@ class TrainingConfig:
     finetune_class_layers_epochs: int = setting(
         0, "this many epochs at the start train only the layers whose shape depends on the classes", NOT_NEGATIVE
     )
-    finetune_learning_rate: float = setting(0.005, "learning rate in those epochs", POSITIVE)
+    finetune_learning_rate: float = setting(
+        0.005, "learning rate in the epochs of finetune_class_layers_epochs", POSITIVE
+    )
     evaluate_every_epochs: int = setting(1, "epochs between evaluations; 0 = only after the last epoch", NOT_NEGATIVE)
     checkpoint_every_steps: int = setting(
-        1000, "steps between checkpoints; a checkpoint is also written after each epoch", POSITIVE
+        1000,
+        "steps between checkpoints; one is also written after an epoch, if the previous one is over 5 s old",
+        POSITIVE,
     )
 
     def __post_init__(self) -> None:

@@ -149,7 +149,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise CategoryError(
-            f"categories: must be coco, cityscapes or a JSON file; {path} cannot be read: {error.strerror}"
+            f"categories: must be coco, cityscapes, synthetic or a JSON file; {path} cannot be read: {error.strerror}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise CategoryError(f"{path}: not a JSON file: {error}") from None

@@ -55,8 +55,8 @@ class PanopticResult:
         boxes: (K, 4) float32, x1, y1, x2, y2 in pixels of the image, best score first.
         scores: (K,) float32.
         labels: (K,) int64, category ids.
-        mask_logits: (K, 28, 28) float32 over each box; None where the model has no thing head, or with
-            `detection_masks=False`.
+        mask_logits: (K, 2R, 2R) float32 over each box, R = `roi_size` of the model; None where the model has no thing
+            head, or with `detection_masks=False`.
         mask_threshold: probability from which a pixel belongs to a mask.
         categories: the category table.
         image_name: file name of the image, or "image <position in the call>" for an array.

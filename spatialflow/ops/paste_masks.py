@@ -42,7 +42,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
         floating-point mask of the size of the image is stored.
 
         Difference from torchvision and detectron2 (`paste_masks_in_image`): logits instead of probabilities. The
-        sampling rule is that of detectron2; torchvision enlarges and rounds the boxes and returns floats.
+        sampling rule is that of detectron2; torchvision enlarges and truncates the boxes and returns floats.
 
     Examples:
         >>> logits = torch.full((1, 28, 28), 5.0)

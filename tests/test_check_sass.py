@@ -422,4 +422,7 @@ def test_a_kernel_that_the_device_does_not_know(tool):
     known = b"_ZN3lib12_GLOBAL__N_1L11sort_kernelIfEEvPT_ _ZN3lib12_GLOBAL__N_111sort_kernelIfEEvPT_"
     fault = b"_ZN3lib12_GLOBAL__N_1L11sort_kernelIrPKfEEvT_ _ZN3lib12_GLOBAL__N_111sort_kernelIPKfEEvT_"
     assert tool.unlaunchable(known) == []
+    assert tool.unlaunchable(known.replace(b" ", b"\x00data")) == []
+    stub = b"_ZL36__device_stub_" + known.split()[1]
+    assert tool.unlaunchable(known.split()[0] + b" " + stub) == [known.split()[0].decode()]
     assert tool.unlaunchable(known + b" " + fault) == ["_ZN3lib12_GLOBAL__N_1L11sort_kernelIrPKfEEvT_"]

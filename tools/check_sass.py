@@ -207,9 +207,10 @@ def unlaunchable(library: bytes) -> list[str]:
 
     If a kernel has a restrict-qualified pointer among its template arguments, nvcc gives it different names on host and
     device. A launch then fails with "invalid device function". The host's name of a kernel in an unnamed namespace
-    has an L, for internal linkage, before the name of the kernel.
+    has an L, for internal linkage, before the name of the kernel. The byte before a name may be data of any value.
+    Names within other names are left out: those of host stubs and of template arguments.
     """
-    names = {name.decode() for name in re.findall(rb"(?<!\w)_ZN\w+_kernel\w*", library)}
+    names = {name.decode() for name in re.findall(rb"(?<!__device_stub_)(?<!adL)_ZN\w+_kernel\w*", library)}
     return sorted(
         name
         for name in names

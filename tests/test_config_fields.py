@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.scenes import scene_categories, write_coco
-from helpers.small_models import SMALL, random_model
+from helpers.small_models import SYNTHETIC, random_model
 
 from spatialflow.config import SECTIONS, Config, ConfigError, load_config
 from spatialflow.data.augment import augment
@@ -33,20 +33,12 @@ from spatialflow.models.build import build_model
 from spatialflow.models.postprocess import pyramid_anchors, pyramid_base_anchors
 from spatialflow.models.training_step import TrainingStep
 
-BASE = SMALL | dict(
-    categories="synthetic",
-    num_things=6,
-    num_stuff=6,
+BASE = SYNTHETIC | dict(
     train_short_edges=[32],
     train_long_edge=48,
     flip_probability=0.0,
-    test_short_edges=[64],
-    test_long_edge=96,
-    candidates_per_level=50,
-    stuff_area_threshold=20,
     images_per_step=1,
     warmup_iterations=1,
-    epochs=1,
 )
 """Overrides of `tiny` that all rows share."""
 

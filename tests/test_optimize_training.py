@@ -39,6 +39,19 @@ def outputs_and_gradients(model, network, images):
     return [r.detach() for r in results], gradients
 
 
+def assert_all_close(actual, expected, tolerance):
+    for i, (output, expected_output) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(f"output {i}", output, expected_output.numpy(), tolerance)
+
+
+def assert_gradients_close(actual, expected, tolerance):
+    """Parameters without a gradient are the same in both."""
+    for name, gradient in expected.items():
+        assert (actual[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert_close(name, actual[name], gradient.numpy(), tolerance)
+
+
 @pytest.mark.parametrize("name, overrides", [*VARIANTS, ("tiny", FROM_SCRATCH), ("tiny_dcn", FROM_SCRATCH)])
 def test_equals_the_plain_modules(name, overrides):
     """Outputs and gradients are equal in float64; frozen layers get no gradient.
@@ -49,12 +62,8 @@ def test_equals_the_plain_modules(name, overrides):
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     expected, wanted = outputs_and_gradients(model, model, images)
     actual, gradients = outputs_and_gradients(model, optimize_for_training(model), images)
-    for i, (output, expected_output) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(f"output {i}", output, expected_output.numpy(), 1e-8)
-    for key, gradient in wanted.items():
-        assert (gradients[key] is None) == (gradient is None), key
-        if gradient is not None:
-            assert_close(key, gradients[key], gradient.numpy(), 1e-7)
+    assert_all_close(actual, expected, 1e-8)
+    assert_gradients_close(gradients, wanted, 1e-7)
 
 
 def test_leaves_the_model_as_it_is():
@@ -154,12 +163,8 @@ def test_compiled(name, overrides):
     torch.compiler.reset()
     network.forward = torch.compile(network.forward, backend="aot_eager", fullgraph=True)
     actual, gradients = outputs_and_gradients(model, network, images)
-    for i, (output, expected_output) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(f"output {i}", output, expected_output.numpy(), 1e-9)
-    for key, gradient in wanted.items():
-        assert (gradients[key] is None) == (gradient is None), key
-        if gradient is not None:
-            assert_close(key, gradients[key], gradient.numpy(), 1e-8)
+    assert_all_close(actual, expected, 1e-9)
+    assert_gradients_close(gradients, wanted, 1e-8)
 
 
 def test_what_changes_on_another_device():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from helpers.scenes import scene_categories
+from helpers.small_models import channels
 from safetensors.torch import save
 
 from fuzz.mutate import SPECIAL, mutate_bytes, mutate_tree
@@ -25,12 +26,7 @@ from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.trainer import Trainer, TrainingError
 from spatialflow.models.build import build_model
 
-SMALL = dict(
-    backbone_base_channels=4,
-    fpn_channels=4,
-    head_channels=4,
-    thing_head_channels=4,
-    stuff_head_channels=4,
+SMALL = channels(4, 4) | dict(
     norm_groups=2,
     num_things=6,
     num_stuff=6,

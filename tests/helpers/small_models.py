@@ -19,6 +19,18 @@ def channels(backbone: int, rest: int) -> dict:
 
 SMALL = channels(4, 8) | dict(norm_groups=4, num_things=3, num_stuff=4, categories=None)
 
+SYNTHETIC = SMALL | dict(
+    num_things=6,
+    num_stuff=6,
+    categories="synthetic",
+    test_short_edges=[64],
+    test_long_edge=96,
+    candidates_per_level=50,
+    stuff_area_threshold=20,
+    epochs=1,
+)
+"""Overrides of `tiny` for one epoch on synthetic scenes."""
+
 VARIANTS = [
     ("tiny", {}),
     ("tiny_dcn", {}),

@@ -5,28 +5,20 @@ import pytest
 import torch
 
 from helpers.scenes import scene_categories, write_coco
-from helpers.small_models import SMALL
+from helpers.small_models import SYNTHETIC
 from spatialflow.config import load_config
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.log import read_log
 
 SINGLE_PROCESS = ProcessGroup(0, 1, torch.device("cpu"))
-SMALL_RUN = SMALL | dict(
-    num_things=6,
-    num_stuff=6,
-    categories="synthetic",
+SMALL_RUN = SYNTHETIC | dict(
     backbone_norm_trains=True,
     backbone_frozen_stages=-1,
     train_short_edges=[64],
     train_long_edge=96,
-    test_short_edges=[64],
-    test_long_edge=96,
-    stuff_area_threshold=20,
     images_per_step=2,
     warmup_iterations=3,
-    candidates_per_level=50,
-    epochs=1,
 )
 
 

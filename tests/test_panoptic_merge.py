@@ -417,6 +417,12 @@ class TestPublicMerge:
         assert [s["category_id"] for s in result.segments] == expected
         np.testing.assert_array_equal(result.id_map > 0, np.isin(stuff, expected))
 
+    @pytest.mark.parametrize("void", [255, -1, -5])
+    def test_only_negative_labels(self, void):
+        stuff = np.array([[-5, -7, -5]])
+        result = merge(np.zeros((0, 1, 3), bool), [], [], None, stuff, void_label=void, stuff_area_threshold=1)
+        assert result.segments == [] and not result.id_map.any()
+
     def test_tensors_in_tensor_out(self):
         masks, scores, labels, boxes, stuff = scene(6, 40, 50)
         from_tensors = merge(masks, scores.requires_grad_(), labels, boxes, stuff, stuff_area_threshold=20)

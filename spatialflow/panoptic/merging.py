@@ -113,13 +113,13 @@ def merge(
 
 
 def _labels_in_use(stuff: torch.Tensor, void_label: int) -> int:
-    """Return the largest label other than void, plus one."""
+    """Return the largest label other than void, plus one; 0 if all are negative."""
     if stuff.numel() == 0:
         return 0
     largest = int(stuff.max())
     if largest == void_label:
         largest = int(torch.where(stuff == void_label, -1, stuff.long()).max())
-    return largest + 1
+    return max(largest + 1, 0)
 
 
 def segment_list(

@@ -15,7 +15,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "tools"))  # absent where `python setup.py` is run without the build backend
+sys.path.insert(0, str(ROOT / "tools"))  # not on the path if setup.py is run without the build backend
 
 from build_backend import torch_folder  # noqa: E402  # tools/ is on the path from here on
 

@@ -20,7 +20,7 @@ def setup(count: int) -> Problem:
 
 
 def class_by_class(boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Run nms per class, as the oracle: torchvision's if it is installed, because the reference is slow."""
+    """Run nms class by class, as the oracle; torchvision's nms if it is installed, because the reference is slow."""
     nms = torchvision.nms if torchvision else reference.nms
     rows_by_class = [(idxs == label).nonzero()[:, 0] for label in range(CLASSES)]
     kept = torch.cat([rows[nms(boxes[rows], scores[rows], iou_threshold)] for rows in rows_by_class])

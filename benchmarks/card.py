@@ -19,7 +19,7 @@ from harness import environment, results_path, write_text
 
 
 def seconds_of(function: Callable[[], object], device: str, runs: int = 10) -> float:
-    """Return the median time of a call; on CUDA by events."""
+    """Return the median time of a call in seconds, on CUDA between two events."""
     times = []
     for _ in range(runs + 3):  # the first three calls are the warm-up
         if device.startswith("cuda"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """1x1 convolutions with their epilogue at the sizes of a ResNet-50 on an 800x1333 image, padded to 800x1344.
 
-The network uses this kernel only in 16 bits on compute capability 9.0; the kernel of other dtypes is slow.
+The network uses `conv1x1` only in 16 bits on compute capability 9.0; in other cases its kernel is slow.
 """
 
 import torch

@@ -24,7 +24,8 @@ def setup(
 ) -> Problem:
     """Make a 3x3 convolution with as many outputs as inputs; `height` and `width` are those of the output."""
     input = torch.randn(1, channels, height * stride, width * stride).contiguous(memory_format=layout)
-    # Odd multiples of 1/32 are never integers, so float32 and the float64 oracle agree on the side of every kink.
+    # The gradient jumps where a sample crosses a cell. Offsets are odd multiples of 1/32, never integers, so float32
+    # and float64 sample the same cells.
     offset = ((2 * torch.randn(1, 18, height, width)) * 16).floor() / 16 + 1 / 32
     weight = torch.randn(channels, channels // groups, 3, 3) / (9 * channels // groups) ** 0.5
     mask = torch.rand(1, 9, height, width) if masked else None
@@ -42,7 +43,7 @@ def setup(
 
 
 def by_position(function):
-    """Return `function` with the mask, if any, as its fifth argument; None for None."""
+    """Return a function that takes the mask of `function` as an optional fifth argument; None if `function` is None."""
     return function and (lambda *tensors, **options: function(*tensors[:4], mask=(*tensors, None)[4], **options))
 
 
@@ -82,7 +83,7 @@ BENCHMARK = Benchmark(
     providers={
         "spatialflow": with_conv_precision("ieee", by_position(ops.deform_conv2d)),
         "spatialflow packed": with_conv_precision("ieee", Provider(with_packed, packed, only_forward=True)),
-        "spatialflow TF32": with_conv_precision("tf32", by_position(ops.deform_conv2d)),  # float32 alone differs
+        "spatialflow TF32": with_conv_precision("tf32", by_position(ops.deform_conv2d)),  # differs in float32 only
         "spatialflow direct": by_position(partial(ops.deform_conv2d, algorithm="direct")),
         "spatialflow deterministic": deterministic(by_position(partial(ops.deform_conv2d, algorithm="tf32x3"))),
         "reference": by_position(reference.deform_conv2d),

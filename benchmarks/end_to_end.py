@@ -10,7 +10,7 @@ With ground truth (`--annotations`), PQ is reported too.
 
 Without weights (`--checkpoint`), an untrained network is adjusted so that later stages have as much work as in a
 trained one. The numbers of detections and segments are printed. On a GPU, the stage times of spatialflow are those of
-queuing, because it never waits for the device. With CUDA_LAUNCH_BLOCKING=1 they are those of execution.
+queuing the kernels; only "merge" waits for the device. With CUDA_LAUNCH_BLOCKING=1 they are those of execution.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STAGE_OF = {
     "stuff": "stuff labels",
     "merge": "merge",
 }
-"""Stage of `PanopticResult.times` -> stage here; "network" is divided by hooks."""
+"""Stage of `PanopticResult.times` -> stage of the table; "network" is divided into three stages by hooks."""
 
 
 class Pipeline(Protocol):

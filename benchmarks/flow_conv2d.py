@@ -19,8 +19,8 @@ def setup(out_channels: int, levels: slice, flow: bool, channels: int = 256) -> 
 
     weight = torch.randn(out_channels, channels, 3, 3).contiguous(memory_format=torch.channels_last) * 0.02
     pixels = sum(height * width for height, width in SIZES[levels])
-    # Ten standard deviations above or below zero: half of the units are active. No unit is so near zero that rounding
-    # decides whether its gradient passes; otherwise gradients would differ from float64.
+    # At least ten standard deviations of the convolution above or below zero: half of the units are active. No unit is
+    # so near zero that rounding decides whether its gradient passes; otherwise gradients would differ from float64.
     bias = torch.where(torch.arange(out_channels) % 2 == 0, 14.0, -14.0)
     return Problem(
         inputs=(maps(), maps() if flow else None, weight, bias),
@@ -32,7 +32,7 @@ def setup(out_channels: int, levels: slice, flow: bool, channels: int = 256) -> 
 
 
 def packed(x, flow, weight, bias):
-    """Return the arguments with packed weights. With gradients the call uses the weights that are not packed."""
+    """Return the arguments with a `PackedConv`, whose unpacked weight is used if gradients are needed."""
     return x, flow, ops.pack_conv3x3(weight, bias)
 
 
@@ -52,7 +52,7 @@ BENCHMARK = Benchmark(
         "spatialflow": with_conv_precision("ieee", ops.flow_conv2d),
         "spatialflow packed": with_conv_precision("ieee", Provider(ops.flow_conv2d, packed)),
         "spatialflow direct": partial(ops.flow_conv2d, algorithm="direct"),
-        "reference": with_conv_precision("ieee", reference.flow_conv2d),  # eager relu(conv2d(x + flow)): oneDNN, cuDNN
+        "reference": with_conv_precision("ieee", reference.flow_conv2d),  # eager; the CPU uses oneDNN, CUDA uses cuDNN
         "reference, torch.compile": with_conv_precision("ieee", compiled(reference.flow_conv2d)),
         "spatialflow packed TF32": with_conv_precision(
             "tf32", Provider(ops.flow_conv2d, packed)

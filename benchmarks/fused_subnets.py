@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fused_subnets, the four sub-networks of the paper's model: P3..P7 of an 800x1344 image, 256 channels.
 
-Forward only: with gradients it consists of calls of flow_conv2d, which has its own benchmark.
+Forward only: with gradients fused_subnets consists of calls of flow_conv2d, which has a separate benchmark.
 """
 
 from functools import partial
@@ -60,7 +60,7 @@ BENCHMARK = Benchmark(
         "spatialflow direct": Provider(ops.fused_subnets, partial(packed, "direct")),
         "reference": with_conv_precision(
             "ieee", reference.fused_subnets
-        ),  # the same convolutions in eager PyTorch: oneDNN, cuDNN
+        ),  # eager; the CPU uses oneDNN, CUDA uses cuDNN
         "reference, torch.compile": with_conv_precision("ieee", compiled(reference.fused_subnets)),
         "spatialflow TF32": with_conv_precision(
             "tf32", Provider(ops.fused_subnets, partial(packed, "auto"))

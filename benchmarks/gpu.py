@@ -2,8 +2,8 @@
 """Benchmarks of all operators on the GPU, in order of importance, in as few processes as possible.
 
 A process runs as many entries of `PLAN` as it can. If it dies, for example after an illegal access, or takes too long,
-its current entry is lost. A new process then starts with the next entry. Results are written after each case. A row of
-the same case, mode, dtype and provider is replaced; rows of another commit are removed.
+the remaining cases of its current entry are lost. A new process then starts with the next entry. Results are written
+after each case. A row of the same case, mode, dtype and provider is replaced; rows of another commit are removed.
 """
 
 from __future__ import annotations

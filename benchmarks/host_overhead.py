@@ -142,7 +142,7 @@ def measure(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str,
             for _ in range(CALLS):
                 call()
             times[name].append((time.perf_counter_ns() - begin) / CALLS / 1e3)
-            if torch.cuda.is_initialized():  # so that the queue of launches is never full
+            if torch.cuda.is_initialized():  # empties the queue of launches, so that no call waits for space
                 torch.cuda.synchronize()
     return times
 

@@ -3,9 +3,9 @@
 
 No GPU is needed: the pipeline runs on meta tensors, which have shapes and strides only. Every operator is counted with
 the kernels that it launches on CUDA. `LAUNCHES` has those numbers for this package's operators; a test compares them
-with the CUDA kernels on the interpreter. An operator of torch counts as one kernel. Exceptions are views and
-allocations (none), a convolution with a bias (two), and the operators in `SEVERAL`. Uploads and downloads are not
-counted.
+with the launches on the SIMT interpreter (docs/simt.md). An operator of torch counts as one kernel. Exceptions are
+views and allocations (none), a convolution with a bias (two), and the operators in `SEVERAL`. Uploads and downloads
+are not counted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def fused_subnets_launches(
 def packed_deform_launches(input: Tensor, offset: Tensor, packed: Tensor, bias: Any, mask: Any, *rest: Any) -> int:
     """Return the launches of `_deform_conv2d_packed`.
 
-    It launches the convolution. One kernel before it converts offsets and mask in 16 bits, or applies the sigmoid.
+    It launches the convolution. If offset or mask have 16 bits, or the mask needs the sigmoid, it first launches a
+    kernel that converts them.
     """
     operands = [offset] if mask is None else [offset, mask]
     mask_sigmoid = rest[-2]
@@ -72,7 +73,7 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "panoptic_merge": lambda *arguments: 12 + bool(arguments[6]),  # ignored stuff labels
 }
 """Kernels of this package's operators on CUDA, by their arguments. Deformable convolutions of small maps have one more,
-which adds the parts of tiles that several blocks share."""
+which adds the partial sums of tiles that several blocks share."""
 
 FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
 """Operators of torch without a kernel; views are recognized by their results."""

@@ -23,7 +23,7 @@ def setup(batch: int, sharpness: int, count: int = 5000, classes: int = 80) -> P
 def composed(
     boxes: torch.Tensor, scores: torch.Tensor, score_threshold: float, iou_threshold: float, max_detections: int
 ) -> ops.Detections:
-    """Compose the operator from torchvision's: threshold, batched_nms and top D, image by image, with padding."""
+    """Compose the operator image by image: threshold, torchvision's batched_nms, best detections, padding."""
     images = []
     for image_boxes, image_scores in zip(boxes, scores):
         index, label = (image_scores > score_threshold).nonzero(as_tuple=True)

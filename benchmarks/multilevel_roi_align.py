@@ -61,7 +61,7 @@ BENCHMARK = Benchmark(
         "reference": reference.multilevel_roi_align,
         "torchvision": torchvision and Provider(run_pooler, make_pooler, waits=True, lowered=(1,)),
     },
-    # In float64; the reference loops over RoIs, which is slow on a GPU.
+    # Run in float64. The reference loops over RoIs, which is slow on a GPU, so torchvision is preferred.
     oracle=(lambda *inputs, **options: run_pooler(*make_pooler(*inputs, **options)))
     if torchvision
     else reference.multilevel_roi_align,

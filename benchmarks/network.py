@@ -54,7 +54,7 @@ def run_compiled(call, *inputs) -> list[torch.Tensor]:
 def compile_network(image: torch.Tensor, rois: torch.Tensor, labels: torch.Tensor) -> tuple:
     """Compile plain channels-last modules with torch.compile, with CUDA graphs and its search for the fastest kernels.
 
-    The model is created here, because torch.compile holds no references to the models that it has traced.
+    The model is created once, here; the compiled function refers to it.
     """
     model = network("channels-last", image.device, image.dtype)
     call = partial(compute, model, torch.channels_last)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nms of one class: 20,000 boxes, spread over an image, small in a large one, and crowded.
+"""nms of one class: 20,000 boxes in four densities, from small boxes in a large image to crowded boxes.
 
 The plain-PyTorch reference is not timed: it has a step per kept box and takes seconds.
 """

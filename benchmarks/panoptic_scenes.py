@@ -23,7 +23,7 @@ def ellipses(count: int, height: int = HEIGHT, width: int = WIDTH) -> tuple[torc
 
 
 def id_map(segments: int = 8, things: int = 12) -> torch.Tensor:
-    """Generate (H, W) int32 ids as in COCO: large, in no order, some of them 0, and about as many per image."""
+    """Generate (H, W) int32 ids as in COCO: up to 24 bits, unsorted, 0 for void pixels, about 20 segments per image."""
     ids = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(1, 1 << 24, (segments + things,))])
     result = ids[stuff_map(segments, grid=(6, 8))]
     for index, mask in enumerate(ellipses(things)[0]):

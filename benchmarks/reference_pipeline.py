@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Baseline pipeline from a photograph to a panoptic map, in plain PyTorch, torchvision and numpy.
 
-It has plain modules, torchvision's NMS and RoIAlign, masks pasted one by one, and a merge loop in numpy.
-`end_to_end.py` compares with it. Its parts follow released code and omit none of its steps:
+It has plain modules, torchvision's NMS and RoIAlign, and a merge loop in numpy. Masks are pasted one by one in float32,
+and all at once in 16 bits.
+`end_to_end.py` compares spatialflow with this pipeline, which has all steps of the released implementations:
 
 - mmdetection: detections, mask head over all classes, logits resized to the padded image
-- detectron2: the merge loop, and masks pasted within their box, its fastest way on the CPU
+- detectron2: the merge loop, and each mask pasted within its box, detectron2's fastest way on the CPU
 - panopticapi: Pillow writes the PNG
 
 Reading and resizing use OpenCV, with the same code as the package.
@@ -55,7 +56,7 @@ STAGES = (
 
 
 class Clock:
-    """Seconds by stage; `with clock("masks"): ...` adds to one. `waits`: synchronize the device at both ends."""
+    """Seconds by stage: `with clock("masks"): ...` adds to that stage. `waits`: synchronize the device at both ends."""
 
     def __init__(self, device: torch.device, waits: bool):
         self.times = dict.fromkeys(STAGES, 0.0)
@@ -82,7 +83,8 @@ class ReferencePipeline:
         device: device of the network.
         channels_last: use the channels-last memory format for the network's weights and inputs.
         dtype: dtype of the network. In 16 bits, RoIAlign runs in float32, as under autocast, because float16 boxes are
-            off by pixels. Masks are then pasted on the device, all at once, and no stage waits for the one before.
+            off by pixels. In 16 bits, masks are pasted on the device, all at once, and the clock of the stages does not
+            synchronize the device.
 
     Raises:
         ValueError: the model has deformable convolutions, for which plain PyTorch has no module.
@@ -182,7 +184,7 @@ class ReferencePipeline:
         return boxes[kept], scores[kept], labels[kept]
 
     def mask_probabilities(self, features: Sequence[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
-        """Return (K, 2S, 2S): RoIAlign level by level, the mask head for all classes, then the class of each box."""
+        """Return (K, 2S, 2S), S = `roi_size`: RoIAlign by level, mask head for all classes, the class of each box."""
         shape = self.shape
         areas = (rois[:, 2] - rois[:, 0]).clamp(min=0) * (rois[:, 3] - rois[:, 1]).clamp(min=0)
         levels = (areas.sqrt() / shape.finest_scale + 1e-6).log2().floor().clamp(0, len(features) - 1).long()

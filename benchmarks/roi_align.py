@@ -48,7 +48,7 @@ BENCHMARK = Benchmark(
         "torchvision": torchvision and Provider(torchvision.roi_align, lowered=(1,)),
         "CuPy, naive kernel": naive_kernels.provider(naive_kernels.roi_align),
     },
-    oracle=torchvision.roi_align if torchvision else reference.roi_align,  # in float64; the reference loops over RoIs
+    oracle=torchvision.roi_align if torchvision else reference.roi_align,  # in float64; the reference is slow
 )
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""select_candidates behind RetinaNet's head: P3 to P7 of 800 x 1344, 9 anchors, 80 classes, 1000 anchors per level."""
+"""select_candidates on RetinaNet's outputs: P3 to P7 of 800 x 1344, 9 anchors per cell, 80 classes, 1000 per level."""
 
 import math
 

@@ -37,7 +37,7 @@ BENCHMARK = Benchmark(
     providers={
         "spatialflow": ops.sigmoid_focal_loss,
         "reference": reference.sigmoid_focal_loss,
-        # Making its one-hot targets is not timed, to its advantage.
+        # The conversion of labels to one-hot targets is not timed, to torchvision's advantage.
         "torchvision": torchvision and Provider(torchvision.sigmoid_focal_loss, prepare=one_hot),
     },
 )

@@ -98,8 +98,8 @@ BENCHMARK = Benchmark(
         "torch.compile": Provider(partial(step, "compiled"), only_cuda=True, waits=True),
     },
     oracle=partial(step, "float64"),
-    # Inputs of ReLU are near zero in an untrained network. A rounding error that changes the sign of an input adds or
-    # removes a whole term of a gradient. In the first layers, the error of plain modules is 2e-4 to 4e-4 in float32,
+    # Some inputs of ReLU are near zero in an untrained network. A rounding error that changes the sign of an input adds
+    # or removes a whole term of a gradient. In the first layers, the error of plain modules is 2e-4 to 4e-4 in float32,
     # and 0.4 in bfloat16.
     tolerance=1e-2,
     rounding=20.0,

@@ -16,7 +16,7 @@ from spatialflow.models.resnet import Bottleneck
 from spatialflow.models.spatialflow import SpatialFlow
 
 CANDIDATES, CONFIDENT = 1500, 20
-"""Numbers of (anchor, class) pairs before NMS: above the score threshold; above the threshold of the panoptic map."""
+"""Numbers of (anchor, class) pairs before NMS that reach `score_threshold` and `instance_score_threshold`."""
 
 
 @torch.no_grad()
@@ -43,7 +43,8 @@ def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> Spat
 
     Initial weights give every box the probability 0.01 and all pixels one stuff class. Therefore `settle_norms` is
     applied with the image, and each channel of the logits is normalized. Then the class logits are scaled and shifted:
-    `CANDIDATES` pairs of anchor and class reach the score threshold, and `CONFIDENT` of them that of the panoptic map.
+    `CANDIDATES` pairs of anchor and class reach `score_threshold`, and `CONFIDENT` of them reach
+    `instance_score_threshold`.
     """
     torch.manual_seed(0)
     model = build_model(config, **overrides).eval()
@@ -59,7 +60,7 @@ def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> Spat
         slope = (high - low) / (best[CONFIDENT - 1] - best[-1])
         adjust(model.box_head.class_logits, slope / deviation, low - slope * (best[-1] + mean / deviation))
         mean, deviation = (output.stuff_logits.mean(dim=(0, 2, 3)), output.stuff_logits.std(dim=(0, 2, 3)))
-        rarity = torch.arange(len(mean)) / 4  # means fall from class to class, so that only a few have pixels
+        rarity = torch.arange(len(mean)) / 4  # subtracted, so that only the first few classes have pixels
         adjust(model.stuff_head.logits, 1 / deviation, -mean / deviation - rarity)
     return model
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spatialflow import _library
 
 __version__ = "0.2.0"
-# For `_evaluation` of a build with sanitizers or coverage, which is not in the package's folder.
+# A build with sanitizers or coverage has the compiled module `_evaluation` in `BUILD`, not in the package's folder.
 __path__ = [*dict.fromkeys((str(_library.BUILD), *__path__))]
 
 if TYPE_CHECKING:  # the names that `__getattr__` resolves, for type checkers and editors

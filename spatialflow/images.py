@@ -50,7 +50,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def _is_too_short_for_its_header(content: bytes) -> bool:
-    """Tell whether a PNG or JPEG is much too short for the size in its header, which decoders would allocate."""
+    """Tell whether a PNG or JPEG has far too few bytes for the size in its header, the size that decoders allocate."""
     if content.startswith(_PNG_BEGIN):
         position = len(_PNG_BEGIN)
         while position + 8 <= len(content):

@@ -67,7 +67,7 @@ def map_ahead(
         if error is not None and not isinstance(error, StopIteration):
             raise error
     finally:
-        error = None  # the traceback refers to this frame
+        error = None  # avoids a reference cycle, as the traceback refers to this frame
         for future in waiting:
             future.cancel()
         with contextlib.suppress(RuntimeError):  # raised in a worker thread, which cannot join itself

@@ -42,7 +42,7 @@ SETTINGS = (
 
 
 def command(data: Path, folder: Path, *settings: str, workers: int = 0) -> list[str]:
-    """Return the command `spatialflow train` on synthetic scenes, with a network of a few thousand parameters."""
+    """Return the command `spatialflow train` on synthetic scenes, with the narrow network of SETTINGS."""
     return [
         sys.executable,
         "-m",

@@ -269,7 +269,8 @@ def test_arrays_give_arrays(name, monkeypatch):
     assert_equal(result, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "pack_subnets"])  # packs convolutions one by one
+# pack_subnets makes a separate call for each convolution, so arrays and tensors may mix in its argument.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pack_subnets"])
 def test_arrays_and_tensors_do_not_mix(name):
     """A single array among tensors is refused by name, at every position."""
     function, arguments = cases()[name]
@@ -325,7 +326,7 @@ def test_two_libraries():
 
 
 def test_unchanged_inputs_are_returned_as_the_same_array():
-    """The levels of an absent sub-network, and the weight within a packed weight."""
+    """Levels returned by an absent sub-network, and the weight within a packed weight, are the arrays of the call."""
     function, arguments = cases()["fused_subnets"]
     arrays = arrays_in(arguments)
     assert function(**arrays).thing[0] is arrays["levels"][0]
@@ -431,7 +432,7 @@ class TestNumpy:
         torch.__version__ < "2.13", reason="torch before 2.13 treats arrays in compiled code as tensors"
     )
     def test_compiled(self):
-        """torch.compile breaks the graph at such a call; with `fullgraph=True` it raises an error with the reason."""
+        """torch.compile breaks the graph at a call with arrays; with `fullgraph=True` it raises an error."""
         function, arguments = cases()["nms"]
         torch._dynamo.reset()
         expected, arrays = function(**arguments), arrays_in(arguments)

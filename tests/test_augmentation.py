@@ -72,7 +72,7 @@ def test_the_mirrored_picture_gives_the_mirrored_result(model, image):
 
 
 def test_views_are_joined(model, image):
-    """NMS joins the boxes of two sizes, the best score is the larger one, and masks are means over the views."""
+    """NMS joins the boxes of two image sizes, and the best score is the larger of the two best scores."""
     sizes = [spatialflow.Predictor(model, **{**PLAIN, "test_short_edges": [edge]})(image) for edge in (96, 64)]
     both = spatialflow.Predictor(model, **{**PLAIN, "test_short_edges": [96, 64]})(image)
     assert both.scores[0] == pytest.approx(max(result.scores[0] for result in sizes), abs=1e-5)
@@ -104,7 +104,7 @@ def test_sizes_of_the_released_augmentation(goldens, model):
 
 
 def test_stuff_logits_at_original_size():
-    """The matrices equal upsampling, crop and resize in sequence, with and without mirroring."""
+    """`resized_stuff_logits` equals upsampling, crop and resize in sequence, with and without mirroring."""
     logits, valid, original = torch.randn(5, 8, 12), (27, 41), (33, 29)
     upsampled = F.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)[..., :27, :41]
     for mirrored in (False, True):

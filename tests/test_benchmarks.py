@@ -88,7 +88,7 @@ class TestHarness:
         assert [row["mode"] for content in kept for row in content["rows"] if row["provider"] == "spatialflow"] == right
 
     def test_a_baseline_without_the_dtype_is_timed_in_float32(self, tmp_path):
-        """A baseline without kernels for bfloat16, as torchvision, is timed in float32 instead."""
+        """A baseline without kernels for bfloat16, such as torchvision, is timed in float32 instead."""
         harness = importlib.import_module("harness")
 
         def float32_only(x):
@@ -101,7 +101,7 @@ class TestHarness:
         assert providers == ["spatialflow", "reference", "float32 only, float32"]
 
     def test_cases_are_kept_as_they_come(self, tmp_path):
-        """A run that ends early, here by a wrong result, keeps the rows of the cases before."""
+        """A run that ends early, here by a wrong result, keeps the rows of the earlier cases."""
         harness = importlib.import_module("harness")
         with pytest.raises(SystemExit, match="square, many, "):
             benchmark = square(harness, lambda x: x * x + (len(x) > 10))
@@ -127,7 +127,7 @@ class TestHarness:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name, monkeypatch):
-    """Importing a script times nothing; the script declares cases and providers, with "ours" among them."""
+    """Importing a script times nothing; the script declares cases and providers, with "spatialflow" among them."""
     monkeypatch.delitem(sys.modules, name, raising=False)  # otherwise a cached module of this name would be used
     benchmark = importlib.import_module(name).BENCHMARK
     assert benchmark.name == name and benchmark.title and benchmark.sweep
@@ -152,7 +152,7 @@ class TestHostOverhead:
         (path,) = tmp_path.glob("*/host_overhead.json")
         content = json.loads(path.read_text())
         assert content["threads"] == 1 and {row["op"].split(",")[0] for row in content["rows"]} == set(public())
-        assert importlib.import_module("harness").markdown([path]) == ""  # its tables are for rows in milliseconds
+        assert importlib.import_module("harness").markdown([path]) == ""  # only rows in milliseconds have a table
         keys = {(row["op"], row["grad_mode"], row["provider"]) for row in content["rows"]}
         ours = {
             (op, mode, f"spatialflow{kind}")

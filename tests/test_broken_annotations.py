@@ -78,7 +78,7 @@ class TestScores:
         assert (row["iou"], row["tp"], row["fn"], row["fp"]) == (3 / 4, 1, 1, 0) and len(reports) == 2
 
     def test_id_zero_in_a_ground_truth_is_refused(self):
-        """Void pixels would count as matched: 60 of 140 pixels would score 0.75."""
+        """Otherwise void pixels would be the pixels of a segment, and predictions would match them."""
         truth = np.zeros((10, 20), int)
         truth[:, 10:] = 1
         segments = [{"id": 0, "category_id": 1}, {"id": 1, "category_id": 1}]

@@ -99,7 +99,7 @@ class TestPasteMasks:
         compare("paste_masks", (random(9, 3, 4) * 4).to(dtype), boxes, (7, 9), threshold)
 
     def test_logits(self) -> None:
-        """A logit of 0 is exactly 0.5, infinite logits are 0 and 1, and pixels that interpolate NaN are not set."""
+        """Logits of 0, inf and -inf have probabilities 0.5, 1 and 0; pixels that interpolate NaN are not set."""
         logits = rows([[0, 0, INF, INF], [0, 0, -INF, NAN], [-1, -INF, 40, 40]])
         for dtype in (torch.float64, torch.float16):
             compare("paste_masks", logits.to(dtype), rows([0, 0, 8, 8]), (9, 9), 0.5)

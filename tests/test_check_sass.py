@@ -13,7 +13,7 @@ SCRIPT = ROOT / "tools" / "check_sass.py"
 if not SCRIPT.is_file():
     pytest.skip("not in a source tree", allow_module_level=True)
 
-# The format of cuobjdump: every instruction has two lines with its encoding.
+# Output of cuobjdump: the encoding of an instruction is on its line and the next.
 PRINTED = """
 Fatbin elf code:
 ================
@@ -357,7 +357,7 @@ def test_clean_code(tool):
 @pytest.mark.parametrize(
     "old, new, resources, expected_messages",
     [
-        # Read by the next instruction, which unpacks the first half of a value.
+        # The next instruction reads the result of the first load.
         (
             "    LDG.E.128 R16",
             "    PRMT R21, R12, 0x7632, R21\n    LDG.E.128 R16",

@@ -39,7 +39,7 @@ def small_model():
 
 
 def released_name(name):
-    """Invert `name_from_released` by search over the names that the released code uses."""
+    """Invert `name_from_released` by tables of the names in the released code."""
     table = {
         "fpn.lateral.{}": "neck.lateral_convs.{}.conv",
         "fpn.output.{}": "neck.fpn_convs.{}.conv",
@@ -384,7 +384,7 @@ def test_torchvision_backbone_loads_as_it_is(tmp_path):
 
 
 class Surprise:
-    """Object whose unpickling runs code."""
+    """Class of an object that a file of weights must not contain."""
 
 
 @pytest.mark.parametrize(

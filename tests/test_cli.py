@@ -210,7 +210,7 @@ class TestInfoAndBenchmark:
 
 
 def test_detections_without_pycocotools(photographs, weights, tmp_path, capsys, monkeypatch):
-    """Without pycocotools, `predict` reports before the work that it writes boxes only; `evaluate` is refused."""
+    """Without pycocotools, `predict` reports that it writes boxes only, and `evaluate` refuses to score detections."""
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     arguments = ["predict", str(photographs / "plain.jpg"), *FAST, "--checkpoint", str(weights), "--detections"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0

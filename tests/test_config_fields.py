@@ -303,7 +303,7 @@ def test_no_two_accepted_networks_with_other_flags_are_the_same():
         network = source, repr([(name, p.shape) for name, p in model.named_parameters()])
         assert network not in flags_by_network, (overrides, flags_by_network[network])
         flags_by_network[network] = overrides
-    assert len(flags_by_network) == 3 + 7 + 7 + 30 and refused  # without heads, with one, with both
+    assert len(flags_by_network) == 3 + 7 + 7 + 30 and refused  # without heads, with either head, with both heads
 
 
 @pytest.mark.parametrize(

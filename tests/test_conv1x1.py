@@ -129,7 +129,7 @@ class TestCases:
         assert torch.equal(y.double(), expected(x.double(), weight.double(), bias.double(), residual.double(), False))
 
     def test_every_second_pixel(self, case):
-        """A strided view, which has tiles with rows, gives the same bits."""
+        """The result is bitwise equal for a strided view, whose pixels are not at equal distances in memory."""
         x, weight, bias, residual = map(channels_last, tensors_of(*case, dtype=torch.bfloat16))
         view = channels_last(enlarged(x))[:, :, ::2, ::2]
         assert torch.equal(conv1x1(view, weight, bias, residual, True), conv1x1(x, weight, bias, residual, True))

@@ -155,7 +155,7 @@ def out_of_memory(where):
 
 
 def test_other_graphs_are_freed_when_memory_runs_out(mocked_cache):
-    """If memory runs out, all other graphs are freed before the capture fails."""
+    """If memory runs out during a capture, all other graphs are freed and the capture is repeated."""
     cache = mocked_cache(torch.device("cpu"))
     for key in "ab":
         cache(key, lambda: lambda inputs: -inputs[0], [torch.ones(1)])
@@ -356,7 +356,7 @@ def test_settings_of_torch_have_separate_graphs(cache, owner, name, value):
 
 
 def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
-    """The wait is on the right stream, even if another thread creates a stream at the same time."""
+    """The current stream waits for the stream of the upload, even if another thread replaces it at the same time."""
     recorder, used, other_stream = Recorder(), [], Recorder.Stream()
     recorder.Stream = lambda device: Recorder.Stream()
 

@@ -135,7 +135,10 @@ def convolve(input, offset, weight, bias, mask, op=ops.deform_conv2d):
 
 
 class TestValues:
-    """Samples at non-finite or huge offsets are zero and have no gradient; checked() raises an error."""
+    """Samples with a huge offset, or a non-finite offset or mask, are zero and have no gradient.
+
+    Under `checked`, non-finite offsets and masks raise an error.
+    """
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("which, masked", [("offset", True), ("offset", False), ("mask", True)])

@@ -136,7 +136,7 @@ def test_dual_numbers_of_forward_mode():
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "functionalize"])
 def test_operators_without_gradient_in_transforms(transform):
-    """Results are constants for derivatives, and `vmap` maps the operators, for all inputs."""
+    """Results are constants for derivatives, and the same values under `vmap` and `functionalize`."""
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9], [4.0, 4.0, 5.0, 5.0]])
     scores = torch.tensor([0.5, 0.9, 0.1])
 

@@ -124,7 +124,7 @@ def test_python_syntax(page):
 
 
 def test_example_of_an_operator():
-    """Its tests use arguments that `OpMatrix` provides, and its signature is text, as in every module."""
+    """Tests of the example use arguments of `OpMatrix`; its function has `from __future__ import annotations`."""
     sources = [block.text for block in blocks_of(CONTRIBUTING) if block.language == "python"]
     tests: dict = {}
     exec(next(source for source in sources if "class TestCountAbove" in source), tests)

@@ -168,7 +168,7 @@ def test_scores_are_those_of_the_files(data, tmp_path):
 
 
 def test_commands(tmp_path, capsys):
-    """`evaluate --detections` reports AP and PQ of `predict --detections` as text and JSON; errors name the file."""
+    """`evaluate --detections` reports AP and PQ of `predict --detections` as text and JSON, and refuses bad files."""
     write_coco(tmp_path / "data", 2, (64, 96))
     settings = ["num_things=6", "num_stuff=6", "categories=synthetic", "test_short_edges=[64]", "test_long_edge=96"]
     predict = ["predict", str(tmp_path / "data/images"), "--config", "tiny", "--detections", "--no-overlay"]

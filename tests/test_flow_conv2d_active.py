@@ -124,7 +124,7 @@ class TestImages:
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_more_tiles_than_a_block_takes(self, dtype):
-        """A launch with flags has 128 tiles per block; this case has the tiles of three blocks of the interpreter."""
+        """With flags, a block takes at most 128 tiles; 450 images need more than the interpreter's three blocks."""
         count = 450
         x = torch.randn(count, 8, 2, 1, dtype=dtype)
         conv = ops.pack_conv3x3(torch.randn(8, 8, 3, 3, dtype=dtype))

@@ -80,7 +80,7 @@ class TestTensorCores:
             assert torch.equal(actual.double(), expected)
 
     def test_long_sums(self):
-        """Sums of 2304 products and thousands of pixels are accurate by "tf32x3", although tensor cores truncate."""
+        """Sums of 2304 products and of 1920 pixels are accurate by "tf32x3", although tensor cores truncate."""
         x, weight = torch.randn(1, 256, 40, 48), torch.randn(8, 256, 3, 3) * 0.02
         weight = weight.abs()  # truncation errors of the same sign accumulate
         x = x.abs()

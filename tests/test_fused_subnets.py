@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of fused_subnets: the op matrix, the fused and the composed path, every configuration, goldens, errors."""
+"""fused_subnets: `OpMatrix`, the fused and the composed path, every configuration, goldens, errors."""
 
 import importlib.util
 

@@ -54,7 +54,7 @@ def read_beyond(case):
 
 
 def execute_wrong(case):
-    """Execute a valid case on a `stuff_labels` that is wrong for strides and an `nms` that crashes on a single box."""
+    """Execute a valid case; `stuff_labels` is wrong for non-contiguous logits, and `nms` crashes on a single box."""
     from fuzz import execute, operators
 
     from spatialflow import ops

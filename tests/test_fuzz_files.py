@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the file fuzzer: valid files are read, edits have their effect, and the judge reports every defect."""
+"""Tests of the file fuzzer: valid files are read, edits have their effect, and `execute` reports every defect."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""group_norm_relu: the op matrix, torch's own operators, large means, non-finite values, threads, errors."""
+"""group_norm_relu: `OpMatrix`, torch's own operators, large means, non-finite values, threads, errors."""
 
 import math
 
@@ -236,7 +236,7 @@ class TestStatistics:
         assert_near(grad, expected_grad, torch.float32, factor=4)
 
     def test_first_value_far_away(self):
-        """Sums are relative to one of the values, even if it is far from all others."""
+        """The kernels sum differences from a value of the group; results are precise even if it is an outlier."""
         input = torch.randn(1, 16, 50, 60)
         input[:, :, 0, 0] = 1e4
         result = ops.group_norm_relu(input, 4)
@@ -258,7 +258,7 @@ class TestStatistics:
     @pytest.mark.parametrize("upsample", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     def test_a_lone_value_has_no_gradient(self, dtype, upsample):
-        """A group of one value equals its mean: two terms of size weight / sqrt(eps) cancel out up to rounding."""
+        """The only value of a group is its mean: two terms of the gradient, of size weight / sqrt(eps), cancel out."""
         input = torch.randn(64, 4, 1, 1, dtype=dtype, requires_grad=True)
         weight, bias, eps = torch.rand(4, dtype=dtype) + 0.5, torch.ones(4, dtype=dtype), 1e-4
         result = ops.group_norm_relu(input, 4, weight, bias, eps, upsample)

@@ -273,7 +273,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_while_torch_is_imported(self, number):
-        """An exception would abort the process there, so the signal itself ends it (128 + number in a shell)."""
+        """While torch is imported, an exception would abort the process, so the signal's default action ends it."""
         code = (
             "import os, torch; from spatialflow.cli import info, main; torch.__spec__._initializing = True; "
             f"info.run = lambda options: os.kill(os.getpid(), {int(number)}) or 0; main.main(['info'])"

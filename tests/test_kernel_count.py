@@ -35,7 +35,7 @@ def test_r50(kernel_count, dtype):
 
 
 def test_a_batch_costs_few_kernels_more(kernel_count):
-    """The network runs once per batch; only planning, masks, stuff labels and merging depend on its size."""
+    """The network runs once per batch; only planning, masks, stuff labels and merging depend on the batch size."""
     single, batched = (kernel_count.count("tiny", (128, 160), torch.bfloat16, batch).kernels for batch in (1, 8))
     assert {stage for stage in single if single[stage] != batched[stage]} <= {"plan", "masks", "stuff", "merge"}
 
@@ -74,7 +74,7 @@ class TestCounting:
         conv = ops.pack_conv3x3(torch.empty(8, 8, 3, 3, device="meta"))
         for call, kernels, conversions in (
             (lambda t: t.contiguous(), 1, 1),
-            (norm, 4, 1),  # torch's GroupNorm leaves channels-last on CUDA
+            (norm, 4, 1),  # torch's GroupNorm copies channels-last maps on CUDA
             (lambda t: ops.flow_conv2d(t, None, conv), 1, 0),
             (
                 lambda t: ops.flow_conv2d(norm(t), None, conv),

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 GROUND = {"_library", "deprecated", "errors", "files", "images", "structures", "threads"}
-"""Modules that every package may import, but for `ops` and `config`, which need less."""
+"""Modules that every sub-package except `config` and `ops` may import."""
 
 MAY_IMPORT = {
     "_library": set(),

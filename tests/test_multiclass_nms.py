@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""multiclass_nms: the op matrix, the goldens, known answers, and equivalence to NMS followed by a top-D selection."""
+"""multiclass_nms: `OpMatrix`, the goldens, known answers, and equivalence to NMS followed by a top-D selection."""
 
 import json
 
@@ -92,7 +92,8 @@ class TestCases:
     def test_known_answer(self):
         scores = torch.tensor([[0.9, 0.2, 0.5], [0.8, 0.3, 0.05], [0.7, 0.0, 0.9]])
         detections = ops.multiclass_nms(self.boxes, scores, 0.1, 0.5, 6)
-        # By score: (0, class 0) and (2, class 2) tie at 0.9 and rank by row; (1, 0) is suppressed, (0, 1) by (1, 1).
+        # In pairs (box, class): (0, 0) and (2, 2) tie at 0.9 and rank by row. (0, 0) suppresses (1, 0), and (1, 1)
+        # suppresses (0, 1).
         assert detections.indices.tolist() == [0, 2, 2, 0, 1, -1]
         assert detections.labels.tolist() == [0, 2, 0, 2, 1, -1]
         assert torch.equal(detections.scores, torch.tensor([0.9, 0.9, 0.7, 0.5, 0.3, 0.0]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""multilevel_roi_align: the op matrix, the level rule, the goldens, and inputs that torchvision's pooler gets wrong."""
+"""multilevel_roi_align: `OpMatrix`, the level rule, the goldens, and inputs that torchvision's pooler gets wrong."""
 
 import numpy as np
 import pytest

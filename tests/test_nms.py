@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nms and batched_nms: the op matrix, hand-made cases, thresholds, properties, oracles, and difficult inputs."""
+"""nms and batched_nms: `OpMatrix`, hand-made cases, thresholds, properties, oracles, and difficult inputs."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ class TestCases:
             assert ops.nms(boxes.to(dtype), scores.to(dtype), threshold).tolist() == expected
             assert reference.nms(boxes.to(dtype), scores.to(dtype), threshold).tolist() == expected
 
-    @pytest.mark.parametrize("repeat", [1, 400])  # 400: enough boxes for the grid
+    @pytest.mark.parametrize("repeat", [1, 400])  # from 384 boxes on, the CPU kernel uses a grid over box centers
     @pytest.mark.parametrize(
         "boxes, scores, expected",
         [
@@ -145,7 +145,7 @@ class TestCases:
         ],
     )
     def test_bad_and_degenerate_values(self, boxes, scores, expected, repeat):
-        """NaN is never kept; boxes without a finite area suppress nothing, also among many distant boxes."""
+        """NaN is never kept; boxes whose area is not positive and finite suppress nothing, also among distant boxes."""
         boxes, scores = torch.tensor(boxes), torch.tensor(scores)
         distant = torch.arange(repeat - 1.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor(
             [1e3, 1e3, 1e3 + 2, 1e3 + 2]
@@ -291,7 +291,7 @@ class TestOracles:
         """The grid over box centers only skips pairs; the reference tests every pair, with the same float32 steps."""
         boxes = random_boxes(450, extent=150.0)
         if scene == "tiny far from the origin":
-            boxes = random_boxes(450, extent=1.0, size=0.3) + 1e5  # a few float32 steps wide
+            boxes = random_boxes(450, extent=1.0, size=0.3) + 1e5  # at most 39 float32 steps wide
         elif scene == "one cluster":
             boxes = random_boxes(450, extent=3.0)
         elif scene == "long and flat":
@@ -302,7 +302,7 @@ class TestOracles:
         assert torch.equal(ops.nms(boxes, scores, threshold), reference.nms(boxes, scores, threshold))
 
     def test_any_number_of_boxes(self):
-        """Counts around the vector width and around the switch to the grid, in one class and in several."""
+        """Counts around the vector width and around 384, where the CPU kernel begins to use a grid; 1 and 3 classes."""
         boxes, scores, idxs = random_boxes(600).float(), torch.rand(600), torch.randint(3, (600,))
         for count in [*range(1, 36), 255, 256, 257, 383, 384, 385, 600]:
             part = (boxes[:count], scores[:count])

@@ -143,7 +143,7 @@ def test_planted_reads_are_found(monkeypatch, plant):
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_fixed_shapes_change_no_result(monkeypatch, masks):
-    """Results with padding rows equal those without, as on the CPU, and real tensors are not read either.
+    """Results with padding rows equal those without, and a CPU pipeline with `reads_counts = False` reads no value.
 
     Some rows are padding, and some detections do not enter the map. The convolutions of the mask head compute only the
     rows whose masks are used.
@@ -182,7 +182,7 @@ def test_fixed_shapes_change_no_result(monkeypatch, masks):
     if not masks:
         wanted &= scores >= instance_threshold
     row_flags, convs = [active for active in flags if active is not None], len(network.thing_head.convs)
-    for index in range(convs):  # of each part of the detections
+    for index in range(convs):  # a convolution runs once for each part of the detections
         assert torch.equal(torch.cat(row_flags[index::convs]), wanted)
     for expected, result in zip(short, fixed):
         count = int(expected.count)

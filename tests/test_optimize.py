@@ -84,7 +84,10 @@ class Recorded(TorchDispatchMode):
 
 
 def test_stuff_head_stays_channels_last():
-    """Six blocks of a convolution and one further operator: no separate ReLU or upsampling, no layout copy."""
+    """Each of six blocks is a convolution and one `group_norm_relu`; only the logits are upsampled separately.
+
+    No layout is copied.
+    """
     head = optimize_for_inference(random_model("tiny")).stuff_head
     channels, sizes = head.blocks[0][0].conv.packed.weight.shape[1], ((8, 12), (4, 6), (2, 3))
     features = [torch.randn(1, channels, *size).to(memory_format=torch.channels_last) for size in sizes]
@@ -203,7 +206,7 @@ def test_images_of_another_dtype_are_refused(images_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("images_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(dtype, images_dtype):
-    """Weights and images may have any dtype; results are as exact as those of the plain modules."""
+    """Weights and images may be float32 or bfloat16; results are close to those of the plain modules in float64."""
     model, images = random_model("tiny").to(dtype), torch.randn(1, 3, 64, 64).to(images_dtype)
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(images.double()).stuff_logits

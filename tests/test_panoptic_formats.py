@@ -152,7 +152,7 @@ def test_damaged_png_is_refused(tmp_path, goldens):
 
 
 def test_no_damage_passes_unnoticed(goldens):
-    """Random bytes with correct chunk checksums cause an error, never another picture, a crash or a wrong read."""
+    """Random bytes with correct chunk checksums cause an error, never another picture or a read out of bounds."""
     rng = np.random.default_rng(0)
     data = next((goldens / "pq" / "gt").glob("*.png")).read_bytes()
     for trial in range(300):
@@ -164,7 +164,7 @@ def test_no_damage_passes_unnoticed(goldens):
 
 
 def test_unfiltering_checks_its_arguments():
-    """Wrong sizes would be reads out of bounds; checksums do not show unknown filters."""
+    """Wrong sizes would cause reads out of bounds; a line with an unknown filter may have a correct checksum."""
     lines = bytearray(2 * (1 + 5 * 3))
     assert _evaluation.unfilter_png(lines, 2, 5, 3).tolist() == [[0] * 5] * 2
     for height, width, channels in ((3, 5, 3), (2, 6, 3), (2, 5, 4), (32, 0, 3), (0, 5, 3), (1, 31, 1)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""panoptic_merge: the op matrix, the released maps pixel for pixel, invariants, thresholds, bad values; and merge()."""
+"""panoptic_merge: `OpMatrix`, the released maps pixel for pixel, invariants, thresholds, bad values; and merge()."""
 
 import json
 
@@ -23,7 +23,10 @@ DEFAULTS = {
 
 
 def scene(count: int, height: int, width: int, stuff_labels: int = 7) -> list:
-    """Return overlapping ellipses, boxes that do not always fit them, scores with ties, and a stuff map of blocks."""
+    """Return masks of ellipses, scores with ties, labels, boxes that do not always fit the masks, and a stuff map.
+
+    The ellipses overlap; every fifth mask is empty. The stuff map consists of blocks of 13 x 17 pixels.
+    """
     ys, xs = torch.arange(height)[:, None], torch.arange(width)
     center = torch.rand(count, 2) * torch.tensor([height, width])
     radius = torch.rand(count, 2) * 0.4 * torch.tensor([height, width]) + 1
@@ -87,8 +90,8 @@ class TestPanopticMerge(OpMatrix):
         for count, height, width in ((1, 9, 11), (5, 1, 64), (5, 64, 1), (1, 1, 1), (0, 9, 11), (5, 0, 11), (5, 9, 0))
     }
 
-    # Scores and boxes are compared with thresholds in double precision, for any dtype of theirs.
-    # Scores of segments are float32, and autocast changes nothing.
+    # Scores and boxes of any dtype are converted to float64. The scores of segments are float32. Autocast changes
+    # nothing.
     def test_reference(self, make_sample, dtype):
         sample = make_sample()
         tensors = [value.to(dtype) if i in sample.converted else value for i, value in enumerate(sample.tensors)]
@@ -210,7 +213,7 @@ class TestGoldens:
 
 
 def one_row(*runs: tuple[int, int], width: int = 20) -> np.ndarray:
-    """Return one mask of a single row per run [begin, end)."""
+    """Return a mask of one row of pixels for each run [begin, end)."""
     masks = np.zeros((len(runs), 1, width), np.uint8)
     for mask, (begin, end) in zip(masks, runs, strict=True):
         mask[0, begin:end] = 1
@@ -221,7 +224,7 @@ class TestThresholds:
     def test_score_and_order(self):
         masks = one_row((0, 8), (4, 12), (4, 12), (18, 20))
         result = merge(masks, [0.37, 0.9, 0.9, 0.36], [5, 6, 7, 8], None, None, overlap_threshold=0.5)
-        # Of two equal scores, 0.9, the first wins. 0.37 is kept: exactly half of its pixels are covered.
+        # Of the two instances with score 0.9, the first wins. The one with 0.37 is kept: exactly half is covered.
         assert result.id_map.tolist() == [[2] * 4 + [1] * 8 + [0] * 8]
         assert [(s["category_id"], s["area"], s["bbox"]) for s in result.segments] == [
             (6, 8, [4, 0, 8, 1]),

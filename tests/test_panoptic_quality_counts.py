@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""panoptic_quality_counts: the op matrix, equality with the counts computed without torch, ids out of range."""
+"""panoptic_quality_counts: `OpMatrix`, equality with the counts computed without torch, ids out of range."""
 
 import numpy as np
 import pytest

@@ -228,7 +228,7 @@ class TestWriter:
         assert (tmp_path / "maps.json").stat().st_size > 10_000_000 > 4 * peak
 
     def test_writers_of_several_processes(self, tmp_path):
-        """Each writer keeps its own rows, as in a process of its own; the first writer copies the rows of the other."""
+        """Two writers, as of two processes, keep separate rows; the first writer then copies the rows of the second."""
         ids, segments = np.ones((2, 2), int), [{"id": 1, "category_id": 1}]
         writers = [PanopticWriter(tmp_path / "maps", tmp_path / f"{name}.json") for name in ("maps", "other")]
         for index in range(4):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""paste_masks: the op matrix, the released masks, hand-made cases, degenerate and bad values."""
+"""paste_masks: `OpMatrix`, the released masks, hand-made cases, degenerate and bad values."""
 
 import numpy as np
 import pytest

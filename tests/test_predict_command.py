@@ -208,7 +208,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("output", ["out", "."])
     def test_images_in_sub_folders(self, photographs, weights, tmp_path, capsys, output):
-        """Images in sub-folders are skipped with a message that counts them; earlier results are not inputs."""
+        """Without --recursive, images in sub-folders are skipped, and a message counts them; results are no inputs."""
         for name in ("plain.jpg", "one/plain.jpg", "one/two/dot.png"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes((photographs / name.split("/")[-1]).read_bytes())
@@ -255,7 +255,7 @@ class TestPredict:
         names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "loop.jpg", "other/b.png"]
         assert [image.name for image in images] == names and not failed
         resolve_images([tmp_path / "in"])
-        left_out = "2 images in its sub-folders are left out; --recursive includes them"  # links are not followed
+        left_out = "2 images in its sub-folders are left out; --recursive includes them"  # the count follows no links
         assert error_messages(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
 
     def test_a_folder_that_cannot_be_read(self, tmp_path, monkeypatch, capsys):
@@ -278,7 +278,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("name", ["panoptic.json", "panoptic/plain.png", "overlays/plain.jpg", "detections.json"])
     def test_files_of_others_are_not_replaced(self, photographs, weights, tmp_path, capsys, name):
-        """An output never replaces a file of another program, such as the ground truth in the parent folder."""
+        """Files of another program in the output folder, such as a ground truth, are never replaced."""
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST, "--detections"]

@@ -55,7 +55,7 @@ def photographs(tmp_path_factory):
 
 
 def run(root, photographs, outcomes, threads):
-    """Write the images that are not done yet; return their positions, and the errors by position."""
+    """Write the images that are not done yet; return the positions of those written, and the errors by position."""
     folder = PredictionFolder(root, photographs, CATEGORIES, {}, overlays=True, detections=True, resume=True)
     todo = [position for position, image in enumerate(photographs) if image.name not in folder.done]
     written, failed = [], {}
@@ -233,7 +233,7 @@ def test_few_images_are_held(tmp_path, monkeypatch, photographs, outcomes, threa
 
 
 def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, photographs, outcomes):
-    """The block ends only after the images that other threads still write."""
+    """The `with` block ends only after other threads have written their images."""
     write, begun = writer.write_id_map, threading.Barrier(3)
 
     def slow(path, ids):
@@ -263,6 +263,6 @@ def test_the_end_waits_for_images_that_are_being_written(tmp_path, monkeypatch, 
     ],
 )
 def test_number_of_threads(monkeypatch, kind, cores, threads):
-    """One core is left for the thread that runs the network."""
+    """`WRITERS` limits the number, and one core is left for the thread that runs the network."""
     monkeypatch.setattr(prediction_folder, "available_cores", lambda: cores)
     assert writers(kind) == threads

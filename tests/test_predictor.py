@@ -117,7 +117,7 @@ def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip, monkey
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(model, predictor, dtype):
-    """With 16-bit weights and features, also on the CPU, the map is nearly equal and results have the same types."""
+    """With 16-bit weights and features, void area and best score are nearly equal, and results have the same types."""
     low = spatialflow.Predictor(model, dtype=dtype, stuff_area_threshold=40, **SHORT)
     assert next(low.pipeline.networks[0].buffers()).dtype == dtype
     result, expected = low(picture(90, 130)), predictor(picture(90, 130))
@@ -128,7 +128,7 @@ def test_low_precision(model, predictor, dtype):
 
 
 def test_weights_are_copied(model):
-    """No predictor changes the model, and later changes of the model do not affect it."""
+    """No predictor changes the model, and later changes of the model do not affect the predictor."""
     image = picture(45, 65)
     for optimize in (True, False):
         copied = copy.deepcopy(model).train()

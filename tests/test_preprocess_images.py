@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""preprocess_images: the op matrix, and bitwise equality with OpenCV's steps of resizing, normalizing and padding."""
+"""preprocess_images: `OpMatrix`, and bitwise equality with OpenCV's steps of resizing, normalizing and padding."""
 
 import cv2
 import numpy as np

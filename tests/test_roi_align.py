@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""roi_align: the op matrix, the goldens, and values that other implementations get wrong."""
+"""roi_align: `OpMatrix`, the goldens, and values that other implementations get wrong."""
 
 import numpy as np
 import pytest

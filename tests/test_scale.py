@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of more than 2^31 elements, and a hundred runs with bitwise equal results.
 
-Both need a GPU (SPATIALFLOW_BACKEND=cuda). On other back ends the same code is tested with tensors of a few thousand
-elements and three runs.
+Both need a GPU (SPATIALFLOW_BACKEND=cuda). On other back ends the same code is tested with tensors of about 2^18
+elements or fewer, and three runs.
 """
 
 import pytest
@@ -37,7 +37,7 @@ def features(channels: int, width: int = 64) -> torch.Tensor:
 
 
 class TestBeyond31Bits:
-    """Elements with an index above 2^31 are computed as their copies in a small tensor."""
+    """Results for elements beyond index 2^31 equal those for a small tensor, or are known."""
 
     def test_roi_align(self):
         image = features(16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""select_candidates: the op matrix, ties, non-finite values, sizes, and errors."""
+"""select_candidates: `OpMatrix`, ties, non-finite values, sizes, and errors."""
 
 from __future__ import annotations
 
@@ -188,7 +188,10 @@ class TestCases:
     @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
     @pytest.mark.parametrize("per_level", [1, 7, 100, 2047, 2048, 2049, 3000])
     def test_ties(self, dtype, per_level):
-        """Few different logits: the best first, equal ones by anchor index, also at the last rank."""
+        """With few distinct logits, the best anchors come first, and equal ones in index order, also at the last rank.
+
+        A level of which all anchors are kept is not sorted.
+        """
         values = tensors(2, 3, 2, [(40, 41), (3, 4)])
         values[0] = [(level * 2).floor().clamp(-3, 1).to(dtype) / 2 for level in values[0]]
         values[1] = [level.to(dtype) for level in values[1]]
@@ -230,11 +233,11 @@ class TestCases:
         assert candidates.scores.isnan().any()
         kept = kept_anchors([[level.double() for level in levels] for levels in values[:2]] + values[2:], 69)
         assert (1 if classes > 1 else 49) not in kept[0]  # the last of the anchors with only NaN
-        assert kept[1][-1] == 68 and 69 not in kept[1]  # -inf precedes the anchor with only NaN
+        assert kept[1][-1] == 68 and 69 not in kept[1]  # 68 (-inf) and 69 (only NaN) are equal: the lower index is kept
         assert_equal_reference(values, 0)
 
     def test_bad_deltas_are_never_kept(self):
-        """NaN deltas give NaN corners, which NMS drops; infinite and huge deltas are clipped to the image."""
+        """NaN deltas give NaN corners, which NMS drops; boxes of infinite and huge deltas are clipped to the image."""
         values = tensors(1, 2, 1, [(4, 4)])
         values[:2] = [[level.float() for level in levels] for levels in values[:2]]
         deltas = values[1][0].permute(0, 2, 3, 1).reshape(16, 4)  # one row per anchor
@@ -280,7 +283,7 @@ class TestCases:
         assert_equal_reference(values, 20)
 
     def test_levels_of_a_larger_tensor(self):
-        """Slices with any first element and gaps between pixels give the results of dense levels."""
+        """Slices that begin at any channel, with gaps between pixels, give the results of dense levels."""
         values = tensors(2, 8, 2, [(5, 6), (3, 3)])
         values[:2] = [[level.half() for level in levels] for levels in values[:2]]
         for first in (0, 1, 8):

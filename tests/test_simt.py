@@ -208,7 +208,7 @@ def marked_line(source: str, mark: str) -> int:
 
 
 def reported_line(source: str, name: str, output: str) -> int:
-    """The line of a report, which must name the kernel of the case if there is one, block and thread."""
+    """Return the source line that a report names. Reports of faults in kernels must name kernel, block and thread."""
     kernel = re.sub(r"\W", "_", name) + "_kernel"
     place = "" if name in ON_THE_HOST else rf"kernel .*{kernel}.*, block \(\d, 0, 0\), thread \(\d+, 0, 0\), "
     report = re.match(rf"simt: {place}{source}:(\d+): ", output)
@@ -246,7 +246,7 @@ def test_planted_fault_is_reported(program, name):
     assert status == 1, output
     assert FAULTS[name] in output
     reported_line("kernels.cpp", name, output)
-    # Which of two threads that race comes second is not the program's choice.
+    # A race is reported at the later of two accesses, so the marked line may be anywhere in the output.
     assert re.search(rf"kernels.cpp:{marked_line('kernels.cpp', name)}\b", output)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """16-bit convolutions with 64 channels or more, the domain of the kernels for compute capability 9.0 (sm90_*.cu).
 
-Every test runs on every back end. On the interpreter the tests also check which kernel ran. With
-SPATIALFLOW_SIMT_SM90=late or early these are the kernels for 9.0, by default the portable ones.
+Tests of operators run on every back end. On the interpreter they also check which kernel ran: with
+SPATIALFLOW_SIMT_SM90=late or early the kernel for 9.0, by default the portable one.
 """
 
 import os
@@ -44,7 +44,7 @@ def ran_as_expected(names: list[str] | None, kernel: str, possible: bool = True)
 
 
 def few(*size: int, largest: int = 1, share: float = 1.0) -> torch.Tensor:
-    """Generate integers from -largest to largest; the fraction of nonzero ones is at most `share`."""
+    """Generate integers from -largest to largest, each of which is nonzero with a probability of at most `share`."""
     return torch.randint(-largest, largest + 1, size) * (torch.rand(size) < share).double()
 
 
@@ -85,7 +85,7 @@ class TestFlowConv2d:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_views(self, dtype, launched):
-        """TMA reads strided views if each stride is a multiple of the previous one."""
+        """TMA reads strided views if each stride, in the order C, W, H, N, is a multiple of the previous one."""
         whole = few(2, 10, 11, 200, share=0.2)
         weight, bias = few(72, 64, 3, 3, share=0.3), few(72, largest=9)
         views = [
@@ -135,7 +135,7 @@ class TestFlowConv2d:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_infinities_stay_where_they_are(self, dtype):
-        """Padding of a tile with zeros, and adjacent channels outside a view, do not contribute."""
+        """An infinity or NaN reaches only the outputs of its 3 x 3 neighborhood, as in the reference."""
         x = torch.zeros(1, 64, 9, 10)
         x[0, 5, 4, 4] = torch.inf
         x[0, 6, 0, 9] = torch.nan
@@ -179,7 +179,8 @@ class TestDeformConv2d:
         (64, 136, 1, (1, 1), (5, 6), 1, 0, 1, 1),
         (64, 256, 1, (3, 3), (7, 9), 1, 1, 1, 3),
         (192, 264, 3, (3, 2), (8, 8), 1, 1, 1, 1),
-        (64, 128, 1, (3, 3), (65, 67), 1, 1, 1, 2),  # more pixels than blocks share
+        # More than 132 tiles of 64 pixels: a block sums over all channels and taps.
+        (64, 128, 1, (3, 3), (65, 67), 1, 1, 1, 2),
     ]
 
     @staticmethod
@@ -235,7 +236,7 @@ class TestDeformConv2d:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_unsupported_inputs(self, dtype, launched):
-        """Few outputs, groups, and channels of a group that are not a multiple of 64."""
+        """64 outputs or fewer, several groups, and offset groups whose channels are not a multiple of 64."""
         for channels, outputs, groups, offset_groups in ((64, 64, 1, 1), (128, 128, 2, 1), (64, 72, 1, 2)):
             (x, offset, weight, bias, mask), geometry = self.case(
                 (channels, outputs, offset_groups, (3, 3), (5, 6), 1, 1, 1, 1)
@@ -256,7 +257,7 @@ def test_other_architectures_have_no_such_kernels():
     tool = runpy.run_path(str(ROOT / "tools" / "kernel_resources.py"))
     source, architectures = ROOT / "csrc" / "cuda" / "sm90_deform_conv2d.cu", ["90a", "90", "80", "120"]
     output = tool["compile_output"](source, architectures, Path(torch.__file__).parent)
-    assert "warning" not in output  # such as C7510: that products of wgmma run one by one
+    assert "warning" not in output  # such as C7510, which says that wgmma instructions are serialized
     resources = {name: uses["deform_conv2d_sm90_kernel"] for name, uses in tool["resources"](output).items()}
     assert sorted(resources) == sorted(architectures)
     for name, uses in resources.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""stuff_labels: the op matrix, the steps of torch and OpenCV, ties, degenerate sizes and bad values."""
+"""stuff_labels: `OpMatrix`, the steps of torch and OpenCV, ties, degenerate sizes and bad values."""
 
 import cv2
 import numpy as np

@@ -47,7 +47,7 @@ def registered_for_cuda() -> set[str]:
 
 
 def test_strides_are_read_in_one_place():
-    """Torch allows any stride for a dimension of size 1; `stride_of` returns 0, and every kernel uses it."""
+    """Torch allows any stride for a dimension of size 1. `stride_of`, in ops/tensor.h, returns 0 for it."""
     sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
     readers = {path.relative_to(ROOT / "csrc").as_posix() for path in sources if ".stride(" in path.read_text()}
     assert readers == {"ops/tensor.h"}
@@ -221,7 +221,7 @@ class TestPublicOperator:
         assert ours == theirs
 
     def test_fuzzed(self, name):
-        """The fuzzer has a strategy, a reference and a brute-force implementation for it."""
+        """The fuzzer has a strategy, a reference and a brute-force implementation for the operator."""
         pytest.importorskip("hypothesis")
         from fuzz import brute_force, cases, operators
 
@@ -255,7 +255,7 @@ class TestPublicOperator:
 
     @pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="not in a source tree")
     def test_listed(self, name):
-        """The table of operators and the calls whose host time is measured have it."""
+        """The table of operators and the benchmark of host time list the operator."""
         texts = {"docs/operators/index.md": f"({name}.md)", "benchmarks/host_overhead.py": f"ops.{name},"}
         assert [file for file, text in texts.items() if text not in (ROOT / file).read_text()] == []
 

@@ -19,13 +19,13 @@ PRIVATE_IMPORT = re.compile(r"^ *from torch[\w.]* import .*\b_\w+|^ *(?:from|imp
 
 
 def test_names():
-    """The list of private names is not short and has no duplicates."""
+    """The list has more than ten private names and no duplicates."""
     assert len(_torch_private.NAMES) == len(set(_torch_private.NAMES)) > 10
 
 
 @pytest.mark.parametrize("name", _torch_private.NAMES)
 def test_installed_torch_has(name):
-    """The installed torch has the name; test ids and pytest's header show names and version."""
+    """The installed torch has the name; the message of a failure has the name and the version."""
     value = torch
     for part in name.split(".")[1:]:
         assert hasattr(value, part), f"torch {torch.__version__} has no {name}"

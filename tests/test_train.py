@@ -25,7 +25,7 @@ pytest_plugins = ["helpers.training"]  # fixtures `scenes` and `data`
 
 
 def test_learning_rate():
-    """The schedule of the paper: warm-up over 500 steps from a thousandth, a tenth after epochs 16 and 19."""
+    """The paper's schedule: warm-up over 500 steps from 1/1000 of the rate; a factor 1/10 after epochs 16 and 19."""
     training = load_config("spatialflow_r50_coco").training
     rates = [learning_rate(step, 1000, training) for step in (0, 250, 499, 500, 15999, 16000, 18999, 19000)]
     expected = [5e-6, 0.0025025, 0.00499001, 0.005, 0.005, 5e-4, 5e-4, 5e-5]

@@ -104,7 +104,7 @@ def test_cityscapes_tree_trains_predicts_and_is_scored(tmp_path, capsys):
     assert len(scores["problems"]) == 1 and scores["All"]["n"] > 3
     assert len(json.loads((tmp_path / "run/evaluation/panoptic.json").read_text())["annotations"]) == 2
     assert len(Cityscapes(tmp_path, "val", load_categories("cityscapes", 8, 11))) == 3
-    # The other commands, with the saved weights: the same scores, and a picture for every image.
+    # With the saved weights, the other commands give the same scores, and a picture per image with a ground truth.
     images, output = str(tmp_path / "leftImg8bit" / "val"), str(tmp_path / "out")
     weights = ["--config", "spatialflow_r50_cityscapes", "--checkpoint", str(tmp_path / "run/model.safetensors")]
     assert main(["predict", images, *weights, "--output", output, "--no-overlay", "--set", *settings]) == 0

@@ -112,7 +112,7 @@ class TestDivergence:
                 Trainer(small(), data, tmp_path, SINGLE_PROCESS)
 
     def test_fp16_skips_steps(self, data, tmp_path):
-        """Gradients that overflow float16 are an error only at the smallest loss scale."""
+        """An overflow of float16 gradients skips the step; a loss scale below `MIN_LOSS_SCALE` is an error."""
         config = small(mixed_precision="fp16")
         for scale, ends in ((2.0**100, True), (2.0**-30, False)):
             trainer = Trainer(config, data, tmp_path / f"{ends}", SINGLE_PROCESS)
@@ -149,7 +149,7 @@ class TestDivergence:
 
     @pytest.mark.parametrize("broken", [15, 30])
     def test_losses_at_the_beginning_are_those_of_ten_steps(self, data, tmp_path, monkeypatch, capsys, broken):
-        """The initial loss is that of ten steps, even after more than ten log rows about broken images."""
+        """The initial loss is the minimum of the first ten steps, even after more log rows about broken images."""
         for name in ("annotations", "names", "sizes", "image_ids"):
             setattr(data, name, getattr(data, name)[:] * 10)
         trainer = Trainer(small(warmup_iterations=20), data, tmp_path, SINGLE_PROCESS)

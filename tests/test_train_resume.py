@@ -110,7 +110,7 @@ def test_interrupted_evaluation_is_repeated(data, tmp_path, monkeypatch):
 
 
 def test_a_restarted_run_discards_the_old_checkpoint(data, tmp_path, monkeypatch):
-    """If it is interrupted before its first checkpoint, the earlier run is not resumed."""
+    """If a restarted run is interrupted before its first checkpoint, the earlier run is not resumed."""
     Trainer(small(), data, tmp_path, SINGLE_PROCESS).run()
     restarted = Trainer(small(), data, tmp_path, SINGLE_PROCESS, resume=False)
 

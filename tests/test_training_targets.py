@@ -29,7 +29,7 @@ def ops():
 
 
 def released(assigned):
-    """Convert to the released numbering: 1 + ground truth, 0 background, -1 ignored."""
+    """Convert to the released numbering: 1 + index of the ground truth, 0 for background, -1 for ignored."""
     return (assigned + 1).numpy()
 
 
@@ -118,7 +118,7 @@ class TestLossTerms:
 
     @pytest.mark.parametrize("size, factor", [((12, 20), 4), ((1, 9), 4), ((5, 1), 8), ((7, 6), 1), ((30, 3), 2)])
     def test_stuff_of_enlarged_logits(self, size, factor):
-        """Value and gradient are those of interpolate and cross_entropy, across bands and at the borders."""
+        """Value and gradient are those of interpolate and cross_entropy, also where two bands of rows meet."""
         logits = torch.randn(2, 5, *size, dtype=torch.float32, requires_grad=True)
         semantic = torch.randint(6, (2, size[0] * factor, size[1] * factor), dtype=torch.uint8)
         semantic[semantic == 5] = 255
@@ -137,7 +137,7 @@ class TestLossTerms:
             np.testing.assert_array_equal(mask_targets(*arguments, 28, at_once), z["targets28"])
 
     def test_mask_targets_of_boxes_that_leave_the_image(self):
-        """A box is clipped to the mask, as released; otherwise half of this target would be zeros."""
+        """A box is clipped to the mask, as in the released code; otherwise most of this target would be zeros."""
         mask, index = torch.ones(1, 20, 30, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
         assert mask_targets(mask, torch.tensor([[20.0, -10, 40, 10]]), index, 28).all()
 
@@ -169,7 +169,8 @@ def golden_batch(goldens):
 def released_step(network, truth):
     """Create a training step with the released stuff loss.
 
-    It uses the window of image 0 for all images, divided by its pixels, times the images of the batch.
+    The released loss sums over the window of image 0 in all images and divides by the pixels of that one window.
+    The factor (semantic != 255).sum() cancels the divisor of `Criterion`.
     """
 
     def stuff_loss(logits, semantic):

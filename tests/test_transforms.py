@@ -107,7 +107,7 @@ def test_truncated_files_are_refused(tmp_path, suffix, keep):
 
 
 def jpeg(image, **options):
-    """Return the content of a JPEG for (H, W, 3) BGR pixels; options are Pillow's."""
+    """Encode (H, W, 3) BGR pixels; options: `mode` (by default RGB), `format` (JPEG), those of Pillow's `save`."""
     stream = io.BytesIO()
     mode = options.pop("mode", "RGB")
     Image.fromarray(image[..., ::-1]).convert(mode).save(stream, options.pop("format", "JPEG"), **options)

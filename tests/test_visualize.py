@@ -152,7 +152,7 @@ class TestCommand:
 
 class TestActivations:
     def test_features_weighted_by_the_classifier(self):
-        """Maps are features convolved with the class weights, without bias; the largest class and anchor count."""
+        """Features convolved with the class weights, without bias; the maximum over classes, anchors and levels."""
         network, image = model(), np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
         torch.nn.init.normal_(network.box_head.class_logits.weight)
         torch.nn.init.normal_(network.box_head.class_logits.bias)

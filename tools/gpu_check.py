@@ -3,9 +3,9 @@
 
 This script is made for machines that are rented for minutes. There are three runs, each within its total time:
 
-    gpu_check.py            480 s: ceilings, operators, their tests, kernel times, the pipeline, ncu, images per second
+    gpu_check.py            480 s: peak rates, operators, their tests, kernel times, pipeline, ncu, images per second
     gpu_check.py --second   480 s: compute-sanitizer, large tensors, training under torchrun, training step, network
-    gpu_check.py --quick    120 s: ceilings, operators, the shortest tests, the first kernel times
+    gpu_check.py --quick    120 s: peak rates, operators, the shortest tests, the first kernel times
 
 The steps that depend most on a GPU come first. Each step has reserved time and a limit, runs in separate processes, and
 is recorded when it ends. A step that fails or times out does not affect the others. If a tool is missing (torchvision,
@@ -21,8 +21,8 @@ logs of the steps, and the JSON of each benchmark. `--pack FILE.tgz` puts that f
 Exit codes: 0 all steps passed, 1 a step failed or timed out, 2 wrong arguments or nothing built for a dry run, 77 no
 GPU or no CUDA library.
 
-`--backend simt` is a dry run on a machine without a GPU, at small sizes. Operators run on the interpreted kernels, and
-everything else runs on the CPU.
+`--backend simt` is a dry run on a machine without a GPU, at small sizes. The operators and their tests run the CUDA
+kernels on the SIMT interpreter (docs/simt.md); everything else runs the CPU kernels.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def run_steps(
 ) -> None:
     """Run the steps in order within `options.seconds`; record each, and the compilation when it ends."""
     environment, groups = environment_of(options.backend), group_steps(steps)
-    share = min(1.0, options.seconds / max(reserved_seconds(groups), 1.0))  # if the total is less than is reserved
+    # If the total is less than the sum of the reserved times, each of them is scaled by this share.
+    share = min(1.0, options.seconds / max(reserved_seconds(groups), 1.0))
     for index, group in enumerate(groups):
         if compilation is not None and (compilation.poll() is not None or "pipeline" in group[0].name):
             report.record(end_compilation(compilation, report.logs, report.begin))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_PARALLEL = 14
-"""Largest number of commands of a step that share the GPU. Each runs a file of tests, which mostly uses the host."""
+"""Largest number of commands of a step that run at once. Each runs a file of tests, which mostly uses the host."""
 
 
 def last_line(output: str) -> str:
@@ -42,14 +42,14 @@ class Step:
         name: title in the report.
         command: program and arguments.
         each: further arguments; the command runs once for each of them, `MAX_PARALLEL` at a time.
-        reserved: seconds that earlier steps leave for it.
-        limit: seconds after which it is ended.
-        detail: function that returns a summary of the output, of one line.
-        skip_reason: reason not to run it; empty to run it.
+        reserved: seconds that earlier steps leave for this step.
+        limit: seconds after which the commands are ended.
+        detail: function that returns a summary of the output in one line.
+        skip_reason: reason not to run the step; empty to run it.
         expected_code: exit code of success.
         group: consecutive steps with the same word here run at the same time.
         backend: back end, if it is not that of the run.
-        required_text: text that its output must contain; otherwise it has failed.
+        required_text: text that the output must contain; otherwise the step has failed.
     """
 
     name: str
@@ -138,8 +138,8 @@ def start_command(command: list[str], environment: dict[str, str] | None = None)
 def end_process_group(process: subprocess.Popen) -> str:
     """End a command and its children; return its output.
 
-    SIGTERM comes first: the workers of torchrun have their own sessions, and torchrun ends them. A child that keeps the
-    output open is left to itself after three seconds.
+    SIGTERM comes first: the workers of torchrun have their own sessions, and torchrun ends them. SIGKILL follows after
+    three seconds. Three seconds later, a child that still keeps the output open is left to itself.
     """
     output = ""
     for number in (signal.SIGTERM, signal.SIGKILL):

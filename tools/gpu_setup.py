@@ -17,7 +17,7 @@ from typing import Any
 from gpu_execution import ROOT, start_command
 
 SITE = ROOT / "build" / "gpu_check_site"
-"""Receives the packages that came as wheels."""
+"""Folder into which the packages from `wheels/` are installed."""
 
 
 def device_of(backend: str) -> dict[str, Any] | None:

@@ -13,10 +13,10 @@ from gpu_execution import ROOT, Step, last_line
 from gpu_setup import find_tool, has_module
 
 DRY_LIMIT = 900.0
-"""Seconds after which a step of the dry run is ended."""
+"""Limit of each step of the dry run, in seconds."""
 
 BENCHMARK_SECONDS = 0.1
-"""Time per provider, case and mode of a benchmark."""
+"""Seconds per provider, case and mode of a benchmark."""
 
 NCU_KERNELS = "conv3x3_sm90|conv3x3_tensor_core|conv3x3_weight_gradient_tensor|roi_align_|deform_conv2d_|focal_sum"
 NCU_SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
@@ -28,7 +28,7 @@ def make_steps(backend: str, kind: str, output: Path) -> list[Step]:
     steps = {"first": first_steps, "second": second_steps, "quick": quick_steps}[kind](backend == "cuda", output)
     if backend == "cuda":
         return steps
-    # Benchmarks run on the CPU kernels: their sizes are too large for the interpreter.
+    # Other steps run on the CPU kernels: the sizes of benchmarks are too large for the interpreter.
     interpreted = ("operator", "sanitizer", "check")
     on_cpu = [
         step if any(word in step.name for word in interpreted) else replace(step, backend="cpu") for step in steps
@@ -195,7 +195,7 @@ def ceilings_step(on_gpu: bool, output: Path) -> Step:
 
 
 def is_hopper() -> bool:
-    import torch  # takes seconds, which other steps need
+    import torch  # here, because the import takes seconds, which other runs need not spend
 
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 

@@ -28,7 +28,7 @@ def select(faults: Sequence[T], texts: Sequence[str]) -> list[T]:
 
 
 def copy_tree() -> None:
-    """Copy the tracked files and the scoring module; unchanged files are not rewritten, so rebuilds are incremental."""
+    """Copy the tracked files and `spatialflow._evaluation`; write only changed files, for incremental rebuilds."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     built = [path.relative_to(ROOT) for path in (ROOT / "spatialflow").glob("_evaluation*.so")]
     for name in [*listed.stdout.strip("\0").split("\0"), *built]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mutation testing of the operator tests and the sanitizers: break one line at a time and expect a failure.
 
-A mutation breaks a CUDA kernel, and the interpreted tests must fail. A fault breaks a CPU kernel or the scoring module,
-and a sanitizer must report it (docs/sanitizers.md).
+A mutation breaks a CUDA kernel, and its tests on the SIMT interpreter must fail. A fault breaks a CPU kernel or
+`spatialflow._evaluation`, and a sanitizer must report it (docs/sanitizers.md).
 
 `make mutation-round`, or `python tools/mutation_round.py [TEXT ...]` for the mutations and faults whose file or name
 contains a text. A copy of the tree is mutated, built and tested under build/mutations; the working tree is only read.

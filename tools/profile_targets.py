@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that ncu profiles in `make gpu-check`: one operator at the size of its benchmark.
+"""Operators whose kernels ncu profiles in `make gpu-check`, each at the size of one case of its benchmark.
 
 ncu --clock-control none -k regex:roi_align_kernel -c 1 python tools/profile_targets.py multilevel_roi_align
 """

@@ -32,7 +32,7 @@ PLANTED = {
         data[threadIdx.x] = 1;
     }""",
 }
-"""Tool -> a kernel with the fault that it looks for; 64 threads, `data` holds 1024 numbers that were never written."""
+"""Tool -> a kernel with the fault that the tool looks for. It has 64 threads; `data` has 1024 unwritten numbers."""
 
 
 def run_planted(tool: str) -> None:
@@ -43,7 +43,11 @@ def run_planted(tool: str) -> None:
 
 
 def run_operators(device: str) -> int:
-    """Run every operator and its backward pass, if any, in float32 and bfloat16; return the number of calls."""
+    """Run every operator and its backward pass, if any; most of them run in float32 and in bfloat16.
+
+    Returns:
+        The number of calls of the inner function `run`.
+    """
     from spatialflow import ops
 
     torch.manual_seed(0)

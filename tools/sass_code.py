@@ -87,7 +87,7 @@ class Instruction:
 
 
 def named_registers(operand: str, width: int) -> frozenset[int]:
-    """Return the 32-bit registers that an operand uses: `width` for each name, but one or two (.64) in an address."""
+    """Return the 32-bit registers that an operand uses: `width` per name; in an address one, or two with `.64`."""
     numbers: set[int] = set()
     for match in REGISTER.finditer(operand):
         count = 2 if ".64" in match[2] else 1 if "[" in operand else width

@@ -2,7 +2,7 @@
 """Limits of the SASS of each kernel on sm_90a; tools/check_sass.py compares the library with them (docs/sass.md).
 
 The first row whose pattern matches `kernel<template arguments>` counts. A row changes together with the kernel that
-needs it, with a reason. Limits of all rows: no local memory, so no spills, and no indirect branches.
+needs it, with a reason. For all rows, local memory (and thus spills) and indirect branches are forbidden.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ class Limit:
     kernel: str
     why: str
     registers: int = 255  # at most
-    load: int = 0  # bytes of the widest global load, at least; the data loads are those at least as wide
+    load: int = 0  # bytes of the widest global load, at least; loads of so many bytes or more are the data loads
     narrow: int | None = None  # narrower loads in the main loop, at most
     store: int = 0  # bytes of the widest global store, at least
-    distance: int = 1  # from each data load to its first reader, at least; the next instruction is 1
+    distance: int = 1  # instructions from each data load to its first reader, at least; 1 is the next instruction
     matrix: int = 0  # matrix instructions between each data load and its first reader, at least
     in_flight: int = 0  # data loads in flight at once, at least
     per_matrix: float | None = None  # instructions of a main loop for each matrix instruction, at most
@@ -379,8 +379,8 @@ LIMITS = (
         distance=30,
         in_flight=4,
     ),
-    # Goal: distance=20 and in_flight=4. The readers of a cell are the output pixels that sample it; the row of each is
-    # used as soon as it is loaded.
+    # Goal: distance=20 and in_flight=4. The readers of a cell are the output pixels that sample it; the output gradient
+    # of each reader is used as soon as it is loaded.
     Limit(
         "deform_conv2d_input_gradient_kernel<Tf32, *, 4>",
         "lists of readers, as in 16 bits",

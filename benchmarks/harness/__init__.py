@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark harness: each script beside this folder declares its cases and calls `main`.
+"""Harness of benchmarks: a script declares its cases as a `Benchmark` and calls `main`.
 
-A script gives a `Benchmark`: the `setup` of the inputs of a case, the `providers`, the `sweep` of cases, and the
-float64 oracle. All providers compute the same result from the same inputs. The harness treats all operators alike:
+A `Benchmark` has the `setup` of the inputs of a case, the `providers`, the `sweep` of cases, and the float64 oracle.
+All providers compute the same result from the same inputs. The harness treats all operators alike:
 
 1. It compares each provider's result and gradient with the oracle in float64. A wrong result of spatialflow ends the
    run. A baseline without support for a 16-bit dtype is timed in float32; its label has the dtype.
@@ -10,11 +10,11 @@ float64 oracle. All providers compute the same result from the same inputs. The 
 3. It reports medians with the 10 % and 90 % quantiles. `ratio` is a provider's median over that of spatialflow.
 4. It prints a table and writes `results/<device>/<op>.json` with a plot.
 
-On CUDA there are two times, both with an L2 cache that was overwritten before. `median_ms` is the time of a call: from
+On CUDA a call has two times, each measured after the L2 cache is overwritten. `median_ms` is the time of a call: from
 the call to its completion, by the host's clock. `kernel_ms` is the work of the GPU alone: the replay of a CUDA graph.
 If a provider cannot be captured in a graph, `kernel_ms` is the sum of its kernels by the profiler, without gaps.
 
-`python benchmarks/harness` prints the kept results as Markdown tables, one per device.
+`python benchmarks/harness` prints the saved results as Markdown tables, grouped by device.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print the kept results as Markdown tables, one per device: `python benchmarks/harness`."""
+"""Print the saved results as Markdown tables, grouped by device: `python benchmarks/harness`."""
 
 import sys
 from pathlib import Path

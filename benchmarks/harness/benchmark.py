@@ -52,10 +52,10 @@ class Provider:
         prepare: `prepare(*inputs, **options)` returns the arguments of `call`; it is not timed.
         only_cuda: skip the provider on other devices.
         only_forward: skip the provider in mode "forward+backward".
-        waits: it cannot be captured in a CUDA graph, because it reads values from the device or uses another stream.
+        waits: the call cannot be captured in a CUDA graph, because it reads device values or uses another stream.
         around: context manager for the call and its gradients.
-        lowered: indices of further inputs that it needs in the dtype of the features, as torchvision's operators do.
-            The conversion is not timed.
+        lowered: indices of further inputs that are converted to the dtype of the features, as torchvision's operators
+            need them. The conversion is not timed.
     """
 
     call: Callable[..., Any]
@@ -68,7 +68,7 @@ class Provider:
 
 
 def compiled(function: Callable[..., Any]) -> Provider:
-    """Return a provider that runs the function through torch.compile; on CUDA only, where torch brings its compiler."""
+    """Return a provider that runs the function through torch.compile; on CUDA only, where Triton compiles the code."""
 
     def prepare(*inputs: Any, **options: Any) -> tuple:
         return torch.compile(partial(function, **options), dynamic=False), *inputs
@@ -77,7 +77,7 @@ def compiled(function: Callable[..., Any]) -> Provider:
 
 
 def deterministic(function: Callable[..., Any] | Provider | None) -> Provider | None:
-    """Return the provider under torch.use_deterministic_algorithms; on CUDA only, where other kernels are used."""
+    """Return the provider under torch.use_deterministic_algorithms; on CUDA only, where this selects other kernels."""
     if function is None:
         return None
     provider = function if isinstance(function, Provider) else Provider(function)
@@ -86,7 +86,7 @@ def deterministic(function: Callable[..., Any] | Provider | None) -> Provider | 
 
 @contextlib.contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Enable torch's deterministic algorithms, but not its filling of new tensors, a debugging aid."""
+    """Enable torch's deterministic algorithms without `fill_uninitialized_memory`, a debugging aid that takes time."""
     before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -146,7 +146,7 @@ def optional(module: str) -> Any | None:
     """Import a module; return None if it is not installed or cannot be used.
 
     `(tv := optional("torchvision.ops")) and tv.nms` is a provider. A torchvision built for another torch raises
-    RuntimeError when it registers operators that it has no kernels for.
+    RuntimeError at import, because its compiled operators are not loaded.
     """
     try:
         return importlib.import_module(module)
@@ -177,9 +177,10 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
 
 
 def largest_error(result: Any, expected: Any) -> float:
-    """Return the largest difference relative to the largest expected value; infinite if the shapes differ.
+    """Return the largest error of the tensors in a result; infinite if numbers or shapes of tensors differ, or for NaN.
 
-    For integers it is the share of entries that differ.
+    The error of a floating-point tensor is the largest difference relative to the largest expected value. The error of
+    any other tensor is the share of entries that differ.
     """
     results, expecteds = leaves(result), leaves(expected)
     if len(results) != len(expecteds):

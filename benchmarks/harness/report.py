@@ -79,7 +79,7 @@ def commit() -> str | None:
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the conditions of a measurement: device, threads, versions, commit, date."""
+    """Return the conditions of a measurement: device, threads, CPU level, versions, commit, date."""
     import spatialflow
     from spatialflow import _library
 

@@ -19,7 +19,7 @@
 
 using bf16 = __nv_bfloat16;
 
-// Instructions as the kernels use them.
+// Instructions that the kernels of the package use.
 using spatialflow::fence_async_proxy;
 using spatialflow::mbarrier_arrive;
 using spatialflow::mbarrier_expect;
@@ -181,7 +181,7 @@ inline CUresult encode_map(
 }
 
 // Encode an NHWC tensor as planes of 8 channels, {8, W, H, C/8, N}. The box {8, box_x, box_y, 8, 1} is stored as
-// [chunk][y][x][8].
+// [plane][y][x][8].
 inline CUresult encode_planes(
     CUtensorMap* map, const void* x, cuuint64_t n, cuuint64_t h, cuuint64_t w, cuuint64_t c, cuuint32_t box_x = 10,
     cuuint32_t box_y = 10) {
@@ -266,8 +266,8 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity,
     }
 }
 
-// Copy a box to the same address in every block of the cluster in the mask `blocks`. The mbarrier of each block counts
-// the bytes.
+// Copy a box to the same shared address in every block of the cluster whose bit is set in `blocks`. The mbarrier of
+// each of these blocks counts the bytes.
 __device__ __forceinline__ void tma_load_3d_multicast(
     unsigned target, const CUtensorMap* map, int c0, int c1, int c2, unsigned barrier, unsigned short blocks) {
     asm volatile(

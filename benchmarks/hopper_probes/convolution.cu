@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Prototype of a 3x3 convolution for Hopper: NHWC bf16, 256 to 256 channels, stride 1, bias and ReLU.
-// A block computes 256 pixels (four 8x8 sub-tiles of any level) by 128 outputs. For every 64 channels the 10x10 halo of
-// each sub-tile is loaded once by TMA for nine taps: A of tap (dy, dx) starts dy rows and dx pixels later. Warp 0 loads
-// halos (two stages), warp 1 weights (five stages of a tap), two warpgroups multiply (wgmma m64n128k16).
-// CLUSTER 2: each of two blocks with the same outputs loads half of the weights, to both.
-// PLANES: halo as [8 chunks][10][10][8 channels], no swizzle. ROWS: halo as [10][10][64 channels], 128-byte swizzle.
+// For a work item, a block computes 256 pixels (four 8x8 sub-tiles of any level) by 128 outputs. For every chunk of 64
+// channels the 10x10 halo of each sub-tile is loaded once by TMA for nine taps: A of tap (dy, dx) starts dy rows and dx
+// pixels later. Warp 0 loads halos (two stages), warp 1 loads weights (five stages of one tap each), and two warpgroups
+// multiply (wgmma m64n128k16).
+// CLUSTER 2: two blocks compute the same outputs of different pixels. Each loads half of the weights for both.
+// PLANES: halo as [8 planes][10][10][8 channels], no swizzle. ROWS: halo as [10][10][64 channels], 128-byte swizzle.
 #include "probes.h"
 
 namespace {
@@ -16,7 +17,7 @@ constexpr int MEMORY = A_STAGES * A_BYTES + B_STAGES * B_BYTES + 2 * STAGING_BYT
 static_assert(MEMORY <= 227 * 1024 - 2048, "dynamic and static shared memory of one block");
 
 enum Layout { PLANES, ROWS };
-// Loads that are skipped. The sums are then wrong, but the time shows whether these loads limit it.
+// Loads that are skipped. The sums are then wrong, but the time shows whether these loads limit the kernel.
 enum Skip { LOAD_ALL = 0, SKIP_A = 1, SKIP_B = 2 };
 
 struct Maps {
@@ -33,7 +34,7 @@ struct Profile {
 
 __device__ __forceinline__ uint64_t clock_if(bool wanted) { return wanted ? uint64_t(clock64()) : 0; }
 
-// Stage of a ring and the parity of its next phase.
+// Current stage of a ring of mbarriers, and the parity to wait for.
 template <int STAGES>
 struct Ring {
     int stage = 0;
@@ -47,7 +48,7 @@ struct Ring {
     }
 };
 
-// Block of the kernel: its items, its shared memory, and the roles of its warps.
+// Block of the kernel: its work items, its shared memory, and the roles of its warps.
 template <Layout LAYOUT, int CLUSTER, bool PROFILE>
 struct Block {
     const Maps& maps;
@@ -209,7 +210,7 @@ struct Block {
         }
     }
 
-    // Multiply the taps of 64 channels.
+    // Multiply the nine taps of one chunk of 64 channels.
     __device__ __forceinline__ void multiply_chunk(
         int chunk, int consumer, int lane, bool profiling, int a_stage, Ring<B_STAGES>& ring, int& read_stage,
         Profile& sum, float (&d)[2][OUTPUTS / 2]) const {
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(384, 1) convolution_kernel(
     block.multiply(bias_shared, profile);
 }
 
-// Convolution in float32: a thread computes an output of eight adjacent pixels. Weights [tap][c][o].
+// Convolution in float32: a thread computes one output channel of eight adjacent pixels. Weights: [tap][c][o].
 __global__ void __launch_bounds__(C)
     reference_kernel(const bf16* x, const bf16* weights, const float* bias, float* y, int h, int w) {
     __shared__ float pixels[10][C];
@@ -440,7 +441,7 @@ struct Problem {
         }
     }
 
-    // Print some elements that differ from the reference; return the number of all that differ.
+    // Print up to eight elements per level that differ from the reference; return the number of all that differ.
     int compare(const bf16* transposed_weights, const float* bias, float absolute, float relative, const char* what) {
         int wrong = 0;
         Buffer<Mismatches> mismatches(1);
@@ -490,8 +491,8 @@ void upload(const Buffer<bf16>& target, const std::vector<bf16>& values) {
     CHECK(cudaMemcpy(target.data, values.data(), values.size() * sizeof(bf16), cudaMemcpyHostToDevice));
 }
 
-// Locate an error by weights of one tap that copy the channels: each output is then a shifted input. `launch(bias)`
-// runs the convolution.
+// Locate an error: run the convolution with weights that are the identity at one tap and zero elsewhere, tap by tap.
+// Each output is then a shifted input. `launch(bias)` runs the convolution.
 template <typename Launch>
 void probe_taps(Problem& problem, const Buffer<bf16>& weights, Launch launch) {
     Buffer<float> no_bias(C);
@@ -513,7 +514,7 @@ void probe_taps(Problem& problem, const Buffer<bf16>& weights, Launch launch) {
     }
 }
 
-// Return the best milliseconds per launch of `runs` launches in a CUDA graph.
+// Return the milliseconds per launch of `runs` launches in a CUDA graph, the least of three replays.
 template <typename Launch>
 double graph_milliseconds(int runs, Launch launch) {
     cudaStream_t stream;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Probes of latencies (viii): barriers, TMA and loads in cycles; empty kernels in streams and CUDA graphs.
+// Probes of the device's properties, of latencies (barriers, loads from L2 and wgmma, in cycles), and of launches in
+// streams and CUDA graphs.
 #include "probes.h"
 
 namespace {
@@ -18,7 +19,7 @@ __global__ void syncthreads_kernel(uint64_t* result) {
     }
 }
 
-// Barrier of a warpgroup; the block has two warpgroups, each with its barrier.
+// Named barrier of a warpgroup; each of the two warpgroups of the block has a separate barrier.
 __global__ void named_barrier_kernel(uint64_t* result) {
     __syncthreads();
     const int id = 1 + threadIdx.x / 128;
@@ -169,8 +170,8 @@ __global__ void dependent_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// Kernel number `step` of a sequence: busy for `cycles` after its wait. Each kernel increments `count`; a wrong count
-// on entry shows that kernels ran out of order.
+// Kernel number `step` of a sequence: busy for `cycles` after its wait. Each kernel then sets `count` to step + 1. A
+// count other than `step` after the wait shows that kernels ran out of order.
 __global__ void chained_kernel(int* count, int step, int cycles, int* out_of_order) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -199,7 +200,8 @@ cudaError_t launch_chained(
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Return the microseconds per kernel of `count` kernels in sequence, launched by `launch(stream, step)`.
+// Return the microseconds per kernel of `count` kernels in sequence, launched by `launch(stream, step)`; the least of
+// four repeats.
 template <typename Launch>
 float chain_microseconds(bool graph, int count, const char* what, Launch launch) {
     cudaStream_t stream;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Probes of operand layouts: shifted planes (i), shifted rows with 128-byte swizzle (ii), layouts of fragments (iii).
+// Probes of operand layouts: shifted planes, shifted rows with 128-byte swizzle, and layouts of fragments.
 // All data are small integers, so products are exact, and a different element shows a wrong layout.
 #include <utility>
 
@@ -14,7 +14,8 @@ constexpr int PRODUCT = 64 * OUTPUTS;
 
 float value(bf16 x) { return __bfloat162float(x); }
 
-// Return channels [64, 128) of the second image from (y0 - 1, x0 - 1) on, zeros outside: the expected box of TMA.
+// Return the box that TMA is expected to load: channels [64, 128) of the second image from pixel (y0 - 1, x0 - 1) on,
+// with zeros outside the image.
 std::vector<bf16> halo_tile(const std::vector<bf16>& image, int y0, int x0) {
     std::vector<bf16> tile(HALO * HALO * CHANNELS, __float2bfloat16(0));
     for (int y = 0; y < HALO; ++y) {
@@ -41,7 +42,7 @@ __device__ void store_product(const float (&d)[OUTPUTS / 2], float* product) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------ (i)
+// ------------------------------------------------------------------------------------------------ planes
 
 struct PlanesShared {
     alignas(128) bf16 tile[TILE_BYTES / 2];
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(128) shifted_planes_kernel(
     }
 }
 
-// ------------------------------------------------------------------------------------------------ (ii)
+// ------------------------------------------------------------------------------------------------ rows
 
 struct Start {
     int row;          // first pixel of the tile in units of 128-byte rows
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(128) shifted_rows_kernel(
     }
 }
 
-// ------------------------------------------------------------------------------------------------ (iii)
+// ------------------------------------------------------------------------------------------------ fragments
 
 template <int N, bool REGISTERS>
 __global__ void __launch_bounds__(128) fragment_kernel(const bf16* a, const bf16* b, float* sums) {
@@ -191,7 +192,7 @@ struct FragmentCounts {
     int sizes = 0, right[2] = {}, first_wrong_n[2] = {};
 };
 
-// Return the number of elements that the documented layout does not give.
+// Return the number of elements that are not where the documented layout has them.
 template <int N, bool REGISTERS>
 int misplaced(const std::vector<bf16>& a, const std::vector<bf16>& b) {
     Buffer<bf16> a_device(a), b_device(b);
@@ -264,7 +265,8 @@ struct FirstWrong {
     }
 };
 
-// Return the number of wrong elements in the product of a tap of `tile`; `first` receives the first of all taps.
+// Return the number of wrong elements in the product of a tap of `tile`. If `is_first`, `first` receives the first of
+// them.
 int wrong_elements_of_tap(
     const std::vector<float>& products, const std::vector<bf16>& tile, const std::vector<bf16>& weights, int tap,
     bool is_first, FirstWrong& first) {
@@ -284,8 +286,11 @@ int wrong_elements_of_tap(
     return wrong;
 }
 
-// Rules for the position of a 16-byte chunk of a row that wgmma reads: the pixels that are wanted; exclusive or of the
-// chunk with the address; with the row of the matrix; with the address minus the base offset.
+// Rules for where in its 128-byte row wgmma reads a 16-byte chunk of A. Each number below is taken modulo 8.
+// 0: the chunk of the wanted pixel, wherever TMA has stored it.
+// 1: exclusive or of the chunk and the address in units of 128 bytes.
+// 2: exclusive or of the chunk and the row of the matrix.
+// 3: exclusive or of the chunk and the difference of that address and the base offset field.
 constexpr int RULES = 4;
 
 // Return whether a product fits a rule. `shared` is the tile as TMA has stored it.
@@ -416,8 +421,8 @@ void probe_rows() {
         const std::vector<uint4> shared_image = dump.host();
         const bf16* shared = reinterpret_cast<const bf16*>(shared_image.data());
 
-        // Position at which TMA stores 16-byte chunk `chunk` of row `row`: exclusive or with the address, or with the
-        // row's number in the box.
+        // Count the chunks that fit each of two rules for the position of a 16-byte chunk in its row: exclusive or of
+        // the chunk with the address in units of 128 bytes, or with the row's number in the box.
         int by_address = 0, by_row = 0;
         for (int i = 0; i < HALO * HALO * 8; ++i) {
             const int row = i / 8, chunk = i % 8;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Probes of rates: TMA boxes from L2 (iv), reductions to global memory (v), mma.sync and wgmma (vi), L2 and HBM (vii).
+// Probes of rates: TMA boxes from L2, reductions to global memory, mma.sync and wgmma, reads of L2, copies in HBM.
 #include "probes.h"
 
 namespace {
@@ -8,7 +8,7 @@ struct Cycles {
     uint64_t sum, longest, nanoseconds;
 };
 
-// Summarize {cycles, nanoseconds} of all blocks; their ratio is the clock frequency during the run.
+// Summarize the {cycles, nanoseconds} of all blocks: the sum of the cycles, and both numbers of the longest block.
 Cycles summarize(const Buffer<uint64_t>& buffer) {
     Cycles result{};
     const std::vector<uint64_t> values = buffer.host();
@@ -34,12 +34,12 @@ __device__ void store_stopwatch(const Stopwatch& start, uint64_t* result) {
     result[2 * blockIdx.x + 1] = nanoseconds() - start.time;
 }
 
-// ------------------------------------------------------------------------------------------------ (iv), (vii)
+// ------------------------------------------------------------------------------------------------ tma, l2
 
 constexpr int H = 100, W = 168, C = 256, HALO_BYTES = 12800, WEIGHT_BYTES = 16384, LINEAR_BYTES = 16384;
 enum Kind { PLANES, ROWS, WEIGHTS, LINEAR };
 
-// Copy boxes by one thread, `stages` in flight; no thread reads them.
+// Copy boxes to shared memory by one thread, `stages` boxes in flight; no thread reads them.
 template <Kind KIND>
 __global__ void __launch_bounds__(32) tma_rate_kernel(
     const __grid_constant__ CUtensorMap map, const char* linear, int linear_boxes, int loops, int stages,
@@ -117,7 +117,7 @@ void tma_rate(const char* name, const CUtensorMap& map, const char* linear, int 
     }
 }
 
-// ------------------------------------------------------------------------------------------------ (v)
+// ------------------------------------------------------------------------------------------------ red
 
 constexpr int ROW_FLOATS = 256, RED_ROWS = 8192;  // 8 MB
 enum Reduction { FULL_SECTORS, HALF_SECTORS, SCALAR, PAIRS };
@@ -180,7 +180,7 @@ void red_rate(const char* name) {
         rows * ROW_FLOATS * 4 / ms * 1e-6, ms * 1e6 / rows, total == 4 * rows * ROW_FLOATS ? "true" : "false");
 }
 
-// ------------------------------------------------------------------------------------------------ (vi)
+// ------------------------------------------------------------------------------------------------ mma, wgmma
 
 __device__ __forceinline__ unsigned random_pair(unsigned seed) {
     // Two bf16 of either sign with exponent 0 or -1 and random mantissas.
@@ -255,7 +255,8 @@ void mma_rate() {
 enum Operand { SWIZZLED, SWIZZLED_SHIFTED, FLAT_PLANES, FLAT_PLANES_SHIFTED, REGISTERS };
 constexpr int A_BYTES = 4 * 14336, B_BYTES = 32768, WGMMA_MEMORY = A_BYTES + 2 * B_BYTES + 1024;
 
-// Descriptor of A for k-step `s` of a tap, which begins `shift` pixels after `start`.
+// Descriptor of A for k-step `s` of a tap. The shifted operands begin `shift` pixels after `start`, the others at
+// `start`.
 template <Operand A>
 __device__ __forceinline__ uint64_t operand_descriptor(unsigned start, int shift, int s) {
     if constexpr (A == SWIZZLED) {
@@ -284,7 +285,7 @@ __device__ __forceinline__ void multiply_tap(
     }
 }
 
-// Multiply by two warpgroups, each with TILES accumulators of 64 x N, over nine taps of four k-steps, `loops` times.
+// Multiply in two warpgroups, each with TILES accumulators of 64 x N, over nine taps of four k-steps, `loops` times.
 template <int N, int TILES, Operand A>
 __global__ void __launch_bounds__(256, 1) wgmma_kernel(int loops, float* sums, uint64_t* result) {
     extern __shared__ unsigned char memory[];
@@ -359,7 +360,7 @@ void wgmma_rate(const char* name) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------ (vii)
+// ------------------------------------------------------------------------------------------------ l2, hbm
 
 __device__ __forceinline__ uint4 load_from_l2(const uint4* source) {
     uint4 x;

@@ -15,7 +15,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-# Probes of layouts measure no time and may run at once; the others run alone.
+# `device` and the probes of layouts measure no time and may run at once; the others run alone.
 TOGETHER = ["device", "planes", "rows", "fragments"]
 CONVOLUTIONS = [f"convolution_{layout}{cluster}" for cluster in ("", "_cluster") for layout in ("planes", "rows")]
 ALONE = ["wgmma", "tma", *CONVOLUTIONS, "mma", "red", "l2", "hbm", "latency", "launch"]
@@ -49,7 +49,7 @@ def run(executable: str, name: str, limit: float) -> list[dict]:
 
 
 def broken_facts(findings: list[dict]) -> list[str]:
-    """Return the facts that kernels and interpreter rely on and that these findings do not confirm."""
+    """Return the facts that these findings do not confirm, of those that kernels and SIMT interpreter rely on."""
     facts = {
         "TMA swizzles by address": [
             finding["fit_xor_by_address"] == finding["pieces"]

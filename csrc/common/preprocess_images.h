@@ -8,8 +8,8 @@
 //   row      = (left * weight + right * weight) >> 4
 //   pixel    = ((upper * weight >> 16) + (lower * weight >> 16) + 2) >> 2
 //
-// An image whose sides are both halved exactly is averaged over 2 x 2 pixels instead: all weights are 1, and only the
-// last shift remains. Files that include this header are compiled without fused multiply-adds.
+// An image whose sides are both halved exactly is averaged over 2 x 2 pixels instead. All weights are then 1, and only
+// the last shift remains. Files that include this header are compiled without fused multiply-adds.
 #pragma once
 
 #include <cmath>

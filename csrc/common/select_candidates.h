@@ -3,8 +3,8 @@
 // Decoding of an anchor and its deltas to a box of the original image, shared by CPU and CUDA.
 //
 //   anchor = base + (x * stride, y * stride) of cell (y, x), with center c and size s
-//   center = c + s * (dx, dy)     size = s * exp(clamp(dw, dh))
-//   box    = clip(center -+ size / 2) / scale
+//   center = c + s * (dx, dy)     size = s * exp(clamp((dw, dh), -log(1000 / 16), log(1000 / 16)))
+//   box    = clip(center -+ size / 2, 0, size of the image without padding) / scale
 //
 // NaN propagates through every step; NMS never keeps such a box.
 #pragma once
@@ -21,7 +21,7 @@ namespace spatialflow {
 constexpr double kMaxLogRatio = 4.135166556742356;  // log(1000 / 16)
 
 // Compute the interval of a box on one axis from the base anchor [low, high] moved by `shift`. `limit` is the size of
-// the valid image.
+// the image without padding.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE void decode_axis(
     float low, float high, int64_t shift, real_t offset, real_t log_ratio, real_t limit, real_t scale, real_t& begin,
@@ -43,7 +43,7 @@ SPATIALFLOW_HOST_DEVICE void decode_axis(
 
 template <typename real_t>
 struct CandidateImage {
-    real_t height, width;  // of the valid image
+    real_t height, width;  // of the image without padding
     real_t scale_x, scale_y;
 };
 

@@ -11,7 +11,8 @@ namespace spatialflow {
 
 static_assert(kGemmColumnPadding == kPackedOutputs, "packed weights have one size on every back end");
 
-// Columns of a panel of float32 (see packed_tag); the layout of packed weights depends on nothing else.
+// Number of columns of a panel of float32. For each algorithm and dtype, it determines the layout of packed weights
+// (packed_tag).
 constexpr int64_t kPackedColumns = kGemmColumns<float>;
 
 // Dense copy of the bias in the accumulation type.

@@ -18,7 +18,7 @@ namespace {
 // Number of values of the columns of a block. These 256 KiB of float leave space for the sums of the block in an L2
 // cache of 1 MiB.
 constexpr int64_t kColumnValues = 64 * 1024;
-constexpr int64_t kDepth = kGemmDepth;  // taps are gathered together up to this depth of the matrix product
+constexpr int64_t kDepth = kGemmDepth;  // maximum taps * channels of a group in one product of several taps
 constexpr int64_t kMaxBlockPixels = 16 * kGemmRows;
 constexpr int64_t kPackedColumns = kGemmColumns<float>;  // see packed_tag
 
@@ -45,7 +45,7 @@ void multiply_taps(
     }
 }
 
-// Add bias and optional ReLU to the sums of a block, and store them in the dtype and layout of the output.
+// Add bias to the sums of a block, apply ReLU if kRelu, and store them in the dtype and layout of the output.
 template <bool kRelu, typename scalar_t, typename real_t>
 void store_block(
     const real_t* sums,  // (pixels, O), row stride `stride`

@@ -183,7 +183,7 @@ void pack_slices(
 }
 
 // Add the gradients of the columns of one tap and `count` pixels to grad_input of an image, and write their partial
-// sampling gradients. `pixel` is the first of the pixels among those of all images.
+// sampling gradients. `pixel` is the index of the first pixel among the output pixels of all images.
 template <typename scalar_t>
 void scatter_columns(
     const DataGradient<scalar_t>& problem, const Slice& slice, int64_t slice_index, int64_t pixel, int64_t count,

@@ -57,8 +57,8 @@ extern "C" {
 __attribute__((visibility("default"))) inline std::atomic<bool> spatialflow_threads_were_used{false};
 }
 
-// Call body(begin, end) for parts of [begin, end) on the threads of torch. At most `grain` indices are one part, which
-// runs in the calling thread. `body` may throw only if it runs out of memory.
+// Call body(begin, end) for parts of [begin, end) on the threads of torch. A range of at most `grain` indices is one
+// part, which runs in the calling thread. `body` may throw only if it runs out of memory.
 template <typename Body>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     if (begin < end) {

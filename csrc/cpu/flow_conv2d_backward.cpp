@@ -5,10 +5,11 @@
 //   grad_weight[o, c, tap] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + tap, c]
 //
 // The gradient with respect to x and flow is flow_conv2d with rotated weights. Both algorithms process chunks: they
-// transform a chunk of inputs and gradients, then add its product to blocks of the result. The order of these sums does
-// not depend on the number of threads. Winograd is the transpose of the forward pass. With V = B^T d B and D = A dY A^T
-// per tile, the gradient of the transformed weights is the sum of V^T D over tiles. These are 36 matrix products; the
-// transform by G^T and G gives nine taps. The direct algorithm computes one product per tap and row of pixels.
+// transform a chunk of inputs and of gradients, then add the product of the two to blocks of the result. The order of
+// these sums does not depend on the number of threads. Winograd is the transpose of the forward pass. Let V = B^T d B
+// and D = A dY A^T for each tile. The gradient of the transformed weights is the sum of V^T D over tiles. These are 36
+// matrix products; the transform by G^T and G gives nine taps. The direct algorithm computes one product per tap and
+// row of pixels.
 #include "cpu/conv3x3_direct.h"
 #include "cpu/conv3x3_tensors.h"
 #include "cpu/winograd.h"
@@ -16,9 +17,9 @@
 namespace spatialflow {
 namespace {
 
-constexpr int64_t kChunkTiles = 128;            // Winograd tiles per chunk
-constexpr int64_t kTaskTiles = 8;               // tiles that a task transforms
-constexpr int64_t kChunkPixels = 1024;          // least number of output pixels per chunk of the direct algorithm
+constexpr int64_t kChunkTiles = 128;    // Winograd tiles per chunk
+constexpr int64_t kTaskTiles = 8;       // tiles that a task transforms
+constexpr int64_t kChunkPixels = 1024;  // minimum output pixels per chunk of the direct algorithm, except the last
 constexpr int64_t kTaskInputs = 4 * kGemmRows;  // input channels per block of the result
 
 template <typename scalar_t>

@@ -4,8 +4,8 @@
 //
 // An update feature = relu(conv(feature + flow(source))) runs in two steps: first the flows, with the addition in their
 // epilogue, then the convolutions. A step has one parallel loop per algorithm in use. The flows of one loop share the
-// input transform of their source. Only sums are stored, never flows. A sum overwrites its feature unless that is an
-// input level, and the memory of maps that no feature uses is reused.
+// input transform of their source. Only sums are stored, never flows. A sum overwrites its feature unless the feature
+// is an input level, and the memory of maps that no feature uses is reused.
 #include <utility>
 
 #include "cpu/conv3x3_tensors.h"

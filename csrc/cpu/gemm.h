@@ -8,8 +8,9 @@
 // B is packed into panels of kColumns adjacent columns, so that each step over k reads whole vectors in order. A tile
 // of kRows x kColumns of C stays in registers during the loop over k. Each value of A is broadcast; each vector of B is
 // used kRows times. The tile fills the register file; variants with fewer rows compute the rest of m. Kernels with
-// another epilogue or with A in parts (one per tap of a convolution) use `multiply_tile`.
-// Sums run over k in ascending order in `real_t` (float or double): results do not depend on threads or on m and n.
+// another epilogue or with A in parts (one per tap of a convolution) use `multiply_tile`. Sums in `real_t` (float or
+// double) run over k in ascending order, in blocks of kGemmDepth whose sums are added to C. Results do not depend on
+// the number of threads or on m and n.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,8 @@
 
 namespace spatialflow {
 
-// A tile needs kRows * kVectors sums, kVectors registers for B, and one for a broadcast unless it is a memory operand.
+// Registers of a tile: kGemmRows * kGemmVectors sums, kGemmVectors vectors of B, and a broadcast value of A unless it
+// is a memory operand.
 #if defined(__AVX512F__)
 constexpr int kGemmRows = 14;
 #elif defined(__AVX2__)

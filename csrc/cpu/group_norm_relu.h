@@ -177,7 +177,7 @@ std::vector<Affine<real_t>> affine_of_images(
     return affine;
 }
 
-// Lanes of kVectors vectors as an array, for loops that add them to float64.
+// Lanes of kVectors vectors as an array, for loops that add them to float64 sums.
 template <int kVectors, typename real_t>
 struct LanesOf {
     static constexpr int count = kVectors * kLanes<real_t>;

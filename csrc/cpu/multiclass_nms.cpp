@@ -2,10 +2,10 @@
 //
 // Class-wise NMS of a batch of boxes with per-class scores, on the CPU.
 //
-// NMS of each class, then selection of the best `max_detections` pairs, has the same result as one greedy pass over all
-// (box, class) pairs in score order. The pass stops early. So only the best pairs are sorted, a chunk at a time. The
-// first chunk has at least max(1024, 4 * max_detections) pairs, or all. The minimum of each next chunk is four times as
-// large.
+// The result is that of NMS of each class, then selection of the best `max_detections` (box, class) pairs. One greedy
+// pass over all pairs in score order has the same result and stops early. So only the best pairs are sorted, a chunk at
+// a time. The first chunk has at least max(1024, 4 * max_detections) pairs, or all. The minimum of each next chunk is
+// four times as large.
 #include "ops/multiclass_nms.h"
 
 #include <cstring>

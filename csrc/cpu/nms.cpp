@@ -26,7 +26,7 @@ constexpr int64_t kThreadsFrom = 32768;
 template <typename real_t>
 struct SortedCandidates {
     const Box<real_t>* boxes;                  // by row
-    std::vector<ScoreEntry<real_t>> by_score;  // valid rows, best first; a `position` is an index into it
+    std::vector<ScoreEntry<real_t>> by_score;  // valid rows, best first; a `position` is an index into this list
 
     const Box<real_t>& box(int64_t position) const { return boxes[by_score[static_cast<size_t>(position)].row]; }
 };
@@ -48,7 +48,7 @@ SortedCandidates<real_t> sorted_candidates(const Box<real_t>* boxes, const real_
     return candidates;
 }
 
-// Whether a kept box suppresses `box`. Only the cells that can contain the center of such a box are searched.
+// Whether a kept box suppresses `box`. Only the cells that can contain the center of a suppressing box are searched.
 template <typename real_t>
 __attribute__((always_inline)) inline bool suppressed_by_neighbors(
     const SelectedBoxes<real_t>& kept, const UniformGrid<real_t>& grid, const Box<real_t>& box, real_t area,

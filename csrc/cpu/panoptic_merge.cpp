@@ -3,12 +3,13 @@
 // Panoptic merge on the CPU, from instances, a stuff label map and boxes to an id map and a table of segments.
 //
 // Masks are first packed to one bit per pixel, so a row of 640 pixels is ten words. Packing takes most of the time and
-// is the only pass over all K x H x W bytes. The greedy selection of instances computes overlaps by popcounts of ANDs.
-// The id map is written row by row: stuff first, then each kept instance, without the pixels of earlier ones. The void
-// pixels that remain are a bit mask, too. The void pixels of each box are counted in it, and filled if they are enough.
+// is the only pass over the bytes of the candidates' masks. The greedy selection of instances computes overlaps by
+// popcounts of ANDs. The id map is written row by row: stuff first, then each kept instance, without the pixels of
+// earlier ones. The remaining void pixels are another bit mask. It gives the number of void pixels of each box. If
+// their fraction of the box reaches the threshold, they are filled.
 //
-// Packing is parallel over (mask, rows), stuff statistics and painting over rows. Counts are integers, so the result
-// does not depend on the number of threads.
+// Packing is parallel over (mask, rows). Stuff statistics and painting are parallel over rows. Counts are integers, so
+// the result does not depend on the number of threads.
 #include "common/panoptic_merge.h"
 
 #include <algorithm>
@@ -102,8 +103,8 @@ struct PackedMasks {
 };
 
 // Keep or drop the candidates in order. The mask of a kept candidate loses the pixels of earlier kept candidates, the
-// set bits of `used`. A dropped candidate gets row counts of 0. Return the kept segments; candidate_ids[c] is the id of
-// candidate c, 0 if dropped.
+// set bits of `used`. Row counts become 0 for a dropped candidate, and for rows without remaining pixels; other row
+// counts do not change. Return the kept segments; candidate_ids[c] is the id of candidate c, 0 if dropped.
 std::vector<Segment> keep_instances(
     PackedMasks& masks, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
     double overlap_threshold, std::vector<uint64_t>& used, std::vector<int32_t>& candidate_ids) {
@@ -282,8 +283,8 @@ void paint(
     });
 }
 
-// Fill boxes in score order. If enough of a box is void, assign its void pixels to the segment of its instance, or to a
-// new segment.
+// Fill boxes in score order. If the void fraction of a box reaches the threshold, assign its void pixels to the segment
+// of its instance, or to a new segment.
 void fill_boxes(
     const double* boxes, const std::vector<int64_t>& order, const int64_t* labels, const Image& image,
     double box_overlap_threshold, std::vector<int32_t>& candidate_ids, std::vector<uint64_t>& void_bits,

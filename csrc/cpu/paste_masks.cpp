@@ -47,7 +47,7 @@ struct Runs {
 
 template <typename real_t>
 void paste_row(
-    const real_t* cells,  // (M + 2), zeros at both ends
+    const real_t* cells,  // (MW + 2), zeros at both ends
     const Runs<real_t>& runs, real_t threshold,
     uint8_t* row) {  // (W)
     const auto count = static_cast<int64_t>(runs.begin.size()) - 1;

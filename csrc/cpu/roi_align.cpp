@@ -54,8 +54,9 @@ struct AxisTaps {
     }
 
 private:
-    // Add a tap, or add to the tap of the same cell. Sample coordinates ascend, so that tap can only be one of the last
-    // two. Coordinates of a reversed RoI descend; a cell may then have two taps, whose weights add up to its weight.
+    // Add a tap, or add to the tap of the same cell. Sample coordinates ascend, so only the last two taps can have the
+    // same cell. Coordinates of a reversed RoI descend; a cell may then have two taps, whose weights add up to its
+    // weight.
     void add(size_t first, int64_t offset, real_t weight) {
         if (weight == real_t(0)) {
             return;

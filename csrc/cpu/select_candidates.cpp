@@ -50,7 +50,7 @@ struct CandidateProblem {
     int64_t rows;  // candidates of an image
 };
 
-// The largest logit that is not NaN, or minus infinity.
+// Return the largest logit that is not NaN, or minus infinity if there is none.
 template <typename scalar_t>
 accum_t<scalar_t> best_logit(const scalar_t* logits, int64_t classes) {
     using real_t = accum_t<scalar_t>;

@@ -4,9 +4,9 @@
 //
 // A block of rows is processed in a buffer that stays in the L1 cache. The logits are copied, negated for the label's
 // class, and replaced by f or a derivative (common/sigmoid_focal_loss.h). The element of the label's class is
-// multiplied by the positive weight, negated for odd derivatives; all others are multiplied by the negative weight.
-// Each block has a partial sum in double. The partial sums are added in order, so the total does not depend on the
-// number of threads.
+// multiplied by the positive weight, negated for odd derivatives; all others are multiplied by the negative weight. The
+// label `classes` means background. Rows with a label outside [0, classes] give zeros. Each block has a partial sum in
+// double. The partial sums are added in order, so the total does not depend on the number of threads.
 #include "ops/sigmoid_focal_loss.h"
 
 #include <algorithm>

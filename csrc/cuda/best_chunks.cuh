@@ -70,7 +70,7 @@ __device__ __forceinline__ bool select_chunk(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, const Entry<key_t>& begin,
     Shared<unsigned> histogram,  // (kBins)
     Shared<unsigned> sums,       // (kGreedyWarps)
-    Shared<unsigned> cut,        // (kCutWords): first bin that does not fit; number of entries before it
+    Shared<unsigned> cut,        // (kCutWords): first bin that does not fit; number of entries before it; unused
     Entry<key_t>& end) {
     constexpr int kKeyBits = static_cast<int>(8 * sizeof(key_t)), kRowBits = 32;
     const int thread = static_cast<int>(threadIdx.x);
@@ -145,7 +145,7 @@ __device__ __forceinline__ int next_chunk(
     Shared<Entry<key_t>> chunk,  // (kChunk)
     Shared<unsigned> histogram,  // (kBins)
     Shared<unsigned> sums,       // (kGreedyWarps)
-    Shared<unsigned> cut) {      // (kCutWords)
+    Shared<unsigned> cut) {      // (kCutWords): two words for select_chunk; number of gathered entries
     const int thread = static_cast<int>(threadIdx.x);
     Entry<key_t> end;
     if (!select_chunk(keys, rows, count, begin, histogram, sums, cut, end)) {

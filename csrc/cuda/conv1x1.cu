@@ -5,8 +5,8 @@
 //   out[p, o] = relu(sum_c x[p, c] * weight[o, c] + bias[o] + residual[p, o])
 //
 // for pixels p of channels-last maps. This kernel runs for all dtypes, sizes and devices that sm90_conv1x1.cu does not
-// support. It computes one output value per thread and is not optimized. On devices without sm90_conv1x1.cu, networks
-// use cuDNN (spatialflow/models/optimized/conv.py).
+// support. It computes one output value per thread and is not optimized. Networks call conv1x1 only in 16 bits on
+// compute capability 9.0 (spatialflow/models/optimized/conv.py).
 #include "cuda/launch.h"
 #include "cuda/sm90_conv1x1.h"
 #include "ops/conv1x1.h"

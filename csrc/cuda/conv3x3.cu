@@ -32,8 +32,8 @@ struct SimtConfig {
     static constexpr int kSide = 8, kPixels = kSide * kSide, kOutputs = 64;
     static constexpr int kHeight = kSide, kWidth = kSide;
     static constexpr size_t kSharedBytes = 0;
-    static constexpr int kChannels = 16;  // of a step
-    static constexpr int kGroup = 4;      // of them per iteration of the product
+    static constexpr int kChannels = 16;  // channels per step
+    static constexpr int kGroup = 4;      // channels per iteration of the product loop
     static constexpr int kInputRow = kPixels + 4;
 };
 
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(SimtConfig::kThreads, 2)
 
 // ---- host --------------------------------------------------------------------------------------------------------
 
-// Kernel for tiles of kOutputs outputs, and its sizes. Without tensor cores there is one kernel.
+// Kernel for tiles of kOutputs outputs, and its sizes. Without tensor cores, kOutputs is always 64.
 template <typename operand_t, int kOutputs>
 struct Kernel {
     using scalar_t = element_t<operand_t>;

@@ -12,8 +12,8 @@
 namespace spatialflow {
 
 // Offset of the 16-bit weights in packed float32 weights, in floats. Packed weights are 9 * C * O floats (O padded),
-// then the weights in float16 and in bfloat16. The rows of both are in the order of packed_position. Zeros up to
-// packed_conv_size and the tag follow.
+// then the weights in float16 and in bfloat16. The rows of both 16-bit copies have the order of packed_position. Zeros
+// up to packed_conv_size and the tag follow.
 inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_channels) {
     const int64_t floats = 9 * packed_tap_size(in_channels, out_channels);
     return dtype == ScalarType::Half ? floats : floats + floats / 2;
@@ -50,10 +50,10 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
 }
 
 // Run convolutions that are independent of each other, in one launch if possible. Each algorithm has its own launch. A
-// table that is too small for all convolutions requires more launches. On compute capability 9.0, so do convolutions
-// that its kernel does not support, and a short last round of tiles. `active` is a dense bool tensor (N) with a flag
-// for each image, valid for all levels. Results of inactive images are zero for any inputs, and tiles without an active
-// image are skipped.
+// table that is too small for all convolutions requires more launches. On compute capability 9.0, the convolutions that
+// sm90_conv3x3.cu does not support have another launch, and the last tiles may have one (Sm90Rounds). `active` is a
+// dense bool tensor (N) with a flag for each image, valid for all levels. Results of inactive images are zero for any
+// inputs, and tiles without an active image are skipped.
 void convolve3x3(
     const char* op, std::vector<Convolution> convolutions, Stream stream,
     const std::optional<Tensor>& active = std::nullopt);

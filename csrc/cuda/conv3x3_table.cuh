@@ -86,7 +86,7 @@ __device__ __forceinline__ Vec<scalar_t, 8> load_present(
     return values;
 }
 
-// Store eight adjacent 16-bit outputs, two in each word.
+// Store the first `count` of eight adjacent 16-bit outputs; each word holds two. With `vectorized` all or none exist.
 template <typename scalar_t>
 __device__ __forceinline__ void store_present(
     const Global<scalar_t>& target, bool vectorized, int count, const Vec<unsigned, 4>& words) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ void store_present(
 // read nor multiplied. A block reads the flags of its tiles once, before its first tile. All its threads then process
 // the same tiles and reach the same barriers, even if the flags change during the launch.
 
-constexpr int kMaxBlockTiles = 128;                        // of a block, which has at least one thread per tile
+constexpr int kMaxBlockTiles = 128;                        // maximum tiles of a block; blocks have at least 128 threads
 constexpr int kSkippedWords = kMaxBlockTiles / kWarpSize;  // one bit for each tile of the block, in order
 
 __device__ __forceinline__ bool is_skipped(const Shared<unsigned>& skipped, int tile) {

@@ -5,8 +5,8 @@
 // A block of four warps computes 8 x 16 pixels by 128 or 64 outputs. A K step has 32 channels (float32: 16). Each step
 // loads the tile and its halo once, as x + flow, for all nine taps. ldmatrix reads the rows of each tap from the same
 // buffer. In 16 bits the three taps of a column use a row of inputs while it is in registers. In float32 the weights
-// are the left operand. The next step, even if it is in the next tile, is loaded during the products of this one:
-// inputs through registers, weights by cp.async. Rows in shared memory are padded against bank conflicts.
+// are the left operand. Loads overlap with products, also across tiles: inputs of the next step go through registers,
+// and weights are copied two units ahead by cp.async. Rows in shared memory are padded against bank conflicts.
 #pragma once
 
 #include "cuda/conv3x3_table.cuh"
@@ -174,8 +174,8 @@ struct FloatFragmentCoordinates {
     }
 };
 
-// Initialize the sums with zeros. Bias and residual are added at the end, so that adding a residual here gives the same
-// values as a separate addition of maps.
+// Initialize the sums with zeros. store_sums adds bias and residual after the products, so the results are equal to
+// those of a convolution and a separate addition of the residual.
 template <int kBlocks>
 __device__ __forceinline__ void start_sums(
     const ConvEntry<float>&, const FloatFragmentCoordinates&, Sums<kBlocks>& sums) {
@@ -274,9 +274,9 @@ __device__ __forceinline__ void multiply_unit(
     }
 }
 
-// Multiply a unit in float32. The weights, whose outputs are not permuted by packed_position, are the left operand.
-// Rows of inputs are used for one tap after another. Tf32x3 needs more registers, so its loop over taps is not
-// unrolled.
+// Multiply a unit in float32. The weights, whose outputs are not permuted by packed_position, are the left operand. The
+// taps are processed one after another, each with kWarpRows rows of inputs. Tf32x3 needs more registers, so its loop
+// over taps is not unrolled.
 template <typename Config, typename operand_t>
 __device__ __forceinline__ void multiply_unit(
     const Shared<float>& inputs, const Shared<float>& weights, Sums<Config::kBlocks>& sums, operand_t) {
@@ -329,8 +329,8 @@ template <typename operand_t, int kAccess, int kTileOutputs>
 struct InputLoader {
     using scalar_t = element_t<operand_t>;
     using Config = TensorCoreConfig<operand_t, kTileOutputs>;
-    static constexpr int kThreads = Config::kChannels / Config::kVector;                 // of a pixel
-    static constexpr int kWord = static_cast<int>(sizeof(unsigned) / sizeof(scalar_t));  // elements
+    static constexpr int kThreads = Config::kChannels / Config::kVector;                 // threads per pixel
+    static constexpr int kWord = static_cast<int>(sizeof(unsigned) / sizeof(scalar_t));  // elements per word
 
     const ConvTable<scalar_t>& table;
     Shared<int64_t> pixel_offsets;
@@ -386,7 +386,7 @@ template <typename operand_t, int kTileOutputs>
 struct WeightLoader {
     using scalar_t = element_t<operand_t>;
     using Config = TensorCoreConfig<operand_t, kTileOutputs>;
-    static constexpr int kThreads = Config::kOutputs / Config::kVector;  // of a row
+    static constexpr int kThreads = Config::kOutputs / Config::kVector;  // threads per row
 
     const ConvTable<scalar_t>& table;
     int row, column;
@@ -429,9 +429,9 @@ struct WeightLoader {
     }
 };
 
-// Multiply a step if the warp is `busy`. During its products the next step is loaded. If this step is the last one of
-// its tile, the next step is the first one of tile `next`. This lane reads the first row of inputs at `inputs` and the
-// first tap at `weights`.
+// Multiply a step if the warp is `busy`. During its products the inputs of the next step are loaded, and the weights of
+// each unit are copied two units ahead. After the last step of a tile, the next step is the first one of tile `next`.
+// This lane reads the first row of inputs at `inputs` and the first tap at `weights`.
 template <
     typename operand_t, int kAccess, int kTileOutputs, typename Config = TensorCoreConfig<operand_t, kTileOutputs>>
 __device__ __forceinline__ void multiply_step(

@@ -7,10 +7,11 @@
 //
 // ReLU may follow. input is (N, H, W, C), and is copied if it has another layout. offset and mask have any strides;
 // output is (N, H_out, W_out, O). A block computes 64 or 128 pixels by 64 to 256 outputs of a group, by mma.sync with
-// float32 sums. For float64 and "direct" it computes 64 pixels by at most 128 outputs, by multiply-adds. Columns are
-// gathered into shared memory, 64 bytes per step, during the product of the previous step, and rounded to the operand
-// type once. For few pixels, blocks split the steps of a tile, and another kernel adds their partial sums. 16-bit types
-// on compute capability 9.0a use sm90_deform_conv2d.cu, if it supports the sizes.
+// float32 sums. For float64, and for float32 with "direct", it computes 64 pixels by at most 128 outputs, by
+// multiply-adds. Columns are gathered into shared memory during the product of the previous step, 64 bytes per pixel
+// and step. They are rounded to the operand type once. For few pixels, blocks split the steps of a tile, and another
+// kernel adds their partial sums. 16-bit types on compute capability 9.0a use sm90_deform_conv2d.cu, if it supports the
+// sizes.
 #include "cuda/deform_conv2d.cuh"
 
 #include <algorithm>
@@ -34,11 +35,12 @@ struct ForwardMemory {
     static constexpr size_t kBytes = kLeftBegin * sizeof(real_t) + 2 * Product::kTilesSize * sizeof(scalar_t);
 };
 
-// Position of a thread's item in the columns of a step, for kWidth > 1. Items are in the order of chunks, then taps.
+// Position of a thread's item in the columns of a step, for kWidth > 1. The columns have the order (chunk, tap,
+// channel).
 struct ColumnCursor {
     int channel, chunk, entry;  // channel in the chunk; first channel of the chunk; entry of the table
 
-    // `flat` is an index into a run with `taps` taps, in the order of chunks.
+    // `flat` is an index into a run with `taps` taps, in the same order.
     __device__ __forceinline__
     ColumnCursor(int first_channel, int chunk_channels, int taps, int flat, int count, int position) {
         const int index = flat / (taps * chunk_channels), within_chunk = flat - index * taps * chunk_channels;
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
         });
 }
 
-// Add the parts in order: kWidth outputs of a pixel per thread.
+// Add the parts in order, then the bias, and apply ReLU if `relu`. A thread computes kWidth outputs of a pixel.
 template <typename scalar_t, int kWidth>
 __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
     Global<const accum_t<scalar_t>> parts,                            // (num_parts, pixels, O)
@@ -260,7 +262,7 @@ __global__ void __launch_bounds__(256) deform_conv2d_add_parts_kernel(
 
 const char* const kOp = "deform_conv2d";
 
-// Compute the output from its parts, (parts, pixels * O).
+// Compute the output from its partial sums `parts`, (number of parts, pixels * O).
 template <typename scalar_t>
 void add_parts(
     const char* op, const Tensor& parts, Global<const scalar_t> bias, bool relu, const Tensor& output, Stream stream) {

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Device code shared by the kernels of deformable convolution: sampling positions, column gather, packed weights.
+// Code shared by the forward and backward pass of deformable convolution: sampling positions, column gather, packed
+// weights (device), and operands (host).
 //
 // A cell is a position of the input map with all its channels. Columns, as in im2col, are the sampled values of an
 // output pixel by tap and channel. Outputs are output channels.
 //
-// A run is the largest number of adjacent channels that always share weight group and offset group, gcd(C / groups, C /
-// offset_groups). A run contributes taps * run values to the sum of an output; the channels of a tap are adjacent.
-// `flat` is an index into these values. Packed weights have the order (run of channels, tap, channel of the run). The
-// outputs of the group are adjacent, padded with zeros to whole 16-byte items. The forward pass splits runs into chunks
-// of 128 bytes if deform_chunk allows. It processes all taps of a chunk before the next chunk, so that cells that taps
-// share are still in the cache.
+// A run is a block of adjacent input channels with the same weight group and the same offset group. All runs have the
+// same length, `run` = gcd(C / groups, C / offset_groups) channels. A run contributes taps * run values to the sum of
+// an output, in the order (tap, channel of the run). `flat` is an index into these values. Packed weights have the
+// order (run, tap, channel of the run). The outputs of the group are adjacent, padded with zeros to whole 16-byte
+// items. The forward pass splits runs into chunks of 128 bytes if deform_chunk allows. It processes all taps of a chunk
+// before the next chunk, so that a cell that several taps read is still in the cache.
 #pragma once
 
 #include "common/deform_conv2d.h"
@@ -91,8 +92,8 @@ __device__ __forceinline__ OutputCell output_cell(const DeformProblem<scalar_t>&
     return {image, row - image * problem.out_height, pixel - row * problem.out_width, present};
 }
 
-// Return the output pixel, as an index over all images, that is at `index` in the order of tiles: strips of eight rows,
-// column by column. In this order the taps of a tile share input cells.
+// Return the output pixel at `index` in the order of tiles, as an index over all images. This order goes through strips
+// of eight rows, column by column, so that the taps of a tile share input cells.
 template <typename scalar_t>
 __device__ __forceinline__ int tiled_pixel(const DeformProblem<scalar_t>& problem, int index) {
     constexpr int kStripRows = 8;
@@ -127,8 +128,8 @@ struct DeformSample {
     real_t mask, tangent_y, tangent_x;
 };
 
-// Compute the sample of a tap. Return false if the sample reads no cell: the position is too far outside the map
-// (deform_tap), offset or mask is not finite, or the pixel does not exist.
+// Compute the sample of a tap. Return false if the sample reads no cell. In this case the pixel does not exist, the
+// position is too far outside the map (deform_tap), or offset or mask is not finite.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ bool deform_sample(
     const DeformProblem<scalar_t>& problem, const OutputCell& cell, int offset_group, int tap,
@@ -403,19 +404,21 @@ private:
 // Order of packed weights (see the top of this file), for runs or chunks of `run` channels.
 WeightOrder deform_weight_order(const DeformConvShape& shape, ScalarType dtype, int64_t run);
 
-// Pack the weight (O, C / groups, kernel) in this order, prepared for the algorithm. The result is a vector of C * taps
-// * packed_outputs values, then `tag` zeros.
+// Pack the weight (O, C / groups, kernel height, kernel width) in the order of deform_weight_order. Its values are
+// converted for the algorithm by prepared(). The result is a vector of C * taps * packed_outputs values, then `tag`
+// zeros.
 Tensor pack_deform_weight(
     const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
     Stream stream);
 
-// Return offset and mask in the dtype of sums, with the sigmoid of the mask if `mask_sigmoid`. If both have the same
-// dtype, this takes at most one launch.
+// Return offset and mask in the dtype of sums, with the sigmoid of the mask if `mask_sigmoid`. This takes at most one
+// launch if both have the same dtype, and accum_dtype of this dtype is `accum`.
 std::pair<Tensor, std::optional<Tensor>> sample_operands(
     const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
     const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream);
 
-// Largest 32-bit index of cells, pixels and weights. Indices of feature values have 64 bits.
+// Maximum number of cells, of pixels and of weights, whose indices have 32 bits. Indices of feature values have 64
+// bits.
 constexpr int64_t kMaxDeformIndex = 0x7ffffeff;
 void check_deform_weight_size(const char* op, const DeformConvShape& shape);
 void check_deform_sizes(const char* op, const DeformConvShape& shape);  // of the weight, cells and pixels
@@ -501,8 +504,8 @@ private:
     std::optional<Tensor> mask_, offset_tangent_;
 };
 
-// Call run(tile_columns, width) with two integral constants: the number of columns of a tile, chosen for a product with
-// `columns` columns, and the elements per access.
+// Call run(tile_columns, width) with two integral constants: the number of columns of a tile, and the elements per
+// access. The tile is chosen for a product with `columns` columns.
 template <typename scalar_t, int kMaxColumns, typename Run>
 inline void with_tile(bool vectorized, int64_t columns, Run run) {
     constexpr int kWidth = kVectorElements<scalar_t>;

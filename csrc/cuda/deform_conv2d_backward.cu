@@ -9,8 +9,9 @@
 //   grad_input[cell, c]   = sum over the (p, k, i) with cell_i = cell of mask * value_i * grad_columns
 //   grad_weight[k, c, o]  = sum over p of columns * grad_output[p, o]
 //
-// grad_output is (N, H_out, W_out, O). Other layouts and operand types are those of the forward pass. Each kernel's
-// comment describes the mapping of work to blocks.
+// p is an output pixel, k a tap, c a channel and o an output. grad_output is (N, H_out, W_out, O). Other layouts and
+// operand types are those of the forward pass. The kernels of grad_weight are in deform_conv2d_weight_gradient.cuh,
+// those of grad_input in deterministic mode and in float64 in deform_conv2d_input_gradient.cuh.
 #include "cuda/deform_conv2d.cuh"
 #include "cuda/deform_conv2d_input_gradient.cuh"
 #include "cuda/deform_conv2d_weight_gradient.cuh"
@@ -154,7 +155,8 @@ __device__ __forceinline__ real_t sum_over_lanes(const real_t (&values)[kCount])
     }
 }
 
-// Work of a block of the data gradient with grad_columns. Each of kLanes lanes processes kPart channels of a pixel.
+// Functions with which a block of the data gradient scatters grad_columns to grad_input, and multiplies it with the
+// cells. Each of kLanes lanes processes kPart channels of a pixel.
 template <typename operand_t, int kColumns, int kWidth>
 struct DataGradientBlock {
     using scalar_t = element_t<operand_t>;
@@ -163,8 +165,8 @@ struct DataGradientBlock {
     using Memory = DataMemory<operand_t, kColumns, kWidth>;
     static constexpr int kLanes = Memory::kLanes, kPixels = Memory::kPixels, kPart = Memory::kPart;
     static constexpr int kAccess = kWidth == 1 ? 1 : kPart;
-    // Limited by registers: only 16-bit types load for two pixels at once, and only those with one pass load during the
-    // product.
+    // Registers limit the loads in flight. Only 16-bit types load the cells of two pixels at once (kPair). Of these,
+    // only tiles with one pass load cells during the product (kEarly).
     static constexpr bool kEarly = sizeof(scalar_t) == 2 && Memory::kPasses == 1;
     static constexpr int kPair = sizeof(scalar_t) == 2 ? 2 : 1;
     using Items = CornerItem<scalar_t, kPart, kWidth != 1>[kPair];
@@ -179,7 +181,8 @@ struct DataGradientBlock {
         return static_cast<int>(threadIdx.x) / kLanes + i * (kProductThreads / kLanes);
     }
 
-    // Start the loads for kPair pixels from pixel `first` of this thread on, `count` channels from `channel` on.
+    // Start to load the cells of kPair pixels, from pixel `first` of this thread on: at most `count` channels from
+    // `channel` on.
     __device__ __forceinline__ void fetch(Items& items, int first, int channel, int count) const {
 #pragma unroll
         for (int i = 0; i < kPair; ++i) {
@@ -234,8 +237,8 @@ struct DataGradientBlock {
     }
 };
 
-// Store the gradients w.r.t. offset and mask of a tap of an output pixel. dots[corner] is the product of grad_columns
-// and the cell of that corner.
+// Store the gradients w.r.t. offset and mask of a tap of an output pixel. dots[corner] is the dot product of
+// grad_columns and the cell of that corner.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ void store_sampling_gradients(
     const DeformProblem<scalar_t>& problem, int pixel, int offset_group, int tap, Shared<real_t> dots,
@@ -275,9 +278,9 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_dat
     const __grid_constant__ DeformProblem<element_t<operand_t>> problem,
     Global<const element_t<operand_t>> grad_output,    // (pixels, O)
     Global<const element_t<operand_t>> packed,         // (C * taps, packed_outputs)
-    Global<accum_t<element_t<operand_t>>> grad_input,  // (N, H, W, C), zero on entry; null: not requested
+    Global<accum_t<element_t<operand_t>>> grad_input,  // (N, H, W, C), zero on entry; null: not computed here
     Global<accum_t<element_t<operand_t>>>
-        grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: neither offset nor mask
+        grad_offset,  // (N, 2 * offset_groups * taps, H_out, W_out); null: no gradient of offset or mask
     Global<accum_t<element_t<operand_t>>> grad_mask) {  // (N, offset_groups * taps, H_out, W_out) or null
     using scalar_t = element_t<operand_t>;
     using real_t = accum_t<scalar_t>;
@@ -455,7 +458,8 @@ Tensor deform_conv2d_backward_weight_cuda(
         const DeformProblem<scalar_t> problem = operands.problem<scalar_t>();
         dispatch_operand<scalar_t>(cuda_algorithm(algorithm, input.scalar_type()), [&](auto operand) {
             using operand_t = decltype(operand);
-            // Limited by registers: more columns would spill for Tf32 on compute capability 10.0 and 12.0.
+            // float32 on the tensor cores uses half of kMaxTileColumns: more columns would spill registers for Tf32 on
+            // compute capability 10.0 and 12.0.
             constexpr bool kIsHalf = sizeof(scalar_t) == 4 && !kIsSimt<operand_t>;
             constexpr int kMaxColumns = kIsHalf ? kMaxTileColumns<operand_t> / 2 : kMaxTileColumns<operand_t>;
             with_tile<scalar_t, kMaxColumns>(

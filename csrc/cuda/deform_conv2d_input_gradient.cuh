@@ -4,12 +4,13 @@
 //
 //   grad_input[cell, c] = sum over taps k and outputs o of weight[k, c, o] * spread[cell, k, o]
 //   spread[cell, k, o]  = sum of mask * value * grad_output[p, o] over the pixels p whose tap k reads the cell,
-//                         in ascending order within each corner
+//                         in ascending order within each corner; value is the bilinear weight of the corner
 //
 // This is the transpose of the forward pass: an implicit GEMM over input cells, with `spread` gathered into shared
-// memory. A reader of a cell is an output pixel whose sample reads it. First, a counting sort builds lists of output
-// pixels by the top left cell of their samples. Each slice (image, offset group, tap) has its lists, which are then
-// sorted. The readers of a cell are in four lists: those of the cell and of its left, upper and upper left neighbors.
+// memory. A block computes 64 cells by 64 to 256 channels of a run. A reader of a cell is an output pixel whose sample
+// reads it. First, a counting sort builds lists of output pixels by the top left cell of their samples. Each slice
+// (image, offset group, tap) has its lists, which are then sorted. The readers of a cell are in four lists: those of
+// the cell and of its left, upper and upper left neighbors.
 #pragma once
 
 #include "cuda/deform_conv2d.cuh"
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_input_gradie
     SPATIALFLOW_DYNAMIC_SHARED(scalar_t, left);
     const Shared<scalar_t> right = left + 2 * Product::kLeftSize;
     const int first_cell = static_cast<int>(blockIdx.x) * kProductRows;
-    const int begin = static_cast<int>(blockIdx.y) * kColumns;  // channels of the run
+    const int begin = static_cast<int>(blockIdx.y) * kColumns;  // first channel in the run
     const int first_channel = static_cast<int>(blockIdx.z) * problem.run;
     const int group = first_channel / problem.group_channels;
     const int offset_group = first_channel / problem.offset_group_channels;

@@ -48,12 +48,13 @@ __global__ void __launch_bounds__(256) pack_deform_weight_kernel(
 
 template <typename value_t>
 struct SampleOperands {
-    StridedImages<value_t> offset, mask;  // (N, 2 * samples, H, W) and (N, samples, H, W), or null
-    int samples, height, width;           // samples: offset groups * taps
+    StridedImages<value_t> offset, mask;  // (N, 2 * samples, height, width); (N, samples, height, width) or null
+    int samples, height, width;           // offset groups * taps; height and width of the output
     bool sigmoid;                         // apply sigmoid to the mask
 };
 
-// Convert offsets and masks to accum_t, with the pixels of a channel adjacent. One value per thread.
+// Convert offsets and masks to accum_t, with the pixels of a channel adjacent, and apply the sigmoid to masks on
+// request. A thread computes one value.
 template <typename value_t>
 __global__ void __launch_bounds__(256) deform_operands_kernel(
     const __grid_constant__ SampleOperands<value_t> operands,
@@ -148,7 +149,7 @@ Tensor pack_deform_weight(
     const WeightOrder order = deform_weight_order(shape, weight.scalar_type(), run);
     Tensor packed = empty_like_sized(weight, {shape.channels * shape.taps() * order.packed_outputs + tag});
     if (tag > 0) {
-        torch::stable::zero_(packed);  // including the tag, so that equal weights give equal packed tensors
+        torch::stable::zero_(packed);  // the tag must be zero, so that equal weights give equal packed tensors
     }
     if (weight.numel() == 0) {
         return packed;

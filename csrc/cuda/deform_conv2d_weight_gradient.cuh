@@ -141,8 +141,9 @@ void compute_weight_gradient(
     const int64_t run_tiles = ceil_div(shape.taps() * problem.run, weight_tile_rows(problem.run));
     const int64_t runs = shape.channels / problem.run;
     const int64_t column_tiles = ceil_div(problem.packed_outputs, kColumns);
-    // Pixels are split into parts to occupy a large GPU. The number of parts is the same on every device. Parts but
-    // the last have a multiple of kMinPixels pixels, so that adding the sums does not cost more than the products.
+    // Pixels are split into parts to occupy a large GPU. The number of parts is the same on every device. Every part
+    // except the last has a multiple of kMinPixels pixels, so that adding the sums does not cost more than the
+    // products.
     constexpr int64_t kWantedBlocks = 264, kMinPixels = 512;
     const int64_t wanted =
         std::min(ceil_div(kWantedBlocks, runs * run_tiles * column_tiles), ceil_div(problem.pixels, kMinPixels));

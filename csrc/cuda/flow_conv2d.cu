@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// relu?(conv3x3(x + flow) + bias) over all levels of a pyramid in one launch, on CUDA: packing of weights and host
-// side. ReLU is optional. The kernels are described in conv3x3.cu.
+// relu?(conv3x3(x + flow) + bias) over all levels of a pyramid on CUDA, in one launch if possible: packing of weights
+// and host side. ReLU is optional. The kernels are described in conv3x3.cu.
 //
 //   packed[t, c, o] = weight[o, c, t]      (9, C, O padded to 32)
 //
 // For float64, packed weights are in float64. For other dtypes they are in float32, followed by the same weights in
-// both 16-bit types (packed_halves). A tag is last (packed_tag). Unpacked weights are packed for the call, in their
-// dtype. All algorithms read the same float32 weights.
+// both 16-bit types (packed_halves). Zeros up to packed_conv_size and the tag (packed_tag) follow. Unpacked weights are
+// packed for the call, in their dtype. In 16-bit weights, the outputs of a row are in the order of packed_position. All
+// algorithms read the same float32 weights.
 #include "cuda/conv3x3.h"
 
 namespace spatialflow {

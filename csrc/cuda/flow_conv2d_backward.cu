@@ -5,12 +5,12 @@
 //   grad_weight[o, c, t] = sum over levels, images, pixels p of grad_output[p, o] * (x + flow)[p + t, c]
 //
 // flow_conv2d with rotated weights computes the gradient w.r.t. x and flow; that w.r.t. the bias is a sum over pixels.
-// The kernel computes nine matrix products (outputs x pixels) by (pixels x channels), one per tap. Sources (N, H, W, C)
-// and gradients (N, H, W, O) have adjacent channels and any other strides. The result is (O, C, 3, 3). A block computes
-// a tile of outputs by channels for all taps, over a part of the pixel tiles. A second kernel adds the partial sums
-// (part, 9, O, C) in order. The number of parts depends on sizes only, so results are deterministic. A non-finite value
-// at the border of a map may affect the gradients of all taps of its channel. These include taps that pair the value
-// with pixels outside the map.
+// The kernel computes nine matrix products (outputs x pixels) by (pixels x channels), one per tap. x and flow (N, H, W,
+// C) and the incoming gradients (N, H, W, O) have adjacent channels and any other strides. The result is (O, C, 3, 3).
+// A block computes a tile of outputs by channels for all taps, over a part of the pixel tiles. A second kernel adds the
+// partial sums (part, 9, O, C) in order. The number of parts depends on sizes only, so results are deterministic. A
+// non-finite value at the border of a map may affect the gradients of all taps of its channel. These include taps that
+// pair the value with pixels outside the map.
 #include <algorithm>
 
 #include "cuda/conv3x3.h"
@@ -36,8 +36,8 @@ struct GradientTable {
 
 // ---- device ------------------------------------------------------------------------------------------------------
 
-// Iterator over the tiles of a part. The tiles of a part have a stride of the number of parts, so that all parts need
-// about the same time.
+// Iterator over the tiles of a part. A part consists of every table.parts-th tile, so that all parts need about the
+// same time.
 template <int kHeight, int kWidth, typename scalar_t>
 struct TileReader {
     const GradientTable<scalar_t>& table;
@@ -86,11 +86,12 @@ struct TensorCoreGradientConfig {
     static_assert(kChunks <= kSteps, "a tile is loaded during the steps of the previous one");
 };
 
-// Sums of a lane, by tap, 16 outputs and 8 channels of a warp.
+// Sums of a lane, by tap, block of 16 outputs of the warp, block of 8 channels of the warp, and element of the product.
 template <int kBlocks>
 using GradientSums = float[kTaps][2][kBlocks][4];
 
-// Products of a step in 16 bits. This lane reads the first rows at `inputs` and `gradients`.
+// Products of a step in 16 bits. `inputs` and `gradients` are the addresses of the first rows that this lane gives to
+// ldmatrix.
 template <typename operand_t>
 struct StepProducts {
     using Config = TensorCoreGradientConfig<operand_t>;
@@ -198,11 +199,11 @@ __device__ __forceinline__ void store_pair(
 }
 
 // Kernel for 16-bit types on the tensor cores, and float32 by TF32. In 16 bits a block of 8 warps computes 64 outputs x
-// 64 channels for all taps, a warp 32 x 16. It uses mma.sync with float32 sums. A step is 2 rows of 8 pixels. Rows of
-// inputs, loaded by ldmatrix.trans, stay in registers for all taps; the last rows also for the next step. The next tile
-// (16 x 8 pixels) is loaded into the other buffer meanwhile: gradients by cp.async, inputs through registers, a chunk
-// per step. In float32 a step is one row of 8 pixels, and a tile is 8 x 8. For Tf32x3 a block computes 32 channels, and
-// a warp 8.
+// 64 channels for all taps, a warp 32 x 16. The products are mma.sync with float32 sums. A step is 2 rows of 8 pixels.
+// Rows of inputs are loaded by ldmatrix.trans and stay in registers for all taps. The last of them also stay for the
+// next step. During these steps, the next tile (16 x 8 pixels) is loaded into the other buffer. Inputs are loaded
+// through registers, a chunk per step; gradients by cp.async, or through registers if they are not vectorizable. In
+// float32 a step is one row of 8 pixels, and a tile is 8 x 8. For Tf32x3 a block computes 32 channels, and a warp 8.
 template <typename operand_t, int kAccess>
 __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads, 1)
     conv3x3_weight_gradient_tensor_core_kernel(
@@ -219,7 +220,8 @@ __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads,
     const int first_channel = static_cast<int>(blockIdx.y) * Config::kChannels;
     const int warp_output = warp % 2 * 32, warp_channel = warp / 2 * Config::kWarpChannels;
 
-    // This thread loads 16 bytes of channels and 16 bytes of outputs of a pixel of each chunk.
+    // In each pass, this thread loads 16 bytes of channels of an input pixel, or 16 bytes of outputs of a gradient
+    // pixel.
     constexpr int kInputThreads = Config::kChannels / Config::kVector,
                   kGradientThreads = Config::kOutputs / Config::kVector;
     const int thread_channel = thread % kInputThreads * Config::kVector, thread_input = thread / kInputThreads;
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(TensorCoreGradientConfig<operand_t>::kThreads,
             store_inputs(chunk, chunks[chunk]);
         }
     }
-    // Offsets from which this lane reads by ldmatrix; in float32, its pixel of a step.
+    // Offsets of the first rows that this lane gives to ldmatrix; in float32, of the first values that it loads.
     constexpr int kInputStep = Config::kStepRows * Config::kHaloWidth * Config::kInputRow;
     constexpr int kGradientStep = Config::kStepRows * Config::kWidth * Config::kGradientRow;
     int input_at = (lane / 8 % 2 * Config::kHaloWidth + lane % 8) * Config::kInputRow + lane / 16 * 8;

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fused_subnets on CUDA: the sub-networks of SpatialFlow and their flows over a whole pyramid, one launch per
-// dependency level of the schedule in ops/fused_subnets_walk.h.
+// fused_subnets on CUDA: the sub-networks of SpatialFlow and their flows over a whole pyramid, by one call of
+// convolve3x3 per dependency level of the schedule in ops/fused_subnets_walk.h.
 //
 // A convolution that reads only inputs has dependency level 0. Any other convolution is one level above the highest
-// convolution whose result it reads. All convolutions of a level, on all maps, are one call of convolve3x3. It is
-// usually one launch; on compute capability 9.0 it may be two (sm90_conv3x3.cu). A flow into a convolution is written
-// to separate maps, and added where the convolution reads its input. So it depends on its source only. A flow without a
-// convolution is added to the feature at once. With four stages and all flows, there are 23 convolutions in 8 levels.
-// flow0 stands for the two flows into cls and stuff at stage 0; f0 stands for the two convolutions of cls and stuff:
+// convolution whose result it reads. One call computes all convolutions of a dependency level, on all maps. It is
+// usually one launch; on compute capability 9.0 it may be two (sm90_conv3x3.cu). A flow is itself a convolution. A flow
+// into another convolution is written to separate maps, which that convolution adds to its input. So the flow depends
+// on its source only. Any other flow adds the feature as its residual. With four stages and all flows, there are 23
+// convolutions in 8 levels. flow0 stands for the two flows into cls and stuff at stage 0; f0 stands for the two
+// convolutions of cls and stuff:
 //
 //   reg0 | reg1 flow0 | reg2 flow1 f0 | reg3 flow2 f1 | flow3 f2, flow of thing | f3 | semantic | thing
 #include <algorithm>
@@ -20,8 +21,8 @@
 namespace spatialflow {
 namespace {
 
-// Policy of SubnetWalk that groups convolutions by dependency level. Maps are allocated when their level is launched,
-// and freed after the last level that reads them.
+// Policy of SubnetWalk that groups convolutions by dependency level. Maps are allocated when their dependency level is
+// launched, and freed after the last dependency level that reads them.
 class ScheduledSubnets {
 public:
     // Maps of the first `levels` levels of the pyramid. The maps of a convolution are empty until its launch.
@@ -29,7 +30,7 @@ public:
         std::vector<Tensor> tensors;
         size_t levels;
         int64_t channels;
-        size_t dependency_level;  // lowest level that may read the maps; 0 for inputs
+        size_t dependency_level;  // lowest dependency level that may read the maps; 0 for inputs
     };
     using Feature = std::shared_ptr<Maps>;
 

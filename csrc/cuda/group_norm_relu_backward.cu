@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kThreads) group_norm_relu_channel_sums_kernel(
     }
 }
 
-// gradient_t: type of `gradient`. This is the incoming gradient, or with kMasked the gradient w.r.t. the input of ReLU
-// that the kernel of the sums stored.
+// `gradient`, of type gradient_t, is the incoming gradient. With kMasked it is the gradient w.r.t. the input of ReLU,
+// which group_norm_relu_gradient_sums_kernel stored.
 template <typename scalar_t, typename gradient_t, bool kMasked, int kWidth>
 __global__ void __launch_bounds__(kThreads) group_norm_relu_input_gradient_kernel(
     const NormMap<const gradient_t> gradient, const NormMap<const scalar_t> input, Global<const double> statistics,

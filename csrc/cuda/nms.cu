@@ -10,7 +10,7 @@
 //      suppress   a thread per candidate of later tiles tests it against the boxes that its class kept in round r - 1
 //      greedy     a block per tile decides on the candidates of this round: in round 0 all classes that begin in the
 //                 tile, in round r the class that began r tiles before
-//   4. collect  sort the kept entries by (score, row); entries of one class are in order already
+//   4. collect  sort the kept entries of batched_nms by (score, row); those of nms are in this order already
 #include "cuda/nms.cuh"
 
 #include <utility>
@@ -90,9 +90,9 @@ struct Rows {
     }
 };
 
-// Source of entries: sorted entries. It is a struct because a kernel must not have a restrict-qualified pointer as a
-// template argument. nvcc names such a kernel differently for host and device, and the launch fails ("invalid device
-// function").
+// Source of entries: the kept entries. `Entries` is a struct because a kernel must not have a restrict-qualified
+// pointer as a template argument. nvcc names such a kernel differently for host and device, and the launch fails
+// ("invalid device function").
 template <typename real_t>
 struct Entries {
     Global<const ClassEntryOf<real_t>> values;  // (N)
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
                 high = middle;
             }
         }
-        merged[first + i + low - from_left] = entry;  // positions in the right part are relative to from_left
+        merged[first + i + low - from_left] = entry;  // i or low is an index into the right part, from from_left on
     }
 }
 

@@ -107,7 +107,7 @@ struct Candidate {
     Box<real_t> box;
     real_t area;
     label_t label;
-    bool alive;  // a candidate that is not yet suppressed
+    bool alive;  // neither suppressed nor kept so far; false if the thread has no candidate
 };
 
 // Return true if the candidate in shared memory at `suppressor` suppresses `candidate`.

@@ -6,9 +6,9 @@
 // Each decision on an instance or box depends on all earlier ones, so `greedy` and `fill` run as one block. The small
 // kernels `ignore` and `label` also run as one block; the others use the whole device.
 //
-// Layouts: an image is a flat array of pixels; bit i of word w is pixel 32 w + i. The kernels of one block keep their
-// bits in shared memory if it is large enough. Counts are integers, so the order of atomics and blocks does not matter.
-// Scratch memory is initialized with zeros, so bounding boxes are stored as maxima: of W - x1, H - y1, x2 and y2.
+// Layouts: an image is a flat array of pixels; bit i of word w is pixel 32 w + i. `greedy` and `fill` keep the bits of
+// an image in shared memory if it is large enough. Counts are integers, so the order of atomics and blocks does not
+// matter. Bounding boxes are initialized with zeros, so they are stored as maxima: of W - x1, H - y1, x2 and y2.
 #include "cuda/panoptic_merge_instances.cuh"
 #include "cuda/panoptic_merge_output.cuh"
 #include "cuda/panoptic_merge_stuff.cuh"

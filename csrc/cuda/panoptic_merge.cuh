@@ -74,7 +74,8 @@ __device__ __forceinline__ void copy_bits(const Target& target, const Source& so
     }
 }
 
-// Call body(value, lanes) for each different value in the warp, in the first lane of `lanes` that have this value.
+// Call body(value, lanes) once for each different value in the warp. `lanes` is the mask of the lanes with this value;
+// the first of them makes the call.
 template <typename Body>
 __device__ __forceinline__ void for_each_value(int value, const Body& body) {
     const unsigned lanes = __match_any_sync(kAllLanes, value);

@@ -150,8 +150,8 @@ struct MergeSpan {
             end_word = scratch.end_word[c];
         }
     }
-    // First group of this thread in the range. The groups of a thread have a stride of kGreedyThreads, equal for all
-    // instances.
+    // First group of this thread in the range. For every instance, thread t has the groups t, t + kGreedyThreads, and
+    // so on.
     __device__ __forceinline__ int first_of_thread(const MergeScratch& scratch) const {
         const int first = (scratch.words - words_from) / kGroup;
         const int start = first / kGreedyThreads * kGreedyThreads + static_cast<int>(threadIdx.x);

@@ -191,8 +191,8 @@ private:
     }
 };
 
-// Fill boxes in score order. If enough pixels of a box are void, these void pixels become pixels of its instance's
-// segment, or a new segment if the instance was dropped. Return the number of segments.
+// Fill boxes in score order. If enough pixels of a box are void, its void pixels are added to the segment of its
+// instance. If the instance was dropped, they become a new segment. Return the number of segments.
 template <typename VoidPixels>
 __device__ __forceinline__ int merge_fill(
     const MergeScratch& scratch, const MergeOptions& options, VoidPixels void_pixels, Shared<unsigned> sums) {

@@ -4,10 +4,10 @@
 //
 //   counts[g, p] = number of pixels with gt_map = g and pred_map = p, 0 <= g <= gt_segments, 0 <= p <= pred_segments
 //
-// A block processes a strip of adjacent pixels, a thread four at a time (two 16-byte loads). Since segments are large,
-// a thread counts consecutive equal pairs before it adds them to the block's hash table in shared memory. At the end
-// the block adds its table to global memory; pairs that find no slot are added there directly. Integer sums do not
-// depend on order, so results are deterministic.
+// A block processes a strip of adjacent pixels, a thread four at a time (one 16-byte load from each map). Since
+// segments are large, a thread counts consecutive equal pairs before it adds them to the block's hash table in shared
+// memory. At the end the block adds its table to global memory; pairs that find no slot are added there directly.
+// Integer sums do not depend on order, so results are deterministic.
 #include "cuda/launch.h"
 #include "ops/panoptic_quality_counts.h"
 

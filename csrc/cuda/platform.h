@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Entry point to CUDA, the only CUDA header that kernels include. nvcc compiles kernels for a GPU. Other C++ compilers
-// build them for the SIMT interpreter (csrc/simt), which runs them on a CPU and checks their memory accesses
-// (docs/simt.md).
+// Entry point to CUDA: kernels include this header instead of those of the toolkit. Only the sm90_* headers also
+// include <cuda.h>. nvcc compiles kernels for a GPU. Other C++ compilers build them for the SIMT interpreter
+// (csrc/simt), which runs them on a CPU and checks their memory accesses (docs/simt.md).
 //
 // Differences from plain CUDA:
 //

@@ -4,10 +4,10 @@
 //
 //   output[n, y, x, c] = (resized(images[n])[y, x, 2 - c] - mean[c]) / std[c], zeros right of and below the image
 //
-// Images (H, W, 3) of any sizes, output channels-last. A thread computes the 48 bytes of adjacent pixels of a row (4 in
-// float32, 8 in a 16-bit type) and stores them in three 16-byte accesses. Source bytes are read one by one; adjacent
-// threads share cache lines in L1. blockIdx.y is the image. Integers and double without fused multiply-adds make the
-// result equal to that of the CPU bit for bit.
+// Images (H, W, 3) of any sizes, output channels-last. A thread computes adjacent pixels of a row, 4 in float32 or 8 in
+// a 16-bit type. It stores their 48 bytes in three 16-byte accesses if is_vectorizable, else value by value. Source
+// bytes are read one by one; adjacent threads share cache lines in L1. blockIdx.y is the image. Integers and double
+// without fused multiply-adds make the result equal to that of the CPU bit for bit.
 #include "common/preprocess_images.h"
 
 #include "cuda/launch.h"

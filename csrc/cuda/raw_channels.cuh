@@ -18,7 +18,7 @@ struct RawChannels {
     static constexpr int kWords = static_cast<int>(sizeof(scalar_t) * kWidth / sizeof(Word));
     Vec<Word, kWords> words;
 
-    // Channel i, a compile-time constant.
+    // Value of channel i. After loops are unrolled, i is a compile-time constant in all calls.
     __device__ __forceinline__ auto value(int i) const {
         if constexpr (std::is_same_v<scalar_t, bfloat16> && kWidth > 1) {  // the upper half of a float32
             return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);

@@ -6,8 +6,8 @@
 //                        = sum_y wy[y] sum_x wx[x] level(k)[batch(k), c, y, x]     over the cells that the bin reads
 //
 // Layouts: features (N, H, W, C) of any strides with adjacent channels (others are copied first); output (K, PH, PW, C)
-// or (K, C, PH, PW). A block computes a tile of bins of one RoI, a warp a bin row, a lane 16 bytes of channels (one
-// channel if loads are not aligned).
+// or (K, C, PH, PW). A block computes a tile of bins of one RoI, and a warp computes a bin row. A lane has 16 bytes of
+// channels, or one channel if loads are not aligned.
 #include "ops/roi_align.h"
 
 #include "cuda/roi_align_walk.cuh"
@@ -25,7 +25,8 @@
 //                   for each bin of the row that reads column x, with weight wx:
 //                       bin_sum += wx * column_sum
 //                   store each bin whose last column was x
-//       bins with too many taps for the tables: sum wy * wx * level[image, y, x, c] over all pairs of taps
+//       each other bin row, with too many taps for the tables or registers:
+//           for each bin and channel: sum wy * wx * level[image, y, x, c] over all pairs of taps
 
 namespace spatialflow {
 namespace {
@@ -133,8 +134,9 @@ private:
 template <int kWidth>
 constexpr int kTileStride = kWarpSize * kWidth + kWidth;
 
+// Blocks per multiprocessor, so that a thread has up to 168 registers (float64) or 128.
 template <typename scalar_t>
-constexpr int kForwardBlocks = std::is_same_v<scalar_t, double> ? 3 : 4;  // per multiprocessor: 168 or 128 registers
+constexpr int kForwardBlocks = std::is_same_v<scalar_t, double> ? 3 : 4;
 
 // Writer of the bins of a bin row, one call per bin. Channels-last output is stored at once; channels-first output is
 // collected in shared memory until `finish`.
@@ -214,7 +216,7 @@ struct BinRowPooling {
     const CudaRoiLevel<const scalar_t>& level;
     int64_t image;
 
-    // Pool a bin row whose `count` taps fit in the tables.
+    // Pool a bin row with `count` taps, at most kMaxRows, by the steps in the tables.
     __device__ __forceinline__ void pool_by_tables(
         int row, int count, Global<const scalar_t> feature, Writer& writer) const {
         const auto walk = [&](auto rows) {
@@ -239,7 +241,7 @@ struct BinRowPooling {
         }
     }
 
-    // Pool a bin row whose taps do not fit in the tables.
+    // Pool any other bin row: one with more than kMaxRows taps, or any if a bin column of the block has too many taps.
     __device__ __forceinline__ void pool_by_cells(int row, Global<const scalar_t> feature, Writer& writer) const {
 #pragma unroll 1
         for (int bin = 0; bin < part.columns; ++bin) {
@@ -255,7 +257,7 @@ struct BinRowPooling {
         }
     }
 
-    // Pool the bin rows that fit in the tables, or the other bin rows.
+    // Pool the bin rows that `pool_by_tables` can compute (kByTables), or all others.
     template <bool kByTables>
     __device__ __forceinline__ void run(Global<scalar_t> output, Shared<scalar_t> tile) const {
         constexpr int kLaneStep = kWarpSize * kWidth;

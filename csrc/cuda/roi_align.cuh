@@ -55,7 +55,7 @@ __device__ __forceinline__ RoiPlace roi_place(
         inside && pyramid.levels[level].height > 0 && pyramid.levels[level].width > 0};
 }
 
-// The y axis of a RoI, or its x axis.
+// Return the y axis of a RoI if `of_rows`, else its x axis.
 template <typename real_t, typename element_t>
 __device__ __forceinline__ RoiAxis<real_t> axis_of(
     Global<const real_t> box, bool of_rows, const CudaRoiLevel<element_t>& level, const RoiProblem& problem) {
@@ -69,8 +69,8 @@ __device__ __forceinline__ RoiAxis<real_t> axis_of(
 
 constexpr int kHalfWarp = kWarpSize / 2;
 
-// Add the pairs of the first kCount lanes in the mask `left`, and remove these lanes from it. Each lane has the offset
-// and weight of one pair. All loads are issued before the first use.
+// Add weight * channels for the pairs (row, column) of the first kCount lanes in the mask `left`, and remove these
+// lanes from it. Each lane has the offset and weight of one pair. All loads are issued before the first use.
 template <int kCount, int kWidth, typename scalar_t, typename real_t, typename offset_t>
 __device__ __forceinline__ void add_group(
     unsigned& left, offset_t offset, real_t weight, Global<const scalar_t> source, real_t (&sum)[kWidth]) {

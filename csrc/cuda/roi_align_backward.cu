@@ -176,7 +176,7 @@ struct alignas(32) RoiCells {
 template <typename real_t>
 struct alignas(32) BinWeights {
     static constexpr int kCells = sizeof(real_t) == 8 ? 3 : 7;
-    int first;  // kTooWide: the bin reads more cells than `weights` holds
+    int first;  // kTooWide: too many taps, samples or cells; `weights` is not used
     real_t weights[kCells];
 };
 constexpr int kTooWide = -1;
@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(kTableThreads) roi_align_weights_kernel(
     weights[at] = bin;
 }
 
-// Bin of this lane on one axis: bin row ph0 + l for lane l of the lower half-warp, bin column pw0 + l for lane l of the
-// upper half-warp.
+// Bin of this lane on one axis. Lane l of the lower half-warp has bin row ph0 + l; lane l of the upper half-warp has
+// bin column pw0 + l.
 struct LaneBin {
     bool of_rows, exists;
     int bin;
@@ -302,7 +302,7 @@ struct CellTile {
         y = tile_of_image / tiles_per_row * kCellRows;
         x = tile_of_image % tiles_per_row * kCellColumns;
     }
-    // Return false if the RoI does not read any cell of this tile.
+    // Return false only if the RoI reads no cell of this tile.
     __device__ __forceinline__ bool may_be_read_by(const RoiCells& roi) const {
         return roi.level == level && roi.image == image && roi.first_row < y + kCellRows && roi.end_row > y &&
                roi.first_column < x + kCellColumns && roi.end_column > x;

@@ -29,10 +29,11 @@ struct alignas(2 * sizeof(real_t)) Tap {
     real_t weight;
 };
 
-// Step of the iteration along a bin row: one addition. The last two loaded columns of cells are in registers.
+// Step of the iteration along a bin row: the weights, in one bin, of the last two loaded columns of cells. These
+// columns are in registers.
 template <typename real_t>
 struct alignas(4 * sizeof(real_t)) Step {
-    real_t previous, current;  // weights of the two columns; zero: the column is not read
+    real_t previous, current;  // zero: the bin does not read the column in this step
     int flags;
 };
 constexpr int kLoadsColumn = 1;  // first, the current column becomes the previous one, and the next column is loaded
@@ -94,9 +95,8 @@ struct WalkLength {
 };
 
 // Write the steps over the bins [0, bins) of a bin row, and the offsets of the columns that the steps load. A lane has
-// the `count` taps of one bin column.
-// All lanes of the warp must call it. If a bin has too many taps, the result is -1 steps. If the cells of all bins
-// ascend, columns in registers are not loaded again.
+// the `count` taps of one bin column. If a bin has too many taps, the result is -1 steps. If the cells of all bins
+// ascend, columns in registers are not loaded again. All lanes of the warp must call the function.
 template <typename real_t>
 __device__ __forceinline__ WalkLength write_walk(
     Shared<Tap<real_t>> taps, int count, int bins, int64_t column_stride, Shared<Step<real_t>> steps,

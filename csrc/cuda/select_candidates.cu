@@ -33,8 +33,8 @@ namespace {
 constexpr int kMaxLevels = 8;
 constexpr int kThreads = 256;
 
-// Vectors of logits that a lane loads before it uses the first. For 80 classes there are two lanes in 16 bits, and four
-// in float32.
+// Vectors of logits that a lane loads before it uses the first. For 80 classes, an anchor has two lanes in 16 bits, and
+// four in float32.
 constexpr int kVectorsAhead = 5;
 constexpr int kBestBlocks = 4;  // blocks of `best` per multiprocessor; more would leave too few registers for the loads
 constexpr int kKeysAhead = 4;   // vectors of keys that a thread loads before it uses the first
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kGreedyThreads) candidate_select_kernel(
     SPATIALFLOW_SHARED(unsigned, histogram, kBins);
     SPATIALFLOW_SHARED(unsigned, sums, kGreedyWarps);
     SPATIALFLOW_SHARED(unsigned, cut, kCutWords);
-    SPATIALFLOW_SHARED(unsigned, listed, 2);  // the bin of the last candidate, entries of the list
+    SPATIALFLOW_SHARED(unsigned, listed, 2);  // bin of the last kept anchor; number of entries in the list
     constexpr int kWidth = kVectorElements<key_t>;
     const int thread = static_cast<int>(threadIdx.x);
     const SelectedLevel& level = selected.levels[blockIdx.x];

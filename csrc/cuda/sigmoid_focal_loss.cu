@@ -5,8 +5,8 @@
 //   loss[r, c] = weight * f(z),  z = -logit for the label's class, +logit for the others (common/sigmoid_focal_loss.h)
 //
 // Logits (rows, classes), labels (rows). A vector of logits is in one row: 16 bytes if rows consist of aligned 16-byte
-// vectors, else one logit. All elements are first computed as classes other than the label's. A branch that few warps
-// take then corrects the element of the label's class. For the sum, each block writes one double, and one more block
+// vectors, else one logit. All elements are computed as classes other than the label's. Instead, a branch that few
+// warps take computes the element of the label's class. For the sum, each block writes one double, and one more block
 // adds these in a fixed order, so results are deterministic.
 #include "ops/sigmoid_focal_loss.h"
 

@@ -157,7 +157,7 @@ struct Sm90Conv1x1Block {
         }
     }
 
-    // `lane_row` is the first row of the lane.
+    // Load the residuals of a lane, and compute the offsets of its results. `lane_row` is its first row of pixels.
     __device__ __forceinline__ void load_residuals(
         const Tile& tile, int lane_row, int lane, LaneOperands& operands) const {
 #pragma unroll
@@ -238,8 +238,8 @@ struct Sm90Conv1x1Block {
         }
     }
 
-    // Add bias and residual to eight adjacent sums, apply ReLU, and round them. Pair i of the eight outputs is in the
-    // columns of box i of the weights.
+    // Add bias and residual to eight adjacent sums, round the results, and apply ReLU. Pair i of the eight outputs is
+    // in the columns of box i of the weights.
     __device__ __forceinline__ Vec<unsigned, 4> results(
         const WgmmaSums<Config::kOutputs / 2>& sums, int half, int block, const RawChannels<scalar_t, 8>& bias,
         const RawChannels<scalar_t, 8>& residual) const {
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(
     // The shuffle tells the compiler that all lanes of a warp have the same value.
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    // The sums of two row tiles need more registers than an equal share of each thread.
+    // The sums of two row tiles need more registers than an equal division among all threads gives.
     constexpr bool kMovesRegisters = Config::kRowTiles > 1;
     if (warp >= 4 * Config::kConsumers) {
         if constexpr (kMovesRegisters) {

@@ -8,7 +8,7 @@
 namespace spatialflow {
 
 // Compute `out`, which is not empty, on devices of compute capability 9.0a. Return false on other devices, and if the
-// kernel does not support the sizes. Channels and outputs must be multiples of eight. Channels, outputs and
+// kernel does not support the sizes. Channels and outputs must be positive multiples of eight. Channels, outputs and
 // out.numel() / 8 must be at most 2^31 - 1024. Weight and bias are contiguous, residual and result channels-last. `x`
 // has any strides, and is copied if TMA cannot read it.
 template <typename scalar_t>

@@ -75,8 +75,9 @@ struct Sm90Kernel {
     }
 };
 
-// Two launches. A round is one tile per multiprocessor. The first launch runs all full rounds of tiles of four
-// sub-tiles; the second runs the remaining sub-tiles in tiles of two. So a last round of few tiles takes half the time.
+// Choice of two launches. A round is one tile per multiprocessor. The first launch runs all full rounds of tiles of
+// four sub-tiles; the second runs the remaining sub-tiles in tiles of two. So a last round of few tiles takes half the
+// time.
 template <typename scalar_t, int kOutputs>
 struct Sm90Rounds {
     using Large = Sm90Kernel<scalar_t, kOutputs, 4>;
@@ -103,7 +104,7 @@ struct Sm90Rounds {
         return tiles;
     }
     static double cost(const Sm90Table<scalar_t>& table, Stream stream) {
-        constexpr double kLaunch = 5000;  // including the first loads and the last stores of its blocks
+        constexpr double kLaunch = 5000;  // cycles, with the first loads and the last stores of its blocks
         Sm90Table<scalar_t> remainder = table;
         const int64_t tiles = whole_rounds(table, stream, remainder);
         return tiles == 0 || remainder.num_convolutions == 0
@@ -114,7 +115,7 @@ struct Sm90Rounds {
     static void run(Sm90Table<scalar_t>& table, Stream stream) {
         Sm90Table<scalar_t> remainder = table;
         whole_rounds(table, stream, remainder);
-        // The remaining tiles begin in the convolution in which the whole rounds end.
+        // The remainder consists of the last convolutions. The first of them may be divided between the launches.
         table.num_convolutions -= remainder.num_convolutions;
         const Sm90Convolution& divided = remainder.convolutions[0];
         Sm90Convolution& last = table.convolutions[table.num_convolutions];

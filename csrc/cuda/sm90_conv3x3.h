@@ -7,8 +7,9 @@
 
 namespace spatialflow {
 
-// Run the convolutions that the kernel supports: 16-bit types, channels a multiple of 64, maps that TMA can read.
-// Return the others; on other devices, return all.
+// Run the convolutions that the kernel supports, and return the others. It requires a positive multiple of 64 channels,
+// at most kMaxEntries levels that are not empty, and maps that TMA can read. On devices other than 9.0a, return all
+// convolutions.
 template <typename scalar_t>
 std::vector<Convolution> convolve3x3_sm90(
     const std::vector<Convolution>& convolutions, Stream stream, const std::optional<Tensor>& active);

@@ -5,10 +5,10 @@
 // A block computes tiles of four or two sub-tiles of 8 x 8 pixels by 128 or 64 outputs; sub-tiles are numbered over all
 // levels of a convolution. For every 64 channels, sub-tiles with their halo are loaded once for nine taps: 10 x 10
 // pixels of 128 bytes, 128-byte swizzle. The input matrix of tap (dy, dx) starts dy rows and dx pixels after the first
-// pixel of the halo. A stage of weights holds one tap, (64 channels, outputs), outputs adjacent as packed. Warp 0 loads
-// inputs, warp 1 weights. Warps 2 and 3 add the flow to the inputs in shared memory, with one rounding. Two warpgroups
-// multiply, half of the sub-tiles each. A lane has eight adjacent outputs of each 32 (packed_position) and stores them
-// as 16 bytes.
+// pixel of the halo. A stage of weights holds one tap, (64 channels, outputs), with adjacent outputs in the order of
+// packed_position. Warp 0 loads inputs and flows, warp 1 weights. Warps 2 and 3 add the flow to the inputs in shared
+// memory, with one rounding. Two warpgroups multiply, half of the sub-tiles each. A lane has eight adjacent outputs of
+// each 32 (packed_position) and stores them as 16 bytes.
 #pragma once
 
 #include "cuda/conv3x3_table.cuh"
@@ -19,10 +19,10 @@ namespace {
 
 constexpr int kSubTileSide = 8, kHaloSide = kSubTileSide + 2;
 constexpr int kStepChannels = 64;             // 128 bytes
-constexpr int kRowBytes = kStepChannels * 2;  // of a pixel, and of 64 outputs of a channel
+constexpr int kRowBytes = kStepChannels * 2;  // 64 channels of a pixel, or 64 outputs of a channel
 constexpr int kHaloBytes = kHaloSide * kHaloSide * kRowBytes;
 constexpr int kHaloStride = (kHaloBytes + 1023) / 1024 * 1024;  // the swizzle repeats every 1024 bytes
-constexpr int kWeightBytes = kStepChannels * kRowBytes;         // of 64 outputs
+constexpr int kWeightBytes = kStepChannels * kRowBytes;         // 64 channels by 64 outputs of a tap
 constexpr int kSharedLimit = 227 * 1024;                        // of a block, static memory included
 constexpr int kAddWarps = 2, kThreads = 3 * 128;
 
@@ -43,8 +43,8 @@ struct Sm90Level {
     Global<const scalar_t> residual;  // (N, H, W, O) or null
     Global<scalar_t> out;             // (N, H, W, O)
     int height, width;
-    int tile_begin;               // first sub-tile in the convolution
-    int tile_rows, tile_columns;  // of an image
+    int tile_begin;               // number of the first sub-tile in the convolution
+    int tile_rows, tile_columns;  // rows and columns of sub-tiles in an image
 };
 
 struct Sm90Convolution {
@@ -78,11 +78,11 @@ struct Sm90Conv3x3Block {
     static constexpr int kInputStages = Config::kInputStages, kWeightStages = Config::kWeightStages;
     static constexpr int kSubTiles = Config::kSubTiles,
                          kBarriers = 3 * kInputStages + 2 * kWeightStages + 2 * kAddWarps;
-    // Sub-tiles of a warpgroup; blocks of 32 outputs (packed_position) of a tile.
+    // Number of sub-tiles of a warpgroup, and of blocks of 32 outputs (packed_position) of a tile.
     static constexpr int kWarpgroupSubTiles = kSubTiles / 2, kBlocks = Config::kOutputs / 32;
 
     struct Tile {
-        int convolution, sub_tile, output;  // the first ones of the tile
+        int convolution, sub_tile, output;  // first sub-tile and first output of the tile
     };
     struct SubTile {
         int level;
@@ -268,7 +268,7 @@ struct Sm90Conv3x3Block {
         const Shared<unsigned char> inputs = memory + (begin - shared_address(memory)) + lane * 16;
         const Shared<unsigned char> flow = inputs + kInputStages * Config::kInputStage + adder * kHaloStride;
         int stage = 0;
-        unsigned parity = 0, flow_parity = 0;  // bit i of `parity` is that of stage i
+        unsigned parity = 0, flow_parity = 0;  // bit i of `parity` is the parity of stage i
         for_each_tile([&](const Tile&, const Sm90Convolution& convolution) {
             for (int step = 0; step < convolution.steps; ++step) {
                 if (convolution.has_flow) {

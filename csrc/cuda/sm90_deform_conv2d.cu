@@ -7,7 +7,8 @@
 // loads weights, (64 channels, outputs), by TMA. One or two warpgroups multiply, 64 pixels each. Cells of the next step
 // are loaded into registers while those of this step are interpolated in float32 and rounded once. For few pixels,
 // blocks split the steps of a tile, write partial sums in float32, and deform_conv2d.cu adds them. 256 outputs are
-// computed by two instructions, because one needs 154 registers, and 512 threads start with 128.
+// computed by two instructions of 128 outputs. One instruction of 256 outputs needs 154 registers per thread, and a
+// block of 512 threads starts with 128 registers per thread.
 #include "cuda/sm90_deform_conv2d.h"
 
 #include <algorithm>
@@ -19,8 +20,8 @@ namespace spatialflow {
 namespace {
 
 constexpr int kStepChannels = 64;
-constexpr int kRowBytes = kStepChannels * 2;             // of a pixel, and of 64 outputs of a channel
-constexpr int kWeightBytes = kStepChannels * kRowBytes;  // of 64 outputs
+constexpr int kRowBytes = kStepChannels * 2;             // 64 channels of a pixel, or 64 outputs of a channel
+constexpr int kWeightBytes = kStepChannels * kRowBytes;  // 64 channels by 64 outputs of a tap
 constexpr int kProducers = 256;                          // threads
 constexpr int kSharedLimit = 227 * 1024;                 // of a block, static memory included
 
@@ -115,8 +116,8 @@ struct Sm90DeformBlock {
         for (int step = first; step < end;) {
             const int group = step / group_steps, tap = step % problem.taps;
             const int group_end = (group + 1) * group_steps, last = group_end < end ? group_end : end;
-            // Fill the table with the taps of the next steps: from `tap` on if they are in one chunk of channels, else
-            // all taps.
+            // Fill the table with the taps of the next steps: from `tap` on if these steps are in one chunk of
+            // channels, else all taps.
             const bool adjacent = tap + last - step <= problem.taps;
             const int first_tap = adjacent ? tap : 0, slots = adjacent ? last - step : problem.taps;
             named_barrier<1, kProducers>();
@@ -210,8 +211,8 @@ struct Sm90DeformBlock {
         });
     }
 
-    // Store the results of a warpgroup. A lane has two of the 64 pixels, first_row and first_row + 8, and of each eight
-    // outputs pair * 2 and pair * 2 + 1.
+    // Store the results of a warpgroup. A lane has two of the 64 pixels, those in rows first_row and first_row + 8 of
+    // the tile. Of every eight outputs, it has outputs pair * 2 and pair * 2 + 1.
     __device__ __forceinline__ void store(
         const Sums& sums, int first_row, int pair, const Global<scalar_t>& output, const Global<float>& parts) const {
 #pragma unroll
@@ -228,7 +229,8 @@ struct Sm90DeformBlock {
     // Store partial sums of a pixel, without bias.
     __device__ __forceinline__ void store_part(
         const Sums& sums, int half, int pixel, int pair, const Global<float>& parts) const {
-        const int count = pixel < problem.pixels ? problem.out_channels - first_output : 0;  // outputs from here on
+        // Number of outputs from first_output on.
+        const int count = pixel < problem.pixels ? problem.out_channels - first_output : 0;
         const Global<float> target =
             parts + (static_cast<int64_t>(blockIdx.z) * problem.pixels + pixel) * problem.out_channels + first_output +
             pair * 2;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Wrappers of the instructions of compute capability 9.0a (semantics of the PTX manual). Addresses of shared memory are
-// those of shared_address; offsets in descriptors are in bytes.
+// results of shared_address. The arguments of matrix_descriptor are in bytes.
 //
 //   mbarrier_*                 barriers in shared memory that count arrivals and bytes
 //   named_barrier<id, count>   __syncthreads of some warps of the block
-//   tma_load_3d, tma_load_4d   a box of a tensor map to shared memory; zeros outside the tensor
-//   matrix_descriptor          a matrix in shared memory with 128-byte swizzle
+//   tma_load_3d, tma_load_4d   copy of a box of a tensor map to shared memory, with zeros outside the tensor
+//   matrix_descriptor          descriptor of a matrix in shared memory with 128-byte swizzle
 //   Wgmma<outputs, adjacent>   d (+)= a (64x16, K-major) * b (16 x outputs, outputs adjacent or K-major)
-//   WgmmaSums<count>           d of a thread; readable once wgmma_wait has waited for the products
+//   WgmmaSums<count>           values of d in a thread; readable once wgmma_wait has waited for the products
 //
 // Code for architectures other than 9.0a may include this header; kernels have a body only if SPATIALFLOW_HAS_SM90.
 #pragma once

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Parts shared by the kernels for compute capability 9.0: the position in a ring of stages, and a group of products.
+// Code shared by the kernels for compute capability 9.0: the position in a ring of stages, and groups of wgmma
+// products.
 #pragma once
 
 #include "cuda/sm90_instructions.cuh"
 
 namespace spatialflow {
 
-// Position in a ring of kStages stages in shared memory, each with an mbarrier, and the parity of the next phase.
+// Position in a ring of kStages stages in shared memory, and the parity to pass to mbarrier_wait for the stage.
 // Consumers start with parity 0, producers with parity 1: a new mbarrier has completed the phase of parity 1.
 template <int kStages>
 struct PipelineState {

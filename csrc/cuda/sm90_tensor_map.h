@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tensor maps of TMA, encoded on the host (compute capability 9.0). The interpreter's tensor maps are in
-// csrc/simt/sm90.h.
+// Tensor maps of TMA, encoded on the host (compute capability 9.0). The interpreter's versions of these
+// functions are in csrc/simt/sm90.h.
 #pragma once
 
 #include "cuda/platform.h"
 
 namespace spatialflow {
 
-// Compute the strides of (C, W, H, N) for TMA. Return false unless they are nested, which TMA is known to support: each
-// stride is a multiple of the previous one and not less than the extent of the previous dimension. Sizes begin with the
-// innermost dimension; channels are adjacent 16-bit numbers. The stride of a dimension of size 1 is arbitrary, so it is
-// replaced by that of the next dimension with more elements.
+// Compute the strides of (C, W, H, N) for TMA, in elements. Return false unless the strides are nested; TMA is known to
+// support nested strides. A nested stride is a multiple of the previous one, and not less than the extent of the
+// previous dimension. The first is a multiple of 16 bytes. The whole extent must be below 2^39 elements. Sizes begin
+// with the innermost dimension; channels are adjacent 16-bit numbers. The stride of a dimension of size 1 is arbitrary,
+// so it is replaced by that of the next dimension with more elements.
 inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&tensor_strides)[3], int64_t (&strides)[3]) {
-    int64_t stride = 8, span = sizes[0];  // 8: 16 bytes
+    int64_t stride = 8, span = sizes[0];  // 8 elements have 16 bytes
     for (int i = 0; i < 3; ++i) {
         int longer = i;
         while (longer < 3 && sizes[longer + 1] <= 1) {
@@ -43,7 +44,8 @@ namespace spatialflow {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// Return the driver's cuTensorMapEncodeTiled; the library does not link to the driver. Null if the driver is too old.
+// Return the driver's cuTensorMapEncodeTiled, or null if the driver is too old. The library does not link to the
+// driver.
 inline EncodeTiled encode_tiled() {
     static const EncodeTiled encode = [] {
         void* address_of_entry = nullptr;
@@ -76,7 +78,7 @@ inline bool runs_sm90(Stream stream) {
 // not have a context, even if the device is current.
 inline void bind_context(Stream stream) { check_cuda(cudaSetDevice(stream.device), "binding a device to a thread"); }
 
-// Encode a tensor map; return false if TMA cannot read such a tensor. Call `bind_context` before. Sizes, strides and
+// Encode a tensor map; return false if TMA cannot read such a tensor. Call `bind_context` first. Sizes, strides and
 // box are in elements, innermost dimension first.
 template <typename scalar_t, int kDimensions>
 inline bool encode_map(

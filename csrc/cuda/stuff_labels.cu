@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Best class of every pixel, from logits at a quarter of the size of the network's input, in one launch on CUDA:
+// Best class of every pixel, in one launch on CUDA. The logits have a quarter of the height and width of the network's
+// input:
 //
 //   output[y, x] = argmax_c bilinear(logits[c], y, x); ties: the first class; NaN is never the maximum
+//
+// common/stuff_labels.h defines the position of pixel (y, x) in the logits.
 //
 // logits (C, h, w) of any strides, output (H, W). A block computes up to 128 adjacent pixels of a row, one per thread.
 // It interpolates the two adjacent rows of logits into shared memory (cells, classes), as many classes at a time as
@@ -19,7 +22,7 @@ namespace spatialflow {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxCells = 160;  // of a block
+constexpr int kMaxCells = 160;  // maximum number of columns of logits per block
 constexpr int64_t kSharedBytes = 48 * 1024;
 
 struct LabelProblem {
@@ -28,7 +31,7 @@ struct LabelProblem {
     int classes;
     bool has_classes_inside;  // classes have a smaller stride than columns
     int tile_classes = 0;     // classes in shared memory at a time
-    int pixels = kThreads;    // maximum of a block
+    int pixels = kThreads;    // maximum number per block
     int segments = 0;         // blocks per row
 };
 
@@ -123,7 +126,7 @@ template <typename scalar_t, typename label_t>
 void label_pixels(const Tensor& logits, const Tensor& output, LabelProblem problem, Stream stream) {
     using real_t = accum_t<scalar_t>;
     while (widest_block(problem.columns, problem.pixels) > kMaxCells) {
-        problem.pixels /= 2;  // a single pixel reads two cells
+        problem.pixels /= 2;  // the loop ends, because a single pixel reads at most two cells
     }
     const int64_t cells = widest_block(problem.columns, problem.pixels);
     const int64_t fitting = (kSharedBytes / static_cast<int64_t>(sizeof(real_t)) / cells - 1) / 2 * 2;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Wrappers of the instructions that load and run the tensor cores, for nvcc and the interpreter (compute capability
-// 8.0; semantics of the PTX manual):
+// Wrappers of the instructions that load operands and run the tensor cores, for nvcc and the interpreter (compute
+// capability 8.0; semantics of the PTX manual):
 //
 //   cp_async_16(target, source, valid)    16 bytes from global to shared memory, zeros if not `valid`
 //   cp_async_commit(), cp_async_wait<n>() closes a group of copies; waits until at most n groups are in flight
-//   ldmatrix_x4, ldmatrix_x4_trans        8x8 matrices of 16-bit values, or without transposition 8x4 of 32-bit values
+//   ldmatrix_x4, ldmatrix_x4_trans        loads four 8x8 matrices of 16-bit values; ldmatrix_x4 also 8x4 of 32-bit
 //   mma_16816(d, a, b)                    d += a (16x16) * b (16x8), float16 or bfloat16 in, float32 sums
 //   mma_1688(d, a, b), mma_1688_first     d += a (16x8) * b (8x8), TF32 in, float32 sums, truncated; first: d = a * b
 //   to_tf32(value)                        the bits of the nearest TF32 number
@@ -87,8 +87,8 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
     return bits;
 }
 
-// Pair of 16-bit values in a word. Pairs are loaded as words, because the compiler would wait for a vector of 16-bit
-// values right after its load, in order to unpack it.
+// CUDA type of a pair of 16-bit values in a word. Pairs are loaded as words, because the compiler would wait for a
+// vector of 16-bit values right after its load, in order to unpack it.
 template <typename scalar_t>
 struct PairOf {
     using type = __nv_bfloat162;

@@ -4,10 +4,10 @@
 //
 //   sums (kRows x kColumns) += left (kRows x kDepth) * right (kDepth x kColumns)
 //
-// A tile is stored by rows, (row, depth) on the left and (column, depth) on the right, or by depth, (depth, row) and
-// (depth, column). Its values have been converted by prepared(). kDepth is 64 bytes. A thread loads one 16-byte item
-// of the left tile and kColumns / kRows of the right. Rows are padded against bank conflicts by 16 bytes; for tensor
-// cores, if stored by depth, by eight elements.
+// A tile is stored by rows or by depth. By rows, the left tile is (row, depth) and the right tile is (column, depth).
+// By depth, they are (depth, row) and (depth, column). The values of a tile have been converted by prepared(). kDepth
+// is 64 bytes. A thread loads one 16-byte item of the left tile and kColumns / kRows of the right. Rows are padded
+// against bank conflicts by 16 bytes; for tensor cores, if stored by depth, by eight elements.
 //
 //   16-bit types         mma.sync m16n8k16, float32 sums; kRows / 32 x 4 warps of 32 rows x kColumns / 4 columns each
 //   float32 by TF32      the same by m16n8k8, once or (Tf32x3) three times
@@ -64,7 +64,8 @@ public:
         }
     }
 
-    // Call visit(of_row, of_column, column, sums) for all sums of this thread, kVisitColumns columns from `column` on.
+    // Call visit(of_row, of_column, column, sums) for all sums of this thread. A call has the sums of one row and of
+    // kVisitColumns adjacent columns from `column` on.
     // of_row and of_column are the results of begin_row(row) and begin_column(column).
     template <typename BeginRow, typename BeginColumn, typename Visit>
     __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
@@ -108,8 +109,8 @@ public:
 
 private:
     __device__ static __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) / 16 * kThreadRows + i; }
-    // Column j of this thread: adjacent columns if rows in memory are ranges of columns, else strided against bank
-    // conflicts.
+    // Column j of this thread. If the right tile is stored by depth, a thread has groups of kPart adjacent columns.
+    // Otherwise its columns are 16 apart, against bank conflicts.
     __device__ static __forceinline__ int column(int j) {
         const int thread = static_cast<int>(threadIdx.x) % 16;
         return kRightByDepth ? j / kPart * 16 * kPart + thread * kPart + j % kPart : thread + 16 * j;
@@ -207,7 +208,8 @@ public:
             [&](int row, int, int column, const Vec<float, kVisitColumns>& sums) { visit(row, column, sums); });
     }
 
-    // Call visit(row, column, sums) for part kPart of kParts; columns are numbered within the part.
+    // Call visit(row, column, sums) for part kPart of kParts. A part has 1 / kParts of the columns of every warp.
+    // Columns are numbered within the part.
     template <int kPart, int kParts, typename Visit>
     __device__ __forceinline__ void for_each_of_part(Visit visit) const {
         constexpr int kPartVisits = kVisits / kParts;
@@ -347,8 +349,8 @@ __device__ __forceinline__ void load_items(Shared<scalar_t> tile, int tile_row, 
     }
 }
 
-// Apply prepared() to the items that this thread has copied by load_items and cp.async, if the operand type needs it.
-// The function waits for the copies, which must be committed.
+// Apply prepared() to the items that this thread has copied by load_items and cp.async. Only Tf32 needs it; for other
+// types the function does nothing. For Tf32 it waits for the copies, which must be committed.
 template <typename operand_t, int kRows, int kRowItems, int kThreads = kProductThreads>
 __device__ __forceinline__ void prepare_items(Shared<element_t<operand_t>> tile, int tile_row) {
     if constexpr (std::is_same_v<operand_t, Tf32>) {

@@ -19,7 +19,7 @@ uint64_t pack(int32_t first, int32_t second) {
     return static_cast<uint64_t>(static_cast<uint32_t>(first)) << 32 | static_cast<uint32_t>(second);
 }
 
-// Hash table of pairs: open addressing with linear probing. At most a quarter of the slots is used, so most look-ups
+// Hash table of pairs: open addressing with linear probing. At most a quarter of the slots is used. So most look-ups
 // end at the first slot, and the branch of their loop is predicted correctly.
 class PairTable {
 public:

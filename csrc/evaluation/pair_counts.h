@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Numbers of pixels of each pair of ids in two images of equal size. This is the only pass over pixels for panoptic
+// Number of pixels of each pair of ids in two images of equal size. This is the only pass over pixels for panoptic
 // quality.
 //
 // Segments are large, so a pair rarely changes from one pixel to the next. Chunks that fit into the L1 cache are

@@ -62,8 +62,9 @@ void unfilter_sub(const uint8_t* residual, uint8_t* row, size_t bytes) {
 }
 
 // Undo the Paeth filter, with two shortcuts for a group of pixels whose residuals are zero. If the pixels to the left
-// and to the upper left of the group are equal, each pixel of the group equals the pixel above. If the pixels above the
-// group and to its upper left are all equal, each pixel of the group equals the pixel to the left of the group.
+// and to the upper left of the group are equal, each pixel of the group equals the pixel above. The other shortcut is
+// for a group whose upper left pixel and pixels above are all equal. Each pixel of such a group equals the pixel to the
+// left of the group.
 template <size_t kBytes>
 void unfilter_paeth(const uint8_t* residual, const uint8_t* above, uint8_t* row, size_t bytes) {
     constexpr size_t kStep = kGroupPixels * kBytes;

@@ -17,10 +17,9 @@ inline void check_algorithm(const char* op, int64_t algorithm) {
 }
 
 // Tag of the layout of packed weights: the number of unused elements after them. The layout differs between instruction
-// sets, CPU and CUDA, and float32 and float64, although the sizes are equal. `columns` is the number of adjacent
-// float32 outputs; CUDA counts as 1. Files, copies and captured graphs preserve a length, and reading it needs no
-// synchronization with the device. A changed layout must get an unused tag; weights without a tag are from earlier
-// versions.
+// sets, CPU and CUDA, and float32 and float64, while the sizes may be equal. `columns` is kGemmColumns<float> on the
+// CPU, and 1 on CUDA. Files, copies and captured graphs preserve a length, and reading it needs no synchronization with
+// the device. A changed layout must get an unused tag; weights without a tag are from earlier versions.
 inline int64_t packed_tag(int64_t columns, bool is_double) { return 2 * columns + (is_double ? 1 : 0); }
 
 }  // namespace spatialflow

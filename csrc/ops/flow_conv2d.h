@@ -8,14 +8,15 @@
 
 namespace spatialflow {
 
-// Multiple to which C_out is padded in packed weights (9, 18 or 36, C_in, padded C_out). For their tag, see packed_tag.
+// Multiple to which C_out is padded in packed weights. See packed_conv_size for their length, packed_tag for their tag.
 constexpr int64_t kPackedOutputs = 32;
 
 // Whether the CPU may choose the algorithm: for "auto" and for the algorithms of tensor cores.
 inline bool allows_any_algorithm(int64_t algorithm) { return algorithm != kConvWinograd && algorithm != kConvDirect; }
 
-// Algorithm on the CPU, for which weights are packed. float64 is always direct, because it is used to check gradients.
-// For other types, if the CPU may choose, it is Winograd for at least 32 input and 32 output channels, else direct.
+// Algorithm that the CPU uses, and for which weights are packed. float64 is always direct, because it is used to check
+// gradients. For other types, if the CPU may choose, it is Winograd for at least 32 input and 32 output channels, else
+// direct.
 inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
     if (is_double) {
         return kConvDirect;
@@ -69,7 +70,7 @@ inline void check_levels(
     }
 }
 
-// Check that `tensors` are as many as `levels`, with the same batch and size. The caller checks the channels.
+// Check that there are as many `tensors` as `levels`, of the same batch and size. The caller checks the channels.
 inline void check_matching_levels(
     const char* op, const char* name, const std::vector<Tensor>& tensors, const char* levels_name,
     const std::vector<Tensor>& levels) {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/panoptic_merge.h"
 
-// The results for K masks are the id map (H, W) int32, the segment table (K + stuff_labels, 8) int64, the scores of the
-// segments (K + stuff_labels) float32, and the number of segments, an int64 scalar tensor. The columns of the table are
-// in common/panoptic_merge.h. All sizes are known beforehand, so the host does not have to wait for the device.
+// The first results for K masks are the id map (H, W) int32 and the segment table (K + stuff_labels, 8) int64. The
+// others are the scores of the segments (K + stuff_labels) float32, and the number of segments, an int64 scalar tensor.
+// The columns of the table are in common/panoptic_merge.h. All sizes are known beforehand, so the host does not have to
+// wait for the device.
 STABLE_TORCH_LIBRARY_FRAGMENT(spatialflow, library) {
     library.def(
         "panoptic_merge(Tensor masks, Tensor scores, Tensor labels, Tensor? boxes, Tensor stuff, SymInt stuff_labels, "

@@ -14,7 +14,7 @@ struct RoiAlignSettings {
     std::vector<double> scales;  // cells per pixel, one per level
     int64_t sampling_ratio;
     bool aligned;
-    double finest_scale;  // of the level rule; unused for a single level
+    double finest_scale;  // of roi_level (common/roi_align.h); unused for a single level
 };
 
 // Pool boxes (K, 5) from `features`, one or more levels (N, C, H, W). Each back end defines this function. The caller
@@ -29,7 +29,8 @@ std::vector<Tensor> roi_align_backward(
     int64_t channels, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths, bool channels_last,
     bool deterministic);
 
-// Largest sampling ratio. All samples of a reversed or empty RoI may lie on the map, so the work grows with the ratio.
+// Largest sampling ratio. sample_range (common/roi_align.h) skips no sample of a reversed or empty RoI, so the work for
+// such a RoI grows with the ratio.
 constexpr int64_t kMaxSamplingRatio = int64_t(1) << 16;
 
 inline void check_pooling_options(const char* op, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio) {

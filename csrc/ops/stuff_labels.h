@@ -29,7 +29,7 @@ inline void check_stuff_labels(
     check(height >= 0 && width >= 0, op, ": original_size must not be negative, got (", height, ", ", width, ")");
 }
 
-// Allocate the labels: uint8 if a byte can hold every class.
+// Allocate the labels: uint8 if a byte can hold every class, else int64.
 inline Tensor empty_labels(const Tensor& logits, int64_t height, int64_t width) {
     return empty_like_sized(
         logits, {height, width}, logits.size(0) <= kMaxByteClasses ? ScalarType::Byte : ScalarType::Long);

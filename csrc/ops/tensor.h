@@ -23,7 +23,8 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raise RuntimeError in Python with the concatenation of `parts`: "<op>: <argument> must ..., got ...".
+// Unless `condition` holds, throw an error that is a RuntimeError in Python. Its text is the concatenation of `parts`:
+// "<op>: <argument> must ..., got ...".
 template <typename... Parts>
 inline void check(bool condition, const Parts&... parts) {
     if (__builtin_expect(!condition, 0)) {
@@ -107,8 +108,9 @@ inline int64_t stride_of(const Tensor& tensor, int64_t dimension) {
 
 inline bool has_adjacent_channels(const Tensor& tensor) { return tensor.size(1) <= 1 || tensor.stride(1) == 1; }
 
-// Whether a tensor is (N, C, H, W) with adjacent channels and its pixels and rows in order, or a slice of such a
-// tensor. False if the tensor is also contiguous because of sizes of 1. `spatialflow/ops/layout.py` has the same rule.
+// Whether a tensor (N, C, H, W) is channels-last, or a slice of a channels-last tensor. Its channels are adjacent, the
+// stride of pixels is at least C, and that of rows at least that of pixels. False if the tensor is also contiguous
+// because of sizes of 1. `spatialflow/ops/layout.py` has the same rule.
 inline bool prefers_channels_last(const Tensor& tensor) {
     if (tensor.dim() != 4 || tensor.is_contiguous() || stride_of(tensor, 1) != 1) {
         return false;
@@ -158,7 +160,7 @@ inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
                : allocated(tensor.sizes(), dtype, [&] { return torch::stable::to(tensor, dtype); });
 }
 
-// Accumulation dtype, also used for boxes and offsets: double for double, otherwise float32.
+// Accumulation dtype, also used for boxes and offsets: float64 for float64, otherwise float32.
 inline ScalarType accum_dtype(ScalarType feature_dtype) {
     return feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -56,11 +56,10 @@ struct MemoryBarrier {
     Clocks::Row arriving, completed;
     std::vector<uint32_t> seen;  // by thread: complete phases at its last wait, plus one
     uint32_t last_seen = 0;      // the same for the last wait of any thread
-    // Last copy that signals this mbarrier: the number of complete phases from which on its data may be read, and the
-    // thread that started it.
+    // Last copy that signals this mbarrier.
     struct Copy {
-        uint32_t phase = 0;
-        unsigned thread;
+        uint32_t phase = 0;  // the data may be read once this many phases are complete; 0: no copy
+        unsigned thread;     // that started the copy
         SourceLocation location;
     };
     Copy copy;
@@ -95,7 +94,7 @@ struct WarpProduct {
 };
 
 struct WgmmaUnit {
-    uint32_t group = 1;  // the open group
+    uint32_t group = 1;  // number of the open group
     std::vector<WarpProduct> open;
     std::deque<std::vector<WarpProduct>> committed;
 };
@@ -137,10 +136,10 @@ public:
 
     std::vector<std::unique_ptr<MemoryBarrier>> barriers;
     std::vector<TensorCopy> copies;  // in flight
-    std::vector<Box> boxes;          // of all copies of the block, by number - 1
+    std::vector<Box> boxes;          // of all copies of the block; index: TensorCopy::number - 1
     std::vector<WgmmaUnit> units;    // one per warp
     uint64_t operands = 0;           // number of operands that wgmma has read, including earlier blocks
-    // Last operand that contains each 16 bytes of shared memory, by number.
+    // For each 16 bytes of shared memory, the number of the last operand that contains them.
     std::vector<uint64_t> operand_of = std::vector<uint64_t>(kMaxSharedBytes / kChunk);
     struct Registers {
         int count = 0;  // of each thread; zero until it is set

@@ -228,7 +228,8 @@ public:
         }
     }
 
-    // Return the offset of an address of the shared window. `bytes` bytes from there must be inside one array.
+    // Convert an address, as returned by shared_address, to an offset in the block's shared memory. `bytes` bytes from
+    // there must be inside one array.
     size_t locate(int64_t address, size_t bytes, const char* what, SourceLocation location) {
         const int64_t at = address - kSharedWindow;
         for (const Array& array : arrays_) {

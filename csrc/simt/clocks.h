@@ -4,12 +4,12 @@
 //
 // Actors are the threads of the block, the wgmma unit of each warp (its time counts groups of products), and mbarriers
 // (their time counts phases). The time of an actor never decreases. A thread stores, for every actor, the time up to
-// which it has synchronized with that actor. An access by actor `a` at moment `m` is ordered before an access by a
-// thread that has synchronized with `a` at least up to `m`.
+// which it has synchronized with that actor. An access of actor `a` at moment `m` is ordered before accesses of threads
+// that have synchronized with `a` up to `m` or later.
 //
 // Most kernels order their warps only by __syncthreads, which the epochs of the shadow memory count (shadow.h). So at
-// first a thread tracks only the lanes of its warp. It tracks all actors once the block uses mbarriers, named barriers
-// or proxy fences.
+// first a thread tracks only the lanes of its warp. It tracks all actors once the block uses mbarriers, named barriers,
+// proxy fences or wgmma instructions.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@ constexpr unsigned kMaxMemoryBarriers = 64;
 
 class Clocks {
 public:
-    // Known times of all actors, for a thread. `fenced` contains the part that fence.proxy.async has made visible to
-    // the asynchronous proxy.
+    // Times of all actors that a thread or a phase of an mbarrier knows. `fenced` contains the times up to which
+    // fence.proxy.async has made accesses visible to the asynchronous proxy.
     struct Row {
         std::vector<uint32_t> known, fenced;
     };
@@ -82,7 +82,7 @@ public:
         for (unsigned lane = 0; lane < kLanes; ++lane) {
             latest = mask >> lane & 1u ? std::max(latest, now(first + lane)) : latest;
         }
-        // All lanes get the time of the most advanced one, which then represents all of them.
+        // Set the times of all lanes to the latest of them, so that all lanes have one time.
         for (unsigned lane = 0; lane < kLanes; ++lane) {
             if (mask >> lane & 1u) {
                 time_of(first + lane) = latest;
@@ -162,7 +162,7 @@ public:
         };
         return equal(known_, 0, first_lane) && equal(known_, first_lane + kLanes, width_) && equal(fenced_, 0, width_);
     }
-    // Return whether this is so for all lanes of a warp; equal_times_ keeps a positive answer.
+    // Return whether have_equal_times is true for every two lanes of a warp. equal_times_ stores a positive answer.
     bool have_equal_times(unsigned warp) {
         if (!equal_times_[warp]) {
             bool equal = true;

@@ -339,8 +339,8 @@ inline float __logf(float value) { return std::log(value); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
-// Four operations whose result is rounded by itself, never fused into a multiply-add. Decisions that must not depend on
-// the compiler use them.
+// Operations that the compiler never fuses into a multiply-add: each result is rounded. Kernels use them where a
+// comparison must not depend on the compiler.
 inline float __fadd_rn(float a, float b) {
     volatile float result = a + b;
     return result;

@@ -96,7 +96,7 @@ inline void run_grid(Launch& launch) {
     if (std::getenv("SPATIALFLOW_SIMT_TRACE")) {
         std::fprintf(stderr, "launch: %s\n", launch.kernel.c_str());
     }
-    // One OS thread per 512 fibers, since it takes time to start a thread.
+    // Start at most about one OS thread per 512 fibers, since it takes time to start a thread.
     const uint64_t useful = std::min<uint64_t>({os_threads(), blocks, blocks * block_threads / 512 + 1});
     std::vector<std::thread> workers;
     for (uint64_t i = 1; i < useful; ++i) {

@@ -3,9 +3,9 @@
 // Shadow memory: for every two bytes of a block's shared memory, the last write and the reads after it. It detects
 // races and reads of uninitialized memory.
 //
-// There are two logical clocks. `epoch` counts barriers of the block. It is never reset: accesses of a previous block
-// are older than all accesses of the current one. Within an epoch, and for asynchronous operations, vector clocks order
-// accesses (clocks.h).
+// There are two logical clocks. `epoch` counts the starts of blocks and the barriers of all threads of a block. It is
+// never reset, so accesses of a previous block are older than all accesses of the current one. Within an epoch, and for
+// asynchronous operations, vector clocks order accesses (clocks.h).
 #pragma once
 
 #include <string>
@@ -33,7 +33,8 @@ struct Accessor {
 
 class Shadow {
 public:
-    // Kinds of writes. kPending: by a cp.async that has not been waited for. kCopied: by TMA. kBarrier: mbarrier.init.
+    // Kinds of accesses. Reads are kPlain or kAtomic. Other kinds of writes: kPending by a cp.async that has not been
+    // waited for, kCopied by TMA, kBarrier by mbarrier.init.
     enum Kind : uint8_t { kPlain, kAtomic, kPending, kCopied, kBarrier };
 
     struct Conflict {
@@ -49,7 +50,7 @@ public:
 
     Shadow() : cells_(kMaxSharedBytes / kGranularity), whole_(kMaxSharedBytes / kChunk, 0) {}
 
-    // Called before the first access of a block.
+    // Discard the lists of readers of the previous block. Call it before the first access of a block.
     void forget_readers() {
         readers_.clear();
         free_readers_.clear();
@@ -94,8 +95,8 @@ public:
     Conflict write(size_t begin, size_t bytes, const Accessor& by, Kind kind, SourceLocation location) {
         return write_as(begin, bytes, by, by.thread, by.clocks->now(by.thread), kind, {}, location);
     }
-    // Record a write of 16 bytes by a TMA copy that a thread of the block has started. It is complete when phase
-    // `phase` of the mbarrier is.
+    // Record a write of 16 bytes by a TMA copy that a thread of the block has started. The copy is complete when the
+    // mbarrier has completed `phase` phases.
     Conflict write_by_copy(
         size_t begin, const Accessor& by, unsigned barrier, uint32_t phase, const BoxPosition& position,
         SourceLocation location) {
@@ -133,7 +134,7 @@ private:
         BoxPosition box_position;
         uint16_t writer = 0, write_thread = 0;  // actor; thread for reports
         Kind write_kind = kPlain;
-        bool read_by_warps = false;  // whether several warps have read, while clocks track warps separately
+        bool read_by_warps = false;  // several warps have read, while threads track only their own warp
     };
 
     // Call check(cell) for all cells until one has a conflict. One cell represents 16 bytes with the same history.
@@ -303,7 +304,7 @@ private:
     void note_read(Cell& cell, const Accessor& by, const Reader& reader) {
         const bool has_any = has_readers(cell, by);
         if (has_any && cell.read_by_warps) {
-            cell.read_epoch = by.epoch;  // one of several warps
+            cell.read_epoch = by.epoch;  // read_by_warps represents this reader too
             return;
         }
         if (!has_any) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Instructions of compute capability 9.0 for interpreted kernels (csrc/cuda/sm90_instructions.cuh), and the host
-// functions of csrc/cuda/sm90_tensor_map.h. SPATIALFLOW_SIMT_SM90=late or early enables them (async.h).
+// functions of csrc/cuda/sm90_tensor_map.h. Operators run kernels with these instructions if SPATIALFLOW_SIMT_SM90 is
+// late or early (async.h).
 #pragma once
 
 #include "simt/launch.h"

@@ -10,8 +10,8 @@
 namespace spatialflow {
 namespace simt {
 
-// Source line, packed in one word to keep the shadow memory small. As a default
-// argument, current() is the line of the caller.
+// Source line, packed in one word to keep the shadow memory small. As a default argument, current() is the line of the
+// caller.
 struct SourceLocation {
     uint64_t packed = 0;
 

@@ -205,7 +205,7 @@ inline unsigned to_tf32(float value) {
 
 namespace simt {
 
-// Replace both 16-bit values of word `a` by change(value, value of `b`).
+// Return word `a` with both 16-bit values replaced by change(value, value of `b`).
 template <typename T, typename Change>
 inline unsigned change_pair(unsigned a, unsigned b, Change change) {
     T a_values[2], b_values[2];

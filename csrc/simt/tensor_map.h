@@ -69,7 +69,7 @@ inline void check_box(const TensorMap& map, SourceLocation location) {
             "a row of the box has ", map.row_bytes(), " bytes, more than the ", swizzle_span(map.swizzle), " of ",
             name_of(map.swizzle)));
     }
-    // A narrower row needs as much shared memory as the swizzle's width; its position in it is not documented.
+    // A narrower row needs as much shared memory as the swizzle's width; its position in that memory is not documented.
     if (map.row_bytes() < swizzle_span(map.swizzle)) {
         refuse(concatenate(
             "a row of the box has ", map.row_bytes(), " bytes, fewer than the ", swizzle_span(map.swizzle), " of ",

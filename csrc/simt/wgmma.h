@@ -82,8 +82,8 @@ inline void note_operand(
             seen = number;
             block.report_conflict(block.shadow().read_by_unit(at, by, group, location), at, location);
             const Shadow::BoxPosition place = block.shadow().box_position(at);
-            // The chunks of a line are adjacent in the box. Consecutive lines are consecutive rows of the box: eight
-            // at a time if K-major, else all lines.
+            // In the box, each line_group chunks of a line are adjacent. Consecutive lines are consecutive rows of the
+            // box: eight at a time if K-major, else all lines.
             const int group_begin = chunk / line_group * line_group;
             const int first_line = adjacent_k ? line / 8 * 8 : begin;
             Shadow::BoxPosition& origin = first[static_cast<size_t>(group_begin)];

@@ -63,7 +63,7 @@ def path_argument(text: str) -> Path:
 
 
 def check_count(option: str, value: int | None, minimum: int = 1) -> None:
-    """Raise CommandError unless `value`, a number of workers, is None or from `minimum` to `MAX_WORKERS`."""
+    """Raise CommandError unless `value`, a number of threads or processes, is None or in `minimum`..`MAX_WORKERS`."""
     if value is not None and not minimum <= value <= MAX_WORKERS:
         raise CommandError(f"{option} must be from {minimum} to {MAX_WORKERS}, got {value}")
 
@@ -99,7 +99,7 @@ class InputImage(NamedTuple):
     """An input image of a command."""
 
     path: Path
-    name: str  # path relative to the folder argument, with "/"; names the output files
+    name: str  # path relative to the folder argument, with "/", or name of the file argument; names the output files
 
 
 def resolve_images(

@@ -45,7 +45,7 @@ class PredictionFolder:
 
     Args:
         root: the output folder.
-        images: all inputs; the JSON files list the images that are done in this order.
+        images: all inputs. The JSON files list those that are done, in the order of `images`.
         categories: copied into `panoptic.json`.
         settings: the settings that determine the results; only a run with equal settings resumes an interrupted run.
         overlays: write overlay pictures.

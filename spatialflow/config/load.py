@@ -71,7 +71,8 @@ def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, An
 def _locate(config: str | Path, folder: Path | None) -> Path:
     """Find the file of a configuration.
 
-    A relative path is searched first in `folder`, that of the file with `base`, if given; then in the current folder.
+    A relative path is searched first in `folder`, the folder of the file whose `base` names the path, and then in the
+    current folder. Without `folder` it is searched in the current folder only.
     """
     text = str(config)
     if text.endswith((".yaml", ".yml")):

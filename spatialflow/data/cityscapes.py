@@ -127,7 +127,8 @@ class Cityscapes:
     def panoptic_truth(self, folder: Path) -> tuple[Path, Path]:
         """Write the ground truth in the COCO panoptic format, for scoring.
 
-        Nothing is written if the JSON is up to date: with these categories, and newer than every label file.
+        Nothing is written if the JSON is up to date: with these categories, without other images, and newer than every
+        label file.
 
         Args:
             folder: for `cityscapes_<split>.json` and, beside it, the folder of PNGs.

@@ -49,11 +49,11 @@ def make_sample(
         categories: numbering of the classes.
 
     Returns:
-        Sample. Crowds have neither box nor mask; in the semantic map they are "other", as all things. The same holds
-        for things whose box, clipped to the image, is less than a pixel wide or high. Ids without a segment and
-        categories not in the table are void. Segments without pixels are left out. A box that contradicts its mask is
-        replaced by the box of the mask. `notes` has the ids without a segment, the segments without pixels and the
-        replaced boxes.
+        Sample. Crowds have neither box nor mask; in the semantic map they are "other" (255 without that class), as all
+        things. The same holds for things whose box, clipped to the image, is less than a pixel wide or high. Ids
+        without a segment and categories not in the table are void. Segments without pixels are left out. A box that
+        contradicts its mask is replaced by the box of the mask. `notes` has the ids without a segment, the segments
+        without pixels and the replaced boxes.
 
     Raises:
         SampleError: image and map differ in size; segments are listed, but none has pixels; an id is 0 or not unique;

@@ -172,7 +172,7 @@ def shorten(names: Sequence[str], limit: int = 12) -> str:
 
 
 def save_checkpoint(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Path:
-    """Write weights to a temporary file and rename it, so that an interrupted write leaves no file.
+    """Write weights to a temporary file and rename it, so that `path` never holds an incomplete file.
 
     Args:
         model: a module, or names with tensors.
@@ -222,6 +222,7 @@ def convert(source: str | Path, destination: str | Path, dtype: torch.dtype | No
     Raises:
         CheckpointError: `source` cannot be read, is not a network of this package or of the released code, or holds
             values that are not finite or exceed the range of `dtype`.
+        ValueError: `destination` has another suffix.
         OSError: `destination` cannot be written.
     """
     state = read_state(source, ema)

@@ -38,7 +38,7 @@ class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]  # static tensors that the graph reads
     output: Any  # static tensors that the graph writes
-    function: Callable[[list[Tensor]], Any]  # keeps its closure alive, which the graph reads too
+    function: Callable[[list[Tensor]], Any]  # kept, as the graph also reads the tensors of its closure
 
 
 class GraphCache:

@@ -12,13 +12,14 @@ from spatialflow.files import atomic_write
 class TrainingLog:
     """Writer of `log.jsonl`, whose rows have a "step" (number of steps done) and a "kind".
 
-    Kinds: "step" and "evaluation"; "problem", an image that could not be used; "note", for each rule of annotations the
-    first annotation that breaks the rule but was used; "warning" about divergence. All numbers are finite, as JSON has
+    The kinds are "step", "evaluation", "problem" (an image that could not be used), "note" and "warning" (divergence).
+    A "note" has the first annotation that breaks a rule and was used, one per rule. All numbers are finite, as JSON has
     no others.
 
     Args:
         folder: of the run.
-        steps_done: rows of later steps, left by an interrupted run, are removed; 0 removes all rows.
+        steps_done: number of steps done. Rows of later steps, left by an interrupted run, are removed; 0 removes all
+            rows.
     """
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:

@@ -3,7 +3,7 @@
 
 The pipeline has three parts: preprocessing, recognition, and stuff labels with the merge. In the first and the last
 part, shapes depend on the original sizes of the images. In recognition they depend on the padded size alone, and the
-other sizes are values of tensors. So one CUDA graph serves all images of a padded size.
+other sizes are values of tensors. So one CUDA graph serves all batches of the same padded size and number of images.
 
 On a GPU no value is read back, so the host queues all work at once, and results have a fixed shape. Kernels skip rows
 whose results are not used. On the CPU, where reading a value costs nothing, such rows are removed early.
@@ -52,7 +52,7 @@ class TestTimeView(NamedTuple):
 
 
 VIEW_TENSORS = ("valid_sizes", "scales", "widths")
-"""Fields of `TestTimeView.tensors`."""
+"""Fields of `TestTimeView` that its property `tensors` returns."""
 
 
 class Recognized(NamedTuple):
@@ -87,7 +87,7 @@ class Pipeline:
     """Inference on batches of images, with one or several networks and views.
 
     The boxes of all views (sizes, mirrored or not) and networks (an ensemble) go through one NMS. Mask probabilities
-    are averaged. Stuff logits are averaged between networks at stride 4, and between views at the size of the original
+    are averaged. Stuff logits are averaged over networks at stride 4, and summed over views at the size of the original
     image.
 
     Args:
@@ -185,7 +185,7 @@ class Pipeline:
         return preprocess_images(pixels, valid, data.image_mean, data.image_std, data.size_divisor, self.dtype)
 
     def _replay(self, graphs: GraphCache, images: list[Tensor], plan: list[TestTimeView]) -> Recognized:
-        """Run `_recognize` from the CUDA graph of these padded sizes. The result is valid until the next replay."""
+        """Run `_recognize` from the CUDA graph of these input shapes. The result is valid until the next replay."""
         tensors = [tensor for image, view in zip(images, plan, strict=True) for tensor in (image, *view.tensors)]
 
         def make() -> Callable[[list[Tensor]], Recognized]:

@@ -40,7 +40,7 @@ DECODERS = {"cpu": 1, "cuda": 6}
 """Threads that decode images, by the kind of device. On the CPU the network needs the cores."""
 
 PATIENCE = 4
-"""A batch that is not full runs once `PATIENCE * batch_size` images were read after its first image."""
+"""A batch that is not full runs when `PATIENCE * batch_size` images have been read after its first image."""
 
 Image = str | Path | np.ndarray
 
@@ -170,23 +170,23 @@ class Predictor:
         device: "cpu", "cuda" or "cuda:<number>"; None: the device of the model.
         dtype: of weights and features, torch.float32, bfloat16 or float16; None: that of the model. Scores and
             boxes are always float32.
-        cuda_graph: replay a CUDA graph per padded size of the network's input instead of queueing every kernel; None:
-            True on a GPU, else False. The capture, at the first image of a size, takes about the time of four images.
-            The 64 most recently used sizes are kept, fewer where memory is short. Under autocast, and within
-            `spatialflow.ops.checked()`, no graph is used. Each combination of torch's settings for TF32, cuDNN,
+        cuda_graph: replay a CUDA graph per padded size and number of images of a batch instead of queueing every
+            kernel; None: True on a GPU, else False. The capture, at the first batch of a size, takes about the time of
+            four batches. The 64 most recently used graphs are kept, fewer where memory is short. Under autocast, and
+            within `spatialflow.ops.checked()`, no graph is used. Each combination of torch's settings for TF32, cuDNN,
             reduced precision and deterministic algorithms has separate graphs. Forward hooks of modules run at the
             capture of a graph, not at a replay.
         optimize: fold BatchNorm and repack the weights once.
-        detection_masks: whether results have the mask of every detection. If False, the CPU skips the masks of
-            detections below `instance_score_threshold`, often a quarter of all work. A GPU computes all masks, as
-            the host does not know their number, but does not download them.
+        detection_masks: whether results have the mask of every detection. If False, results have no masks, and the
+            mask head skips detections below `instance_score_threshold`: on the CPU often a quarter of all work. On a
+            GPU, flags in device memory select the detections, and only the optimized mask head skips the others.
         batch_size: images that go through the network together. Only images of equal padded size share a batch, so
             that results do not depend on the other images. See `stream` for how long an image waits for others.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,
             `test_flip=True`, `score_threshold=0.3`.
 
     Raises:
-        ConfigError: an override breaks a rule.
+        ConfigError: an override is not a field of the section `test`, or breaks a rule.
         CategoryError: the configuration's categories do not fit the model.
         ValueError: the device does not exist or is neither a CPU nor a CUDA device; the dtype is not supported;
             `cuda_graph` is True without a CUDA device; the batch size is below 1; there is no model; or the models of
@@ -265,7 +265,7 @@ class Predictor:
         return cast("PanopticResult", outcome.result)
 
     def stream(self, images: Iterable[Image]) -> Iterator[PanopticResult]:
-        """Predict many images, and yield each result as soon as all previous results were yielded.
+        """Predict many images, and yield the results in the order of the images.
 
         Worker threads decode the next images while the network runs. On a GPU the next batch is queued before the host
         waits for the previous one. The iterable is read in the caller's thread, at most
@@ -301,7 +301,9 @@ class Predictor:
                 yield cast("PanopticResult", outcome.result)
 
     def outcomes(self, images: Iterable[Image]) -> Generator[Outcome, None, None]:
-        """Predict many images as `stream`, with the decoded pixels, and with errors as values.
+        """Predict many images as `stream` does, and yield the decoded pixels too.
+
+        An image that cannot be used gives an Outcome with an ImageError. Any other exception is raised.
 
         Yields:
             An Outcome per image, in the order given.

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 STAGES = ("decode", "preprocess", "network", "detect", "masks", "stuff", "merge")
-"""Keys of `PanopticResult.times`, in order. On a GPU each value is the time to queue the work, and "merge" includes
-the wait for the results. A CUDA graph is queued as a whole, under "network"."""
+"""Keys of `PanopticResult.times`, in order. On a GPU each value except "decode" is the time to queue the work, and
+"merge" includes the wait for the results. A CUDA graph is queued as a whole, under "network"."""
 
 _recorded_times: ContextVar[dict[str, float] | None] = ContextVar("recorded_times", default=None)
 

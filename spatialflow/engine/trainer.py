@@ -40,10 +40,12 @@ MIN_LOSS_SCALE = 2.0**-24
 """fp16: training stops below this loss scale. GradScaler starts at 2**16, and each overflow of gradients halves it."""
 
 CHECKPOINT_INTERVAL_S = 5.0
-"""Minimum seconds from the last checkpoint to one at the end of an epoch; short epochs would otherwise mostly save."""
+"""Minimum seconds from the last checkpoint to one at the end of an epoch. Without a minimum, a run with short epochs
+would spend most of its time on checkpoints."""
 
 PLOT_INTERVAL_S = 60.0
-"""Minimum seconds between plots of the curves; short epochs would otherwise mostly plot."""
+"""Minimum seconds between plots of the curves. Without a minimum, a run with short epochs would spend most of its time
+on plots."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,10 @@ def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> 
 
 
 def settings_without_effect(training: TrainingConfig, total_steps: int) -> list[str]:
-    """List messages about settings of the learning rate that have no effect in a run as short as `total_steps`."""
+    """List messages about settings of the learning rate that do not fit a run of `total_steps`.
+
+    These are decays that the run does not reach, and a warm-up that it does not complete.
+    """
     messages = []
     late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]
     if late:
@@ -129,8 +134,8 @@ class Trainer:
             them in another shape; empty without that file.
 
     Raises:
-        TrainingError: the processes cannot share the batch; the folder's checkpoint was written by a run with other
-            settings or images; or not all processes see it.
+        TrainingError: the processes cannot share the batch; a data set is empty; the folder's checkpoint was written
+            by a run with other settings or images; or the processes would resume at different steps.
         CheckpointError: weights cannot be read or do not fit.
     """
 
@@ -187,8 +192,9 @@ class Trainer:
             The trained network.
 
         Raises:
-            TrainingError: a loss, a weight, a statistic of BatchNorm or the optimizer's state is not finite. The
-                files keep the last finite state. All processes raise the error after the same step.
+            TrainingError: a loss, a weight, a statistic of BatchNorm or the optimizer's state is not finite, or the
+                loss scale is below `MIN_LOSS_SCALE`. The files keep the last finite state. All processes raise the
+                error after the same step.
             SampleError: a broken image in a strict run, or no image that can be used.
             OSError: a file cannot be written; the last complete checkpoint stays.
         """
@@ -208,7 +214,7 @@ class Trainer:
         pending: list[_PendingLosses] = []
         module, phase = None, None
         if self.step == 0 and self.process_group.is_first:
-            self.store.discard()  # an earlier run in this folder left it; a later call must not resume that run
+            self.store.discard()  # the checkpoint of an earlier run in this folder, which no later call may resume
         if self.step and self.step % per_epoch == 0:  # the end of the epoch may have been interrupted
             self._end_epoch(self.step // per_epoch, save_weights=True)
         while self.step < self.total_steps:

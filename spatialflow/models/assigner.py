@@ -80,7 +80,7 @@ class TargetAssigner:
         return thing_targets(proposals, truth, 2 * self.config.model.roi_size, self.config.training.positive_iou)
 
     def _base_anchors(self, device: torch.device) -> Tensor:
-        """Return the base anchors of all levels, (L, A, 4); they are computed again only if the device changes."""
+        """Return the base anchors of the L levels, (L, num_anchors, 4); compute them only if the device changed."""
         if self._base is None or self._base.device != device:
             self._base = pyramid_base_anchors(self.config.model, device)
         return self._base

@@ -50,12 +50,12 @@ def focal_loss_sum(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: fl
 
 
 def l1_loss_sum(deltas: Tensor, target: Tensor) -> Tensor:
-    """Sum absolute differences, (P, 4) each; not divided by 4."""
+    """Sum the absolute differences of `deltas` and `target`, (P, 4) each; the sum is not divided by 4."""
     return (deltas.float() - target).abs().sum()
 
 
 def mask_loss_sum(logits: Tensor, target: Tensor) -> Tensor:
-    """Sum over RoIs the mean binary cross entropy of their masks, (K, M, M) each."""
+    """Sum the mean binary cross entropy of each RoI's mask; `logits` and `target` are (K, M, M)."""
     return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(dim=(1, 2)).sum()
 
 
@@ -63,7 +63,7 @@ def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
     """Sum the cross entropy of all labeled pixels, with the logits upsampled to the size of the labels.
 
     Args:
-        logits: (N, C, H / f, W / f), upsampled bilinearly with aligned corners.
+        logits: (N, C, h, w), upsampled to (H, W) bilinearly with aligned corners.
         semantic: (N, H, W) integer, UNLABELED (255) where a pixel does not count.
 
     Returns:
@@ -78,7 +78,10 @@ def stuff_loss_sum(logits: Tensor, semantic: Tensor) -> Tensor:
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
-    """Loss and gradient of one image in one pass, band by band; only the labels have the size of the image.
+    """Loss and gradient of one image in one pass.
+
+    The CPU processes the image in bands of rows, so that no upsampled logits of the whole image are stored. A GPU
+    processes the image as one band.
 
     Upsampling is one matrix product per axis; its adjoint, for the gradient, is the products with the transposes.
     """

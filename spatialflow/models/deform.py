@@ -64,7 +64,7 @@ class SelfOffsetDeformConv2d(nn.Conv2d):
         self.zero_offsets()
 
     def zero_offsets(self) -> None:
-        """Set the offsets to 0 and the mask to 0.5, so that the result is half that of an ordinary convolution."""
+        """Set the offsets to 0 and the mask to 0.5: before the bias, the result is half that of a plain convolution."""
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(cast("Tensor", self.conv_offset.bias))
 

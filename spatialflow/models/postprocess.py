@@ -91,9 +91,9 @@ def resized_stuff_logits(
 ) -> Tensor:
     """Resize stuff logits to the original size, at which the logits of several views can be averaged.
 
-    The steps are 4x upsampling, crop to the valid image and bilinear resize, all with aligned corners. Every step is
-    linear and separable, so one matrix for rows and one for columns do all three. No map of the size of the network's
-    input is made.
+    The steps are 4x upsampling, a crop to the valid image, and a resize to the original size. Both interpolations are
+    bilinear with aligned corners. Every step is linear and separable, so one matrix for rows and one for columns do all
+    three. No map of the size of the network's input is made.
 
     Args:
         logits: (C, H/4, W/4) of one image.

@@ -35,9 +35,9 @@ class Subnets(nn.Module):
     stages have in_channels.
 
     A flow is a 3x3 convolution without activation. A stage is relu(conv(feature + flow(source))); `run_subnets` gives
-    the order. In a deformable stage with a flow, flow(feature + source) predicts the offsets and mask instead, and the
-    deformable convolution reads the feature without that flow (equation 4). A deformable stage without a flow predicts
-    them from its input.
+    the order. In a deformable stage with a flow, flow(feature + source) predicts the offsets and mask instead. The
+    deformable convolution then reads the feature without that flow (equation 4). A deformable stage without a flow
+    predicts offsets and mask from its input.
 
     The output of a sub-network without stages is the level plus its flows, P + flow(source), as in the paper's naive
     model with flows.

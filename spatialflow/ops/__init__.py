@@ -12,7 +12,8 @@ Importing this module registers the raw operators, `torch.ops.spatialflow.*`. Co
 loaded `torch.export` archive, must import it first; `import spatialflow` alone does not.
 
 If a process has run operators on several threads, `torch.set_num_threads(1)` is called in each child that it forks, as
-in the workers of a `DataLoader`. Torch would hang there otherwise. Start children that need more threads by `spawn`.
+in the workers of a `DataLoader`. Without that call, torch would hang in the child. Start children that need more
+threads by `spawn`.
 """
 
 from typing import Any

@@ -119,7 +119,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _library_of(array: Any) -> Any:
-    """Return the module that has `from_dlpack` for such an array."""
+    """Return the module whose `from_dlpack` makes arrays of the type of `array`."""
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
     return sys.modules[type(array).__module__.partition(".")[0]]
@@ -156,7 +156,7 @@ def _array_of(op: str, tensor: Tensor, library: Any) -> Any:
 def _type_error(kinds: Mapping[str, object], values: Mapping[str, Any], prefix: str = "") -> str | None:
     """Return an error message for the first of `values` that is annotated as a tensor and is not one, else None."""
     for name, annotation in kinds.items():
-        value, kind = values[name], str(annotation)  # ForwardRef in a named tuple
+        value, kind = values[name], str(annotation)  # annotations of a named tuple are ForwardRef
         if hasattr(value, "_fields"):
             if type(value).__name__ not in kind:
                 return f"{prefix}{name} must be {kind}, got {type(value).__name__}"

@@ -53,7 +53,7 @@ def number(op: str, name: str, value: Any) -> float:
     try:
         if not isinstance(value, (str, bytes)):
             return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor without values
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor without values
         pass
     raise ValueError(f"{op}: {name} must be a number, got {value!r}")
 

@@ -105,13 +105,13 @@ def deform_conv2d(
         Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
         sample whose offset or mask is not finite in the type it is used in is zero. It has no gradient, not even for
         its mask. A feature that is not finite counts even if its bilinear weight, mask or kernel value is 0: the result
-        is then NaN. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. No images:
-        an empty result.
+        is then NaN. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. Without
+        images the result is empty.
 
         Gradients flow to all five tensors in reverse and forward mode. They exist to second order through `offset`
         (except forward over forward) and to any order through the others. At whole coordinates, where a bilinear sample
-        has a kink, the gradient of the offset is that from above, as in torchvision. Results are deterministic. The
-        exception is the gradient of `input` on CUDA, which is deterministic in float64 and under
+        has a kink, the gradient of the offset is that from above, as in torchvision. Results and gradients are
+        deterministic, except the gradient of `input` on CUDA. That gradient is deterministic only in float64 or under
         `torch.use_deterministic_algorithms(True)`.
 
         Complexity: N * H_out * W_out * kernel_h * kernel_w * C * C_out / groups multiply-adds, and one bilinear sample
@@ -176,8 +176,8 @@ def pack_deform_conv2d(
     Args:
         weight: (C_out, C / groups, kernel_h, kernel_w); float32, float64, float16 or bfloat16, any strides.
         bias: (C_out,), the dtype of `weight`, or None.
-        groups: of the convolution; it divides C_out.
-        offset_groups: of the offsets of later calls; it divides C.
+        groups: number of groups of the convolution; it divides C_out.
+        offset_groups: number of groups of the offsets in later calls; it divides C.
         algorithm: as in `deform_conv2d`.
 
     Returns:
@@ -215,7 +215,7 @@ class DeformConv2d(nn.Module):
         stride: as for `deform_conv2d`.
         padding: as for `deform_conv2d`.
         dilation: as for `deform_conv2d`.
-        groups: of the convolution.
+        groups: number of groups of the convolution.
         bias: whether there is a bias.
 
     Raises:

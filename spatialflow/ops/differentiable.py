@@ -65,7 +65,10 @@ def _needs_no_derivative(args: Sequence[Nested]) -> bool:
 
 
 def _are_constants(args: Sequence[Nested], gradients: bool) -> bool:
-    """Return whether all arguments are values or plain tensors, which with `gradients` must not require a gradient."""
+    """Return whether all arguments are plain values or plain tensors.
+
+    If `gradients` is true, a tensor that requires a gradient does not count.
+    """
     for arg in args:
         kind = type(arg)
         if kind is torch.Tensor or kind is torch.nn.Parameter:

@@ -109,10 +109,11 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
         relu: whether to apply ReLU to the result; NaN stays NaN.
         algorithm: arithmetic of float32 (and of 16-bit types on the CPU); float64 is always direct. Errors below are
             relative to the largest output.
-            "auto": on the CPU "winograd" from 32 input and 32 output channels on, unless all maps together are small
-            and the weight is not packed, else "direct". On CUDA "tf32" if torch allows it for its own convolutions
-            (`torch.backends.cudnn.conv.fp32_precision`, or `torch.backends.cudnn.allow_tf32`; the default), else
-            "tf32x3". A compiled function keeps the setting at the time of tracing.
+            "auto": on the CPU "winograd" from 32 input and 32 output channels on, else "direct". A weight that is not
+            packed is also "direct" if all maps together have fewer than 256 pixels. On CUDA "tf32" if torch allows it
+            for its own convolutions (`torch.backends.cudnn.conv.fp32_precision`, or
+            `torch.backends.cudnn.allow_tf32`; the default), else "tf32x3". A compiled function keeps the setting at the
+            time of tracing.
             "winograd": F(4x4, 3x3), a quarter of the multiplications, error about 3e-6; CUDA computes it as "tf32x3".
             "direct": multiply-adds in float32, exact up to the order of sums: error about 1e-6.
             "tf32": tensor cores; inputs and weights are rounded to TF32 (11-bit significand): error about 3e-4.
@@ -120,7 +121,8 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
             The CPU computes the last two as "auto", so that one model serves both devices.
         active: (N,) bool, which images of the batch are computed, or None for all. It requires `weight` to be one
             `PackedConv`, and all levels to have N images. Results of the other images are zeros, whatever their
-            features are. Writing the zeros is their only cost, and on CUDA the host does not wait for the flags.
+            features are. Unless gradients are needed, writing the zeros is their only cost. On CUDA the host does not
+            wait for the flags.
 
     Returns:
         (N, C_out, H, W) in the structure of `x` and its dtype; each level channels-last if that level of `x` is.

@@ -75,8 +75,8 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the list and the stage.
-        ValueError: an unknown algorithm or flow source, flows without a source, no levels, a weight without elements,
-            or a bias of a wrong shape.
+        ValueError: an unknown algorithm or flow source, flows without a source, no levels, `segmentation_levels` above
+            the number of levels, None in place of a stage, a weight without elements, or a bias of a wrong shape.
         TypeError: a weight or bias that is not a tensor.
 
     Note:

@@ -26,12 +26,12 @@ def group_norm_relu(
 ) -> Tensor:
     """Apply GroupNorm and ReLU, and optionally upsample the map by two.
 
-    For a value x of a group, y = max((x - mean) / sqrt(variance + eps) * weight + bias, 0). Mean and variance (divided
-    by the number of values) are over the C / num_groups * H * W values of the group in its image.
+    For a value x of a group, y = max((x - mean) / sqrt(variance + eps) * weight + bias, 0). Mean and variance are over
+    the C / num_groups * H * W values of the group in its image. The variance is the mean of (x - mean)^2.
 
     Args:
         input: features (N, C, H, W); float32, float64, float16 or bfloat16, any strides.
-        num_groups: groups of adjacent channels; it divides C.
+        num_groups: number of groups of adjacent channels; it divides C.
         weight: factor of each channel (C,); any floating dtype; None: 1.
         bias: summand of each channel (C,), as `weight`; None: 0.
         eps: added to the variance; finite, 0 or more.
@@ -51,14 +51,14 @@ def group_norm_relu(
         have a fixed order: results and gradients do not depend on the number of threads, and are deterministic on CUDA
         too.
 
-        A value that is not finite makes all of its group NaN, and NaN passes ReLU, as in torch. So do deviations whose
-        square overflows float32 (float64 for float64 features). It is unspecified whether an infinite
-        weight or bias gives infinity or NaN, and what an infinite incoming gradient gives in its group. A group of one
-        value, like a constant one, gives max(bias, 0). No images, channels, rows or columns: an empty result, and zero
-        gradients of weight and bias.
+        A value that is not finite makes all of its group NaN, and NaN passes ReLU, as in torch. If squares of
+        differences in a group overflow float32 (float64 for float64 features), the group gives max(bias, 0) or NaN. It
+        is unspecified whether an infinite weight or bias gives infinity or NaN, and what an infinite incoming gradient
+        gives in its group. If `eps` is positive, a group of one value or of equal values gives max(bias, 0). Without
+        images, channels, rows or columns the result is empty, and the gradients of weight and bias are zero.
 
         Gradients flow to `input`, `weight` and `bias`, in reverse and forward mode and to any order. Forward mode and
-        gradients of higher order are composed of torch's operators. ReLU has no gradient at zero.
+        gradients of higher order are composed of torch's operators. The gradient of ReLU at zero is zero.
 
         Complexity: the input is read twice, for the statistics and to normalize. The normalized map is not stored
         before upsampling. Features that are not channels-last are copied into that layout, and the result back.

@@ -15,7 +15,10 @@ from spatialflow.ops.fake import register_fake
 
 
 class Detections(NamedTuple):
-    """Detections by descending score; rows from `count` on are padding. Without B if the inputs have no batch."""
+    """Detections by descending score; rows from `count` on are padding.
+
+    If the inputs have no batch, the shapes have no B.
+    """
 
     boxes: Tensor  # (B, D, 4), padded with 0
     scores: Tensor  # (B, D), padded with 0
@@ -27,7 +30,7 @@ class Detections(NamedTuple):
 def multiclass_nms(
     boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
 ) -> Detections:
-    """Return at most D detections of each image: scores above a threshold that NMS within their class keeps.
+    """Return up to D detections of each image: (box, class) pairs above a score threshold that NMS per class keeps.
 
     Args:
         boxes: (B, N, 4), or (N, 4) for one image, rows of (x1, y1, x2, y2) shared by all classes; float32, float64,
@@ -50,7 +53,7 @@ def multiclass_nms(
     Note:
         Equal scores rank by row, then by class, the lower first. Pairs of boxes are compared as in `nms`. The score
         threshold is rounded to float32 (float64 if either tensor is). A NaN score or a box with a NaN corner is never
-        kept. No boxes or no classes: count 0.
+        kept. Without boxes or classes, `count` is 0.
 
         The results are detached: no gradient flows to boxes or scores. For a gradient, gather the kept rows from the
         inputs by `indices` and `labels`.

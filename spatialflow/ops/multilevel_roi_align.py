@@ -49,9 +49,9 @@ def multilevel_roi_align(
 
     Note:
         Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), with the area in square pixels.
-        Level 0 if the area is negative, as for a RoI reversed along one axis. Everything else is as in `roi_align`. A
-        RoI with a coordinate that is not finite, or with a batch index outside [0, N), gives zeros and no gradient. So
-        does a RoI whose level has no cells. No RoIs, or no channels: an empty result.
+        A RoI of negative area (reversed along one axis) has level 0. Everything else is as in `roi_align`. A RoI with a
+        coordinate that is not finite, or with a batch index outside [0, N), gives zeros and no gradient. So does a RoI
+        whose level has no cells. Without RoIs or channels the result is empty.
 
         Gradients flow to every level (boxes get none), in reverse and forward mode and to any order. The CPU backward
         is deterministic. The CUDA backward is deterministic in float64, and under

@@ -36,7 +36,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
         A box with a NaN corner and a box with a NaN score are never kept. A box without area (reversed or empty), and
         one whose area is infinite, suppresses nothing and is never suppressed. Areas that overflow or underflow count
-        as infinite or zero. Infinite scores rank first or last. No boxes: an empty result. Row numbers have no
+        as infinite or zero. Infinite scores rank first or last. Without boxes the result is empty. Row numbers have no
         gradient.
 
         The length of the result depends on the values. To trace it with `torch.compile(fullgraph=True)`, set

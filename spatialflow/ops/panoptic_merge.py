@@ -46,13 +46,13 @@ def panoptic_merge(
 ) -> PanopticMergeOutput:
     """Merge instances and stuff into one map in which every pixel has the id of one segment or is void.
 
-    1. Instances with `score >= score_threshold`, highest score first, ties in input order. An instance is dropped if it
-       has no pixels, or if more than `overlap_threshold` of its pixels are in instances kept before. Other instances
-       are kept and take their free pixels.
+    1. Instances with `score >= score_threshold` are visited by descending score, ties in input order. An instance is
+       dropped if it has no pixels, or if more than `overlap_threshold` of its pixels are in instances kept before.
+       Other instances are kept and take their free pixels.
     2. Each stuff label takes its free pixels, unless they are fewer than `stuff_area_threshold`.
-    3. Each box of step 1, in the same order, whether its instance is kept or not. If at least `box_overlap_threshold`
-       of its pixels are still void, these void pixels join the instance's segment, or a new one. Boxes are truncated to
-       integers and clipped to the image.
+    3. The box of each instance of step 1 is visited in the same order, whether the instance is kept or not. If at least
+       `box_overlap_threshold` of the box's pixels are still void, these void pixels join the instance's segment, or a
+       new one. Boxes are truncated to integers and clipped to the image.
 
     Args:
         masks: (K, H, W) bool or uint8, not zero = inside.
@@ -83,7 +83,7 @@ def panoptic_merge(
         pixels (`overlap_threshold` of 1) is not a segment, but step 3 may make it one. Rows hold scores in float32.
 
         An instance with a NaN score is ignored; a box with a coordinate that is not finite fills nothing. K, H and W
-        may be 0. No gradients. The result does not depend on the number of threads.
+        may be 0. The results have no gradients and do not depend on the number of threads.
 
         Complexity: one pass over the K * H * W mask values, which are packed to K * H * W / 8 bytes. All later steps
         use these bits. Instances are decided one after the other.

@@ -22,7 +22,7 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
         gt_map: (H, W) int32 ids, 0 = void, 1 .. gt_segments.
         pred_map: (H, W) int32 ids, 0 = void, 1 .. pred_segments.
         gt_segments: number of ground-truth segments G.
-        pred_segments: number of predicted segments P, or more.
+        pred_segments: number of predicted segments P, or an upper bound of it.
 
     Returns:
         (G + 1, P + 1) int64. Its size depends on the arguments alone, so the host does not wait for the device.
@@ -31,10 +31,10 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
         RuntimeError: a shape, dtype, device or number that does not fit, naming the argument.
 
     Note:
-        A pixel with an id outside its range is not counted. No gradients.
+        A pixel with an id outside its range is not counted. The result has no gradient.
 
-        Complexity: one pass over the H * W pixels of both maps. Memory is the table; on the CPU threads may have a
-        table each.
+        Complexity: one pass over the H * W pixels of both maps. Memory is the table; on the CPU each thread may have
+        its own table.
 
         Difference from panopticapi: ids are consecutive, and the table is a tensor on the device of the maps.
 

@@ -43,7 +43,7 @@ def preprocess_images(
     Note:
         Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR, `subtract` in float32 and `multiply` by
         1 / std in float64. There is no antialiasing, but an image resized to exactly half its size is averaged over
-        2 x 2 pixels, as in OpenCV. No gradients.
+        2 x 2 pixels, as in OpenCV. The result has no gradient.
 
         Complexity: time and memory are linear in the pixels of the result. No resized or normalized image is stored in
         between.

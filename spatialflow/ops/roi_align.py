@@ -51,7 +51,7 @@ def roi_align(
         Without `aligned`, a RoI without extent or reversed (x2 < x1) becomes one cell wide. With `aligned`, a positive
         `sampling_ratio` makes the samples of such a RoI coincide or run backwards; otherwise it has no samples and
         gives zeros. A feature that is not finite reaches only bins that give it a weight other than 0. A map without
-        cells gives zeros. No RoIs, or no channels: an empty result.
+        cells gives zeros. Without RoIs or channels the result is empty.
 
         Gradients flow to `input` only (boxes get none), in reverse and forward mode and to any order. The CPU
         backward is deterministic. The CUDA backward is deterministic in float64, and under
@@ -60,8 +60,8 @@ def roi_align(
         Complexity: time is proportional to K * C times the cells that the bins of a RoI read; samples of a bin that
         share cells are merged. The CUDA kernels copy features that are not channels-last into that layout first.
 
-        Difference from torchvision: boxes are used in float32 also for 16-bit features, and bad RoIs give zeros. mmcv
-        and detectron2 have `aligned=True` by default.
+        Difference from torchvision: boxes are used in float32 also for 16-bit features, and a RoI that is not finite or
+        not of the batch gives zeros. mmcv and detectron2 have `aligned=True` by default.
 
     Examples:
         >>> features = torch.rand(2, 256, 50, 84)  # of two images, stride 8

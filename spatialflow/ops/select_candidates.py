@@ -45,8 +45,8 @@ def select_candidates(
 
     Returns:
         `Candidates`: boxes (B, N, 4) and scores (B, N, classes) in float32, float64 for float64 logits. Levels follow
-        each other in order. N is the sum of min(per_level, H_l * W_l * A) (of H_l * W_l * A if `per_level` is 0), so it
-        does not depend on values.
+        each other in order. N is the sum over the levels of min(per_level, H_l * W_l * A), or of H_l * W_l * A if
+        `per_level` is 0. It does not depend on values.
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.

@@ -20,7 +20,7 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
 
     Args:
         logits: (C, h, w) of one image, at a quarter of the network's input; float32, float64, float16 or bfloat16, any
-            strides without a copy.
+            strides, read without a copy.
         valid_size: (H, W) of the image in the network's input, without padding: up to (4h, 4w).
         original_size: (H, W) of the result.
 

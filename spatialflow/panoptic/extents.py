@@ -30,7 +30,7 @@ def extents(id_map: np.ndarray) -> dict[int, Extent]:
     Returns:
         A mapping from id to `Extent`; empty where the map has no pixels.
 
-    Runs of pixels of one row and one id are sorted instead of pixels, as they are fewer.
+    Runs of pixels of one row and one id are sorted instead of pixels, as there are fewer runs.
     """
     if id_map.size == 0:
         return {}

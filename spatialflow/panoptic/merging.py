@@ -15,7 +15,7 @@ from spatialflow.ops import PanopticMergeOutput, panoptic_merge
 Array = Any  # numpy array, tensor, or a nested list of numbers
 
 
-_MOST_STUFF_LABELS = 1 << 16  # the op keeps a row per label
+_MOST_STUFF_LABELS = 1 << 16  # `panoptic_merge` returns a row per stuff label
 
 
 class MergeResult(NamedTuple):

@@ -147,7 +147,7 @@ def _contradicted_id(
 
 
 def _image_of(name: str | None, keys: Sequence[Mapping[str, Any]]) -> int | str | None:
-    """Find the image of a name, compared with its folder, else without; None if no image or several match."""
+    """Find the image of a name, compared first with its folder, then without; None if no image or several match."""
     if name is None:
         return None
     ((_, path),), ((_, stem),) = _keys({0: name})[:2]
@@ -163,7 +163,10 @@ def _is_tail(first: str, second: str) -> bool:
 
 
 def _keys(names: Mapping[Any, str]) -> list[list[tuple[Any, str]]]:
-    """Lists of (image id, key) for three keys: folder and name, the name alone, the id if it is a string."""
+    """Return a list of (image id, key) for each of three keys.
+
+    The keys are the name with its folder; the name alone; and the id if it is a string, else the name.
+    """
     stems = {image: photograph_key(name) for image, name in names.items()}
     folders = {image: str(PurePosixPath(name).parent) for image, name in names.items()}
     return [

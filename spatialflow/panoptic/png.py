@@ -41,7 +41,7 @@ def decode_png(data: bytes) -> np.ndarray:
     """
     width, height, channels = _read_header(data)
     size = height * (1 + width * channels)
-    # DEFLATE compresses by a factor of at most 1032. A header beyond that must not allocate memory.
+    # DEFLATE compresses by a factor of at most 1032. No memory is allocated if the header gives a larger image.
     if size > 1032 * (len(data) + 1):
         raise ValueError("damaged PNG: the file is too short for its image")
     try:

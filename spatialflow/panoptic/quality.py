@@ -173,7 +173,7 @@ def evaluate(
 
     Args:
         gt_json: COCO panoptic JSON with `annotations` and `categories`, a path or its content.
-        gt_folder: folder of its PNGs; None for the JSON's path without ".json".
+        gt_folder: folder of its PNGs; None for the JSON's path without its suffix.
         pred_json: COCO panoptic JSON with `annotations`. Every image of the ground truth must be in it, by its id or
             by the name of its photograph (`join_images`).
         pred_folder: like gt_folder, for the predictions.
@@ -204,7 +204,7 @@ class AnnotationFiles(NamedTuple):
     """A panoptic JSON and the folder of its PNGs."""
 
     json: str | os.PathLike[str] | Mapping[str, Any]  # a path, or its content
-    folder: str | os.PathLike[str] | None  # None for the JSON's path without ".json"
+    folder: str | os.PathLike[str] | None  # None for the JSON's path without its suffix
 
 
 class Scored(NamedTuple):

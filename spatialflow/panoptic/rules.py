@@ -210,7 +210,7 @@ def _segment_problem(rule: str, image: int | str, segment: int, value: Any, deta
 
 
 def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int]]:
-    """The problems and the listed ids."""
+    """Return the problems of `categories` and the category ids listed there."""
     problems: list[Problem] = []
     listed: set[int] = set()
     rows = content.get("categories", [])
@@ -236,7 +236,7 @@ def _category_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[i
 
 
 def _image_problems(content: Mapping[str, Any]) -> tuple[list[Problem], set[int | str]]:
-    """The problems and the listed ids."""
+    """Return the problems of `images` and the image ids listed there."""
     rows = content.get("images")
     if not isinstance(rows, list):
         return [Problem("images", 'a data set needs a list "images"', value=_short(rows))], set()

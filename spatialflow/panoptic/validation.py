@@ -35,7 +35,7 @@ def validate(
 
     Args:
         json_path: COCO panoptic JSON.
-        folder: of its PNGs; None for the JSON's path without ".json".
+        folder: folder of its PNGs; None for the JSON's path without its suffix.
         images: folder of the photographs, which are decoded as in training; None: they are not checked.
         workers: threads; default: one per core. The result does not depend on it.
         progress: show a progress bar on standard error.

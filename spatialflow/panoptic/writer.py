@@ -109,11 +109,12 @@ class PanopticWriter:
     Use it as a context manager: the JSON is written at the end of the block, also after an exception, so that completed
     images stay usable. Segments may have any JSON-serializable field beside id and category_id.
 
-    In its first `with` block, or with `resume`, each image's segments are appended to a journal beside the JSON
-    (`panoptic.journal.jsonl` for `panoptic.json`) right after its PNG. A process that is killed loses the current image
-    at most. After a power failure, a resumed run does the images again that were not synced to disk. The journal is
-    removed at the end of the block, unless an exception ended the block. While one process writes a journal, no other
-    process can write it. Without `with` and `resume` there is no journal, and `write_json` saves the results.
+    In its first `with` block, or with `resume`, the writer appends each image's segments to a journal right after it
+    writes the PNG. The journal is beside the JSON: `panoptic.journal.jsonl` for `panoptic.json`. A process that is
+    killed loses the current image at most. After a power failure, a resumed run does the images again that were not
+    synced to disk. The journal is removed at the end of the block, unless an exception ended the block. While one
+    process writes a journal, no other process can write it. Without `with` and `resume` there is no journal, and
+    `write_json` saves the results.
 
     Several threads may call `add` at once: PNGs are encoded and written in parallel, rows of the journal one after the
     other. Call all other methods from one thread only, and not while a thread runs `add`.

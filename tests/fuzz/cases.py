@@ -55,7 +55,7 @@ def sizes(maximum: int, minimum: int = 1) -> st.SearchStrategy:
     return st.sampled_from([size for size in around if minimum <= size <= maximum] or [minimum])
 
 
-# Few bits, so that they are never drawn twice as "duplicates" but cost one draw.
+# Enough seeds that two tensors of a case rarely have the same values.
 seeds = st.integers(0, 1 << 20)
 # True in one of four draws; Hypothesis shrinks to False.
 rarely = st.sampled_from([False, False, False, True])
@@ -131,7 +131,7 @@ def boxes(
     batch: int = 1,
     far: bool = False,
 ) -> dict:
-    """Boxes in images of this width and height; with `far`, some coordinates are so large that areas overflow."""
+    """Boxes in images of (width, height) `extent`; with `far`, some coordinates are so large that areas overflow."""
     values = st.fixed_dictionaries(
         {
             "kind": st.just("boxes"),

@@ -141,7 +141,7 @@ def replay_command(case: dict, backend: str) -> str:
 
 
 def _read_case(text: str) -> dict:
-    """Parse a case from a report; raise ValueError for other input, as far as the supervisor can tell."""
+    """Parse a case from a report; raise ValueError for input that is recognizably not a case."""
     try:
         case = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Execution of one case in the worker: call the operator and compare with every judge.
+"""Execution of one case in the worker: call the operator and compare it with its reference and other judges.
 
 The supervisor calls `execute`.
 """
@@ -37,7 +37,7 @@ def execute(case: dict) -> dict:
 
     Returns:
         status: "right", "refused" or "wrong"; differences: texts; compared, excluded: numbers of elements; skipped:
-        judges that were not used.
+        "result", "gradient" or "tangent" if it was not compared with the reference.
     """
     if case["op"] in FILES:
         from fuzz import read_files
@@ -59,7 +59,7 @@ class _CaseRun:
         self.incoming: list[Tensor] = []  # gradients and tangents
         floats = [t.dtype for t in self.tensors if t.dtype.is_floating_point]
         self.tolerance = judge.tolerance_of(floats)
-        # The dtype of the sums follows from the features, or is float64 if boxes or scores are.
+        # Sums are in float64 if the first floating-point tensor (features, boxes or logits) is, otherwise in float32.
         self.accumulator = torch.float64 if floats and floats[0] == torch.float64 else torch.float32
 
     @staticmethod

@@ -4,7 +4,7 @@
 A case is a dictionary:
 
     op         name in FILES
-    arguments  "base": index of a valid file; "edits": lists of [kind, place, value], names and small integers
+    arguments  "base": index of an unedited file; "edits": list of [kind, place, value], a name and two integers
                (see `fuzz.mutate`)
     valid      False: the reader may refuse the file
 
@@ -46,7 +46,7 @@ FILES: dict[str, tuple[int, st.SearchStrategy]] = {
     "configuration": (4, TREE_OR_BYTES),
     "setting": (1 << 16, edits(("text",), 2)),
 }
-"""Number of valid files, and edits, by kind of file."""
+"""Number of unedited files, and strategy of their edits, by kind of file."""
 
 
 @st.composite

@@ -4,13 +4,13 @@
 An element is right if it is within a tolerance relative to the largest expected one. Otherwise three more checks, in
 this order, decide whether it is wrong:
 
-1. How large were the terms of the sum? The judge computes again with absolute values of the linear arguments. The
+1. Does the judge spread non-finite values further than the operator does? Then only its finite elements count.
+2. How large were the terms of the sum? The judge computes again with absolute values of the linear arguments. The
    tolerance of sums that cancel is relative to these sizes. Elements that overflow the dtype of the sums are excluded.
-2. Is the result discontinuous there? The judge computes again with arguments perturbed by a rounding. Elements that
-   change by more than the tolerance are excluded.
-3. Does the judge spread non-finite values further than the operator does? Then only its finite elements count.
+3. Is the result discontinuous there? The judge computes again with arguments perturbed by a rounding. Elements that
+   change by more than half of the tolerance are excluded.
 
-Excluded elements are counted.
+Excluded elements are counted. Integers must be equal; only the third check applies to them, without a count.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def compare(
         expected: result in float64, or integers, which must be equal.
         tolerance: relative to the largest expected element.
         accumulator: dtype of the operator's sums.
-        magnitude: the result for absolute values; a tensor of the shape of `expected`, or a number.
-        nearby: results for arguments perturbed by a rounding.
+        magnitude: returns the result for absolute values, of the shape of `expected` or without dimensions, or None.
+        nearby: returns the results for arguments perturbed by a rounding.
         poisons: elements where `expected` is not finite are not compared.
     """
     if actual.shape != expected.shape:

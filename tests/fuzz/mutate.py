@@ -2,7 +2,7 @@
 """Edits of bytes, of PNG chunks, of JPEG segments, and of trees such as JSON.
 
 An edit is [kind, place, value]. `place` is the index of a part, modulo the number of parts, or the position of a byte
-in 1 / 65536 of the file. `value` selects one of the special values.
+in 1 / 65536 of the file. `value` determines the details of the edit, such as a special value or the number of bytes.
 """
 
 from __future__ import annotations
@@ -195,7 +195,10 @@ def _png(parts: list[list]) -> bytes:
 
 
 def _jpeg_segments(data: bytes) -> list[list]:
-    """Return the markers with their content; that of the start of scan includes the compressed data."""
+    """Return the segments as [marker, content, {"scan": compressed data}]; only a start of scan has such data.
+
+    The last part, ["tail", content, {}], is the rest of the file.
+    """
     parts, at = [], 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xD9:
         marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")

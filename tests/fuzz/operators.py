@@ -33,7 +33,7 @@ class Operator:
         reference: its plain-PyTorch reference.
         brute: its brute force in NumPy.
         differentiable: arguments with a gradient.
-        exact: results are integers that must be equal, and the reference gets the tensors unconverted.
+        exact: results must equal those of the reference, which gets the tensors unconverted.
         nearby: yields the arguments perturbed by a rounding, in float64.
         nearby_for: what depends on such perturbations: "result", "gradient".
         linear: arguments in which the operator is linear; their absolute values give the size of the terms of the sums.
@@ -44,7 +44,7 @@ class Operator:
             Then results that are not finite in the reference are not compared.
         composed: the call consists of torch operators if gradients are required. For expanded tensors their fake
             kernels predict other strides than the real ones.
-        unstable: (arguments, all tensors with incoming gradients) -> bool: whether results are unspecified. Such a call
+        unstable: (arguments, all tensors and incoming gradients) -> bool: whether results are unspecified. Such a call
             must not crash or write out of bounds; its results are not compared.
         excused: (arguments, result) -> bools: elements of an integer result that are right although the brute force
             gives another number.
@@ -135,8 +135,8 @@ def leaves(value: Any) -> list[Tensor]:
 def _is_unstable_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
     """Tell whether arguments make results of a convolution unspecified, because Winograd sums its inputs.
 
-    An infinite or very large number changes results in the whole 4 x 4 tile around it. It is unspecified whether a
-    non-finite weight is multiplied by padding.
+    An infinite or very large number changes all results of the 4 x 4 output tiles that read it. It is unspecified
+    whether a non-finite weight is multiplied by padding.
     """
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
     # "auto" selects Winograd by the number of channels.
@@ -275,7 +275,10 @@ def _named_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tied(arguments: dict, result: Tensor) -> Tensor:
-    """Return the pixels whose logit equals the largest one up to rounding."""
+    """Return the pixels where the logit of the operator's label equals the largest logit up to rounding.
+
+    Pixels and calls where float32 may overflow are included.
+    """
     logits = torch.from_numpy(brute_force.upsampled_logits(**arguments))  # (H, W, C)
     logits = torch.where(logits.isnan(), -torch.inf, logits)
     known = result.long() < logits.shape[2]
@@ -284,7 +287,7 @@ def _tied(arguments: dict, result: Tensor) -> Tensor:
     scale = finite.abs().amax(dim=2)
     largest = torch.finfo(torch.float32).max / 4  # float32 overflows beyond this
     near = (chosen >= logits.amax(dim=2) - 1e-5 * scale) | (scale > largest)
-    # A huge logit matters if its weight is a rounding error instead of 0.
+    # A huge logit changes the result if rounding makes its interpolation weight nonzero.
     return known & (near | bool(_overflows(arguments, [arguments["logits"]])))
 
 

@@ -96,7 +96,7 @@ def _detections() -> list[dict]:
 
 def read_detections(folder: Path, base: int, changes: list) -> int:
     rows = [dict(row) for row in _detections()]
-    counts_edits = [edit for edit in changes if edit[0] == "counts"]  # of characters in the run-length code of a mask
+    counts_edits = [edit for edit in changes if edit[0] == "counts"]  # each replaces a character of a run-length code
     for _, place, value in counts_edits:
         row = rows[value % len(rows)]
         code = dict(row["segmentation"])

@@ -50,7 +50,7 @@ def _torch_bytes(content: Any, legacy: bool) -> bytes:
 
 
 class _CallOnLoad:
-    """Object whose unpickling makes a call, here one that creates the canary file."""
+    """Object whose unpickling makes a call, here one that creates the file `canary()`."""
 
     def __init__(self, function: Callable, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -174,7 +174,7 @@ def read_training_checkpoint(folder: Path, base: int, changes: list) -> int:
     trainer.store.folder = folder
     trainer.store.path.write_bytes(_edited_torch_file(content, base == 1, changes))
     try:
-        # A resumed run reads the file by this call; building a trainer for it would take ten times as long.
+        # A resumed run reads the file by this call. A new trainer for each case would take ten times as long.
         trainer.step = trainer.store.restore()
     except TrainingError as error:
         raise CheckpointError(str(error)) from None

@@ -34,7 +34,7 @@ def _with_lists(section: Any) -> dict:
 
 
 def _check_config(config: Config) -> int:
-    hash(config)  # frozen at every level
+    hash(config)  # raises TypeError if a section or value is mutable
     if load_config(config) != config:
         raise WrongResult("an accepted configuration changes when it is read again")
     return len(SECTIONS)

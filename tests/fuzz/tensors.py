@@ -6,7 +6,7 @@ A tensor is described by a dictionary, so that a case can be printed and replaye
     {"tensor": [2, 3, 4, 5], "dtype": "float32", "values": {"kind": "normal", "seed": 7}, "layout": {"order": ...}}
 
 Its memory is next to a page without access. An access beyond the storage ends the process. A read outside the tensor
-but within the storage returns NaN, and `Memory.changed` tells whether anything was written.
+but within the storage returns NaN or the largest integer. `Memory.changed` tells whether anything was written.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class Memory:
         self._slots_in_use, self._copies = [], []
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Return `count` elements that end, or in every fourth slot begin, at a page without access."""
+        """Return `count` elements that end, or in every fourth slot begin, at a page without access.
+
+        Without a free slot that is large enough, the elements are in ordinary memory.
+        """
         size = count * dtype.itemsize
         if size > SLOT_BYTES or self._used == SLOTS:
             memory = torch.empty(count, dtype=dtype)
@@ -180,7 +183,8 @@ def _boxes(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
     """Generate rows of x1, y1, x2, y2, with the image index in front if there are five columns.
 
     "extent" is the width and height of the image. Coordinates are multiples of "step" (0: any). "batch" is the number
-    of images. With "hostile", some rows are reversed, empty, on the border, far outside or not finite.
+    of images. With "hostile", some rows are reversed, empty, as large as the image, far outside or not finite, or have
+    an invalid image index.
     """
     *lead, count, columns = shape
     width, height = values["extent"]

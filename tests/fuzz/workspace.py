@@ -44,6 +44,7 @@ def input_folder() -> Path:
 
 
 def canary() -> Path:
+    """Return the path of a file that exists only if a reader has run code contained in its input."""
     return input_folder() / "canary"
 
 
@@ -61,7 +62,9 @@ def edited_json(tree: Any, changes: list) -> bytes:
 
 
 def run_command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
-    """Run a command; return its exit code and standard error. Raise `WrongResult` if a command may not end like that.
+    """Run a command; return its exit code and standard error.
+
+    Raise `WrongResult` for a forbidden exit code, message or warning.
 
     Args:
         arguments: command line.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparison of operators and reference implementations with `fuzz.brute_force`, and the values they are given."""
+"""Comparison of operators and reference implementations with `fuzz.brute_force`, and functions that make inputs."""
 
 import math
 from typing import Any

@@ -80,4 +80,4 @@ WIRINGS = {
     "some flows": {"stages": (3, 3, 3, 3), "flow_stages": (0, 2)},
     "nothing": {"stages": (0, 0, 0, 0), "flows": (False,) * 4},
 }
-"""Keyword arguments of `wiring` for every ablation of the paper."""
+"""Keyword arguments of `wiring` for the network of the paper, for ablations and for unusual combinations."""

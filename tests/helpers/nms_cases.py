@@ -34,7 +34,7 @@ def nms_sample(name: str, tensors: Callable[..., list], options: dict, raw: Call
 
 
 def iou_matrix(boxes: np.ndarray) -> np.ndarray:
-    """Return the (N, N) IoUs of float64 boxes, not reversed and finite; 0 for pairs of empty boxes."""
+    """Return the (N, N) IoUs of finite float64 boxes that are not reversed; 0 for pairs of empty boxes."""
     size = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - np.maximum(boxes[:, None, :2], boxes[None, :, :2])
     inter = size.clip(min=0).prod(axis=2)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)

@@ -38,12 +38,12 @@ DEVICE = torch.get_default_device().type  # device of the tests' tensors; see co
 # deterministic.
 NONDETERMINISM = 0.0 if DEVICE == "cpu" else 1e-9
 
-# Tolerances against the reference in float64, relative to the largest value of the result. float16 has 11 bits and
-# bfloat16 has 8. Both round inputs and outputs once; sums are in float32.
+# Tolerances against the reference in float64, relative to the largest value of the result. float16 has 11 significant
+# bits and bfloat16 has 8. In both, inputs and outputs are rounded once; sums are in float32.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 SLOW_GRADCHECK_ELEMENTS = 600
-"""Limit of elements of inputs and results up to which gradcheck in slow mode takes less than about two seconds."""
+"""Largest number of elements of inputs and results for which slow gradcheck takes less than about two seconds."""
 
 
 @dataclass
@@ -109,7 +109,7 @@ def with_stride(tensor: Tensor, stride: int) -> Tensor:
 
 
 def surrounded_by_nans(tensor: Tensor) -> Tensor:
-    """Return the same values in a window of a larger tensor of NaN (or 99) that begins at an odd element."""
+    """Return the same values inside a larger tensor of NaN (integers: 99), which begins at element 1 of its storage."""
     sizes = [size + 2 for size in tensor.shape]
     filling = float("nan") if tensor.is_floating_point() else 99
     storage = torch.full((math.prod(sizes) + 1,), filling, dtype=tensor.dtype)
@@ -177,7 +177,10 @@ class RecordingTensor(Tensor):
 
 
 def metadata(value: Any) -> list[tuple]:
-    """Return dtype, shape and strides of sizes above 1 of every tensor; dtype and dimension if sizes are symbols."""
+    """Return the metadata of every tensor: dtype, shape, and the strides of dimensions of size above 1.
+
+    If a size is a symbol, the metadata are the dtype and the number of dimensions.
+    """
     result: list[tuple] = []
     for t in leaves(value):
         if all(isinstance(size, int) for size in t.shape):
@@ -282,7 +285,7 @@ class OpMatrix:
 
     Attributes:
         samples: name -> function that makes an `OpSample` in float64.
-        thin_samples: the same with sizes of 1 and 0; only `test_thin_layouts` uses them.
+        thin_samples: the same with sizes of 1 and 0, for `test_thin_layouts` and `test_slow_gradcheck` only.
         dtypes: dtypes of the tensors in `OpSample.converted`.
         has_gradient: whether the operator has a gradient; every subclass must set it.
         linear_samples: names of samples that are linear in their differentiable tensors, so that second derivatives
@@ -315,14 +318,14 @@ class OpMatrix:
         if "make_thin_sample" in metafunc.fixturenames:
             names = list(self.thin_samples)
             metafunc.parametrize("make_thin_sample", [self.thin_samples[name] for name in names], ids=names)
-            # The widest and a 16-bit dtype, which has other kernels.
+            # float64 and float16: kernels for 16-bit dtypes differ.
             dtypes = [dtype for dtype in self.dtypes if dtype in (torch.float64, torch.float16)] or self.dtypes[:1]
             metafunc.parametrize("thin_dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes, ids=lambda d: str(d).removeprefix("torch."))
 
     def _samples_of(self, test: str) -> dict[str, Callable[[], OpSample]]:
-        """Return the samples of a test by name."""
+        """Return the samples, by name, of the test with the name `test`."""
         if test == "test_gradgradcheck":
             return {name: self.samples[name] for name in self.linear_samples}
         if test == "test_slow_gradcheck":
@@ -425,7 +428,7 @@ class OpMatrix:
 
     @pytest.mark.parametrize("grad_mode", GRAD_MODES)
     def test_recorded(self, make_sample: Callable[[], OpSample], grad_mode: str) -> None:
-        """Modes, tensor subclasses and the profiler record a call without gradients, with the same result."""
+        """Modes of torch, tensor subclasses and the profiler record a call without gradients and keep its result."""
         sample = make_sample()
         raw = sample.raw(*sample.tensors, **sample.options)[0].default
         expected = leaves(sample.op(*sample.tensors, **sample.options))
@@ -445,7 +448,7 @@ class OpMatrix:
         results = called([map_tensors(lambda t: t.as_subclass(RecordingTensor), value) for value in sample.tensors])
         assert raw in RecordingTensor.calls and all(type(leaf) is RecordingTensor for leaf in results)
         assert_same([leaf.as_subclass(Tensor) for leaf in results])
-        if grad_mode != "inference_mode":  # in which torch fails on views of such tensors
+        if grad_mode != "inference_mode":  # there, torch fails on views of TwoTensors
             results = called([map_tensors(lambda t: TwoTensor(t, t), value) for value in sample.tensors])
             assert all(type(leaf) is TwoTensor for leaf in results)
             assert_same([leaf.a for leaf in results])
@@ -604,7 +607,7 @@ class OpMatrix:
         assert_near(list(transposed), list(dense), torch.float64, what="transposed gradient")
 
     def test_thin_layouts(self, make_thin_sample: Callable[[], OpSample], thin_dtype: torch.dtype) -> None:
-        """Sizes of 1 and 0 agree with the reference, at any strides of inputs and incoming gradients.
+        """Results for sizes of 1 and 0 agree with the reference, at any strides of inputs and incoming gradients.
 
         Fake kernels predict the layout of the results.
         """
@@ -647,7 +650,7 @@ class OpMatrix:
                     assert_described(outcome(op, fakes), real, f"argument {index}")
 
     def _differentiated(self, sample: OpSample, tensors: list, layout: Callable = lambda t: t) -> tuple[list, list]:
-        """Return results, and gradients by all differentiable tensors for an incoming gradient of that layout."""
+        """Return the results, and the gradients of all differentiable tensors for incoming gradients in `layout`."""
         function, inputs = self._bound(sample, tensors)
         inputs = [t.detach().requires_grad_() for t in inputs]
         outputs = leaves(function(*inputs))

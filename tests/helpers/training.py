@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training runs of a network of a few thousand parameters on four synthetic scenes."""
+"""Training runs of a narrow network, of about a hundred thousand parameters, on four synthetic scenes."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Test programs of the interpreter, each with several small kernels (tests/test_simt.py). Usage: `<program>
-// list-clean`, `<program> list-faults`, or `<program> <name>`. The last one exits with 0 and "ok", or with 1 and the
-// report.
+// Main function and helpers of the interpreter's test programs, each with several small kernels (tests/test_simt.py).
+// Usage: `<program> list-clean`, `<program> list-faults`, or `<program> <name>`. The last one prints "ok" and exits
+// with 0, or prints the report and exits with 1.
 #pragma once
 
 #include <cstdio>

@@ -31,7 +31,7 @@ void reverse() {
     }
 }
 
-// Sum blocks by shuffles, then by one shared word per warp, then by an atomic.
+// Sum the lanes of each warp by shuffles, the warps of each block through shared memory, and the blocks by an atomic.
 __global__ void __launch_bounds__(256) sum_kernel(Global<const float> values, Global<float> total, int count) {
     SPATIALFLOW_SHARED(float, of_warps, 8);
     const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -80,7 +80,7 @@ void histogram() {
 }
 
 // Exchange values between the lanes of a warp through shared memory, with __syncwarp only, in two halves with different
-// masks. The lane that writes an element has read it after the adjacent lane did.
+// masks. From the second round on, a lane reads and writes its element after the adjacent lane has read it.
 __global__ void warp_exchange_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, tile, 64);
     const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
@@ -177,8 +177,8 @@ void product() {
     }
 }
 
-// d = a (16x8) * b (8x8) in TF32: a row-major, through ldmatrix; b row-major, element by element. `swapped` gives the
-// registers of a in the order of a 16-bit product.
+// d = 1 + a (16x8) * b (8x8) in TF32: a row-major, through ldmatrix; b row-major, element by element. `swapped`
+// exchanges registers 1 and 2 of a, which is a wrong layout.
 __global__ void product_tf32_kernel(Global<const float> a, Global<const float> b, Global<float> d, bool swapped) {
     SPATIALFLOW_SHARED(float, left, 16 * 8);
     const int lane = static_cast<int>(threadIdx.x);
@@ -238,7 +238,7 @@ void round_tf32() {
     expect(to_tf32(__uint_as_float(0xffffffffu)) == 0x7fffffffu, "NaN");
 }
 
-// Tensor cores truncate sums: 1 + 2^-24 + 2^-24 is 1, and 1 - 2^-30 is below 1.
+// Tensor cores truncate sums: 1 + 1.5 * 2^-24 gives 1, and 1 - 2^-30 gives 1 - 2^-24.
 __global__ void truncation_kernel(Global<float> out) {
     const float first = threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
     const unsigned ones[4] = {to_tf32(first), to_tf32(first), 0, 0};
@@ -520,7 +520,7 @@ __global__ void not_rounded_kernel() {
 
 template <auto kKernel>
 void run_with_floats() {
-    std::vector<float> out(65);  // 128 bytes would fit the last vector, 65 floats do not
+    std::vector<float> out(65);  // 17 vectors of 4 floats need 68
     launch<kKernel>(dim3(1), dim3(17), 0, Stream{}, buffer(out));
 }
 

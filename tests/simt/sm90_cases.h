@@ -64,7 +64,7 @@ struct Memory {
         }
     }
 };
-constexpr unsigned kSharedBytes = 80 * 1024;  // of most launches here
+constexpr unsigned kSharedBytes = 80 * 1024;  // dynamic shared memory of most launches
 
 // Tensor map of a row-major matrix of `rows` x `columns`, in boxes of `box_rows` x 64 with 128-byte swizzle.
 template <typename T>
@@ -79,7 +79,7 @@ TensorMap map_of(std::vector<T>& values, int64_t columns, int64_t rows, int box_
 inline uint64_t a_at(unsigned address) { return matrix_descriptor(address, 16, 1024); }
 inline uint64_t b_at(unsigned address) { return matrix_descriptor(address, 64 * 128, 1024); }
 
-// Start d = a * b (64 x 64) for descriptors of a and b, 16 of k. A report names the line of the caller.
+// Start d = a (64 x 16) * b (16 x 64) for descriptors of a and b. A report names the line of the caller.
 inline void multiply(
     WgmmaSums<32>& sums, uint64_t a, uint64_t b, simt::SourceLocation location = simt::SourceLocation::current()) {
     wgmma_fence(location);
@@ -95,7 +95,8 @@ inline void load_box(
     tma_load_3d(target, &map, 0, 0, 0, barrier, location);
 }
 
-// Common start of most kernels: a (64 x 64) at `a`, b (64 x 64) at `b`, and `count` mbarriers for one arrival each.
+// Common start of most kernels: addresses `a` and `b` of two matrices (64 x 64), and `count` mbarriers for one arrival
+// each.
 #define SM90_BLOCK(count)                                                                    \
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);                                           \
     SPATIALFLOW_SHARED(uint64_t, barriers, count);                                           \

@@ -8,7 +8,7 @@ using namespace spatialflow;
 
 namespace {
 
-// Exchange values between warps 0 and 1 while warp 2 does not take part. All warps have read the values before.
+// Exchange values between warps 0 and 1 while warp 2 does not take part. Before that, all warps read the values.
 __global__ void named_barriers_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(int, tile, 64);
     if (threadIdx.x < 64) {
@@ -17,7 +17,7 @@ __global__ void named_barriers_kernel(Global<int> out) {
     __syncthreads();
     int sum = tile[threadIdx.x % 64];
     if (threadIdx.x == 63) {
-        fence_async_proxy();  // after the reads: from here on clocks track all warps
+        fence_async_proxy();  // from here on the interpreter's vector clocks track all warps, see clocks.h
     }
     __syncthreads();
     if (threadIdx.x < 64) {
@@ -38,7 +38,7 @@ void named_barriers() {
     expect(out[0] == 6 && out[63] == 6 && out[64] == 0, "named barriers");
 }
 
-// Pass a value along a ring of three warps, with an mbarrier between each two; TMA loads half of it.
+// Pass a sum along a ring of three warps, with an mbarrier between each two. Every warp adds a number loaded by TMA.
 __global__ void ring_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(int, value, 1);
@@ -63,7 +63,7 @@ __global__ void ring_kernel(const __grid_constant__ TensorMap map, Global<int> o
                 load_box(map, memory.address, copied);
                 mbarrier_wait(copied, round % 2);
             }
-            const uint16_t number = memory.at(memory.address)[0];  // warp 0 has waited for all
+            const uint16_t number = memory.at(memory.address)[0];  // warp 0 has waited for the copy
             value[0] += number;
             mbarrier_arrive(arrived + 8 * ((warp + 1) % 3));
         }
@@ -90,7 +90,7 @@ __global__ void lanes_arrive_kernel(Global<int> out) {
     if (threadIdx.x == 0) {
         mbarrier_init(full, 32);
         mbarrier_init(empty, 32);
-        mbarrier_init(incomplete, 12);  // more than arrive
+        mbarrier_init(incomplete, 12);  // only 11 lanes arrive
     }
     __syncthreads();
     int sum = 0;
@@ -120,7 +120,7 @@ void lanes_arrive() {
     expect(out[0] == 6 && out[31] == 6, "arrivals of lanes");
 }
 
-// Complete one phase by two copies, one of them started before its bytes are expected; then replace single elements.
+// Complete each phase by two copies that start before their bytes are expected; then replace single elements.
 __global__ void two_copies_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);
@@ -153,8 +153,8 @@ void two_copies() {
     expect(out[0] == 303 && out[63] == 6403, "two copies of a phase");
 }
 
-// A producer exits while its copies are in flight. One lane waits for them, and its warp synchronizes with it by
-// __syncwarp.
+// A producer exits while its copy is in flight. One lane of another warp waits for the copy, and the other lanes
+// synchronize with this lane by __syncwarp.
 __global__ void exited_producer_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);
@@ -197,7 +197,8 @@ __global__ void registers_kernel() {
 
 void registers() { launch<registers_kernel>(dim3(2), dim3(128), 0, Stream{}); }
 
-// Read 16 bytes by all warps at once, eight times. The next block first writes two of the last 16 bytes.
+// Read the same 16 bytes by all warps at once, for eight such vectors. Each block, also the second one in the same
+// memory, first writes two bytes of the last vector.
 __global__ void reused_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(uint16_t, tile, 64);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);

@@ -99,7 +99,7 @@ void boxes() {
     }
 }
 
-// Store the sums of a thread, of a row-major product whose 64 rows of the warpgroup begin at `first_row`.
+// Store the sums of a thread to the row-major matrix d. The 64 rows of its warpgroup begin at `first_row`.
 template <int kOutputs>
 void store_sums(const WgmmaSums<kOutputs / 2>& sums, unsigned first_row, const Global<float>& d) {
     const unsigned lane = threadIdx.x % 32;
@@ -109,7 +109,7 @@ void store_sums(const WgmmaSums<kOutputs / 2>& sums, unsigned first_row, const G
     }
 }
 
-// d = a (64 x 64, K-major) * b (64 x outputs, outputs adjacent) in four products, each 16 of k, in three groups.
+// d = a (64 x 64, K-major) * b (64 x outputs, outputs adjacent) in four products of depth 16, which form three groups.
 constexpr unsigned kRows = 64, kDepth = 64, kBytesA = kRows * kDepth * 2;
 
 template <typename T, int kOutputs>
@@ -122,7 +122,8 @@ __global__ void products_kernel(
     const unsigned barrier = shared_address(barriers), thread = threadIdx.x;
     const unsigned start_a = memory.address, start_b = start_a + kBytesA;
     const unsigned row_a = row_bytes(swizzle_a), row_b = row_bytes(swizzle_b);
-    // Blocks of columns, of k in a and of outputs in b, follow each other; each has all 64 rows.
+    // Both matrices are stored as blocks of columns, one after another; a block has all 64 rows. Columns are k in a and
+    // outputs in b.
     const unsigned columns_b = (kOutputs * 2 + row_b - 1) / row_b;
     if (thread == 0) {
         mbarrier_init(barrier, 1);
@@ -283,7 +284,8 @@ void pipeline() {
     }
 }
 
-// Same product with a written by two warps, in which all lanes arrive, and b loaded by TMA; one warpgroup multiplies.
+// d (64 x 64) = a (64 x depth) * b (depth x 64) in two stages. Two warps write a, and all their lanes arrive; TMA loads
+// b; one warpgroup multiplies.
 template <typename T>
 __global__ void written_pipeline_kernel(Global<const T> a, const __grid_constant__ TensorMap map_b, Global<float> d) {
     constexpr unsigned kStages = 2, kStage = 2 * 64 * 128;
@@ -344,8 +346,8 @@ void written_pipeline() {
     }
 }
 
-// Compute d = a * b where a is a tap of a map with a halo. Its 64 rows are 8 x 8 pixels (y, x), and a row of the map
-// has 10.
+// Compute d = a * b where a is a tap of a map with a halo. The 64 rows of a are 8 x 8 pixels (y, x); the map has
+// 10 x 10 pixels.
 constexpr int kHalo = 10;
 __global__ void halo_kernel(
     const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, int tap, Global<float> d) {

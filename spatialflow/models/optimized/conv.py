@@ -41,7 +41,8 @@ def fused_conv2d(
     """Compute relu(conv2d(x) + bias + residual), without gradients.
 
     Args:
-        x: (N, C, H, W), channels-last; of the dtype of the weight, or of any floating point dtype under autocast.
+        x: (N, C, H, W), channels-last; of the dtype of the weight. Under autocast both may be any of float32, float16
+            and bfloat16.
         weight: (O, C / groups, kernel height, kernel width), channels-last.
         bias: (O,) of the dtype of the weight, or None.
         shape: stride, padding, groups.
@@ -90,7 +91,7 @@ def _cast(name: str, x: Tensor, weight: Tensor, *optional: Tensor | None) -> lis
 
 
 def _has_conv1x1_kernel(x: Tensor, weight: Tensor, shape: Shape) -> bool:
-    """Return whether `conv1x1` has a fast kernel for a convolution; it loads channels in vectors of 16 bytes."""
+    """Return whether `conv1x1` has a fast kernel for a convolution; the kernel loads channels in 16-byte vectors."""
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and weight.shape[2:] == (1, 1)
@@ -120,7 +121,7 @@ def _has_onednn_epilogue(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()  # no fake kernels; the compiler fuses the epilogue itself
+        and not torch.compiler.is_compiling()  # the operators have no fake kernels; the compiler fuses the epilogue
     )
 
 

@@ -73,7 +73,7 @@ class PackedThingHead(ThingHead):
         for i in range(0, k, step):
             part = slice(i, i + step)
             up = linear_relu(pixels[part].flatten(0, 1), self.weight, self.bias)
-            up = up.view(-1, h * w * 4, up.shape[1] // 4)  # (k, S*S*4, O)
+            up = up.view(-1, h * w * 4, up.shape[1] // 4)  # (RoIs of the chunk, S*S*4, O)
             parts.append(up @ weight + bias if labels is None else torch.baddbmm(bias[part], up, weight[part]))
         if not parts:
             parts = [pixels.new_zeros((0, h * w * 4, weight.shape[-1]))]

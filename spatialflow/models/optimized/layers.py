@@ -105,7 +105,10 @@ class PackedConv3x3(PackedModule):
         self.relu = relu
 
     def forward(self, x: Levels, flow: Levels | None = None, active: Tensor | None = None) -> Levels:
-        """Compute relu(conv(x + flow)), of the structure of `x`; zeros for images that are not `active`, (N,) bool."""
+        """Compute conv(x + flow) and the ReLU, if any, in the structure of `x`.
+
+        The result is zero for images that are not `active`, (N,) bool.
+        """
         return flow_conv2d(x, flow, self.packed, None, self.relu, active=active)
 
 

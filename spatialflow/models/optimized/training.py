@@ -99,7 +99,7 @@ class TrainingBoxHead(nn.Module):
 
     Args:
         head: the plain head, whose parameters train.
-        on_cuda: fuse only the predictors for which `is_faster_on_cuda`; the others run one convolution per level.
+        on_cuda: fuse only the predictors for which `is_faster_on_cuda` is true; the others run level by level.
     """
 
     def __init__(self, head: BoxHead, on_cuda: bool = False) -> None:
@@ -131,7 +131,8 @@ def is_faster_on_cuda(out_channels: int) -> bool:
 
 
 MAX_OUTPUTS_ON_CUDA = 64
-"""Largest number of output channels: one tile of `flow_conv2d`. 36 were measured to be faster than cuDNN, 256 not."""
+"""Largest number of output channels for which `is_faster_on_cuda` is true: one narrow tile of `flow_conv2d`. With 36
+channels, `flow_conv2d` was measured to be faster than cuDNN; with 256, it was not."""
 
 
 class TrainingStuffHead(StuffHead):

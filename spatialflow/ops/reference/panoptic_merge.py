@@ -74,7 +74,7 @@ def panoptic_merge(
         x, y = int(xs.min()), int(ys.min())
         size = [int(xs.max()) - x + 1, int(ys.max()) - y + 1]
         table[row] = table.new_tensor([label, instance >= 0, instance, len(xs), x, y, *size])
-        segment_scores[row] = scores.new_tensor(score)  # a tensor: a number beyond float32 would raise
+        segment_scores[row] = scores.new_tensor(score)
     return PanopticMergeOutput(
         id_map,
         table[:, 0],

@@ -48,15 +48,15 @@ def select_candidates(
 
 
 def grid_anchors(size: tuple[int, int], stride: int, base: Tensor) -> Tensor:
-    """Return the anchors of a whole level; cell (y, x) has its center at (x * stride, y * stride), without rounding.
+    """Return the anchors of a whole level; cell (y, x) has `base` moved by (x * stride, y * stride), without rounding.
 
     Args:
         size: (H, W) of the level.
         stride: stride of the level in pixels.
-        base: (A, 4) from `base_anchors`.
+        base: (A, 4) anchors of cell (0, 0), in pixels.
 
     Returns:
-        (H * W * A, 4), cells row-major, then anchors; type and device of `base`.
+        (H * W * A, 4), cells row-major, then anchors; dtype and device of `base`.
     """
     h, w = size
     x = torch.arange(w, device=base.device, dtype=base.dtype) * stride

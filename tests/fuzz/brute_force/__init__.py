@@ -2,9 +2,9 @@
 """Every operator of `spatialflow.ops` in plain NumPy loops and float64, written from the docstrings alone.
 
 Each function has the name and the signature of its operator, takes its tensors (any dtype and layout) and returns NumPy
-arrays: float64, int64 or bool, in the operator's order of fields. It shares no code with the kernels or with
-`spatialflow.ops.reference`, and it is for tiny cases only. Shapes and options are not checked. A weight must be a
-tensor, not packed. `algorithm` is accepted and ignored.
+arrays: float64 (scores of segments: float32), int64 or bool, in the operator's order of fields. It shares no code with
+the kernels or with `spatialflow.ops.reference`, and it is for tiny cases only. Shapes and options are not checked. A
+weight must be a tensor, not packed. `algorithm` is accepted and ignored.
 
 Results are not rounded to 16 bits. Decisions that operators are documented to make in float32 are in float32 here, too:
 sampling grids and levels of RoIAlign, sampling points of deformable convolution, and overlaps of NMS. The arithmetic of

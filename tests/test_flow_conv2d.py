@@ -147,7 +147,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("outputs", [40, 100, 200])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_half_tiles(self, dtype, outputs):
+    def test_16_bit_tiles(self, dtype, outputs):
         """Cover tiles of 64 and of 128 outputs on tensor cores, full and partial."""
         x, flow, weight, bias = tensors_of(40, outputs, [(17, 35), (9, 16), (2, 3)], True, True, 2)()
         for added in (flow, None):
@@ -157,7 +157,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("channels", [(64, 64), (128, 136), (192, 36), (64, 33)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_half_steps_of_64_channels(self, dtype, channels):
+    def test_16_bit_steps_of_64_channels(self, dtype, channels):
         """Cover inputs in multiples of 64 channels, full tiles of outputs, and rows that do not fill 16 bytes."""
         x, flow, weight, bias = tensors_of(*channels, [(9, 19), (8, 8), (1, 3), (17, 2)], True, True, 2)()
         for added, offset, relu in ((flow, bias, True), (None, None, False)):
@@ -168,7 +168,7 @@ class TestKernels:
             assert_near(ops.flow_conv2d(halves[0], halves[1], packed, relu=relu), expected, dtype)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-    def test_half_layouts_and_gradients(self, dtype):
+    def test_16_bit_layouts_and_gradients(self, dtype):
         """Results and gradients are right for maps that are slices of larger ones."""
         x, flow, weight, bias = map_tensors(
             lambda t: t.to(dtype), tensors_of(64, 64, [(7, 10), (3, 1)], True, True, 2)()

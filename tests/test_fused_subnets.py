@@ -112,7 +112,7 @@ class TestWirings:
 
     @pytest.mark.parametrize("sizes", [SIZES[1:], [(3, 2)] * 9], ids=["pyramid", "many levels"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_half_steps_of_64_channels(self, dtype, sizes):
+    def test_16_bit_steps_of_64_channels(self, dtype, sizes):
         """Convolutions of 64 and 128 channels share launches, with and without flows and residuals."""
         convs = wiring(channels=64, inner=128, stages=(2, 2, 1, 1))
         levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, sizes, batch=2), convs])

@@ -74,7 +74,7 @@ def test_equal_to_the_counting_without_torch(threads):
     assert int(counts.sum()) == gt.numel()
 
 
-def test_more_pairs_than_pixels_repeat():
+def test_table_of_pairs_overflows():
     """Nearly every pixel is a different pair: a bounded table of pairs overflows, and no pair is lost."""
     maps = id_maps(90, 100, 250, 1)
     expected = reference.panoptic_quality_counts(*maps, 250, 250)

@@ -236,7 +236,7 @@ class TestCases:
         assert kept[1][-1] == 68 and 69 not in kept[1]  # 68 (-inf) and 69 (only NaN) are equal: the lower index is kept
         assert_equal_reference(values, 0)
 
-    def test_bad_deltas_are_never_kept(self):
+    def test_non_finite_deltas(self):
         """NaN deltas give NaN corners, which NMS drops; boxes of infinite and huge deltas are clipped to the image."""
         values = tensors(1, 2, 1, [(4, 4)])
         values[:2] = [[level.float() for level in levels] for levels in values[:2]]

@@ -94,8 +94,8 @@ def settings_without_effect(training: TrainingConfig, total_steps: int) -> list[
         )
     if training.warmup_iterations >= total_steps:
         messages.append(
-            f"warmup_iterations {training.warmup_iterations}: the run ends after {total_steps} steps, before the "
-            f"warm-up"
+            f"warmup_iterations {training.warmup_iterations}: the run ends after {total_steps} steps, before the end "
+            f"of the warm-up"
         )
     return messages
 

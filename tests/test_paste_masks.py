@@ -176,7 +176,7 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ((torch.zeros(3, 3), torch.zeros(3, 4), (2, 2)), r"mask_logits must be \(K, M, M\), got shape \(3, 3\)"),
+            ((torch.zeros(3, 3), torch.zeros(3, 4), (2, 2)), r"mask_logits must be \(K, MH, MW\), got shape \(3, 3\)"),
             ((torch.zeros(1, 3, 3).int(), torch.zeros(1, 4), (2, 2)), "mask_logits must be float32.*got int32"),
             ((torch.zeros(2, 3, 3), torch.zeros(1, 4), (2, 2)), r"boxes must have shape \(2, 4\).*got \(1, 4\)"),
             ((torch.zeros(1, 3, 3), torch.zeros(1, 4).int(), (2, 2)), "boxes must be float32.*got int32"),

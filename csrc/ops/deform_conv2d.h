@@ -43,7 +43,9 @@ constexpr int64_t kMaxDeformStep = 1 << 29;  // so that positions fit 32 bits
 
 inline void check_deform_options(const char* op, const DeformConvOptions& options) {
     check_algorithm(op, options.algorithm);
-    check(options.algorithm != kConvWinograd, op, ": algorithm must not be 1 (winograd): it needs taps on a grid");
+    check(
+        options.algorithm != kConvWinograd, op,
+        ": algorithm must not be 1 (winograd), which is an algorithm of flow_conv2d only");
     check(
         options.stride[0] > 0 && options.stride[1] > 0, op, ": stride must be positive, got (", options.stride[0], ", ",
         options.stride[1], ")");

@@ -10,7 +10,7 @@ namespace spatialflow {
 inline void check_paste_masks(
     const Tensor& mask_logits, const Tensor& boxes, int64_t height, int64_t width, double threshold) {
     const char* op = "paste_masks";
-    check_dim(op, "mask_logits", mask_logits, 3, "(K, M, M)");
+    check_dim(op, "mask_logits", mask_logits, 3, "(K, MH, MW)");
     check_floating(op, "mask_logits", mask_logits);
     check(
         boxes.dim() == 2 && boxes.size(0) == mask_logits.size(0) && boxes.size(1) == 4, op, ": boxes must have shape (",

@@ -19,7 +19,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
     the mask. A pixel is inside if its probability reaches the threshold.
 
     Args:
-        mask_logits: (K, M, M), or (K, MH, MW); float32, float64, float16 or bfloat16, any strides.
+        mask_logits: (K, MH, MW), often square; float32, float64, float16 or bfloat16, any strides.
         boxes: (K, 4) x1, y1, x2, y2 in pixels of the image; any floating dtype, used in float64. They are neither
             rounded nor enlarged, and may reach beyond the image.
         size: (H, W) of the image.
@@ -67,6 +67,6 @@ _paste_masks = without_gradient("paste_masks")
 @register_fake("paste_masks")
 def _(mask_logits: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> Tensor:
     torch._check(
-        mask_logits.dim() == 3, lambda: f"paste_masks: mask_logits must be (K, M, M), got {tuple(mask_logits.shape)}"
+        mask_logits.dim() == 3, lambda: f"paste_masks: mask_logits must be (K, MH, MW), got {tuple(mask_logits.shape)}"
     )
     return mask_logits.new_empty((mask_logits.shape[0], height, width), dtype=torch.bool)

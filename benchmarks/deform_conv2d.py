@@ -91,7 +91,7 @@ BENCHMARK = Benchmark(
         and Provider(
             by_position(torchvision.deform_conv2d),
             lowered=(1, 4),
-            waits=True,  # launches its kernels on the default stream, where no CUDA graph sees them
+            waits=True,  # launches its kernels on the default stream, where CUDA graphs cannot capture them
         ),
         "CuPy, naive kernel": naive_kernels.provider(naive_kernels.deform_conv2d),
     },

@@ -213,7 +213,7 @@ def _inside(within: Callable[[str], Any], name: str, function: Callable[..., Any
 
 
 def count(config: str, size: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> CountKernels:
-    """Count the kernels of a batch of images of `size`, (H, W), without a change of size."""
+    """Count the kernels of a batch of images of `size`, (H, W), which is also the size of the network's input."""
     overrides = {"test_short_edges": [min(size)], "test_long_edge": max(size), "test_flip": False}
     model = build_model(config, **overrides).eval()
     network = optimize_for_inference(model, META, dtype)

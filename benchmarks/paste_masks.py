@@ -24,7 +24,7 @@ def setup(count: int, size: tuple[int, int]) -> Problem:
 
 
 def torchvision_paste(logits, boxes, size):
-    """Run torchvision, for its time only: it rounds and enlarges boxes, so its masks differ at the outline."""
+    """Run torchvision, for its time only: it enlarges and truncates boxes, so its masks differ at the outline."""
     return detection.paste_masks_in_image(logits.sigmoid()[:, None], boxes, size)[:, 0] >= 0.5
 
 

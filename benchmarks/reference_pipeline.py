@@ -83,8 +83,8 @@ class ReferencePipeline:
         device: device of the network.
         channels_last: use the channels-last memory format for the network's weights and inputs.
         dtype: dtype of the network. In 16 bits, RoIAlign runs in float32, as under autocast, because float16 boxes are
-            off by pixels. In 16 bits, masks are pasted on the device, all at once, and the clock of the stages does not
-            synchronize the device.
+            off by pixels. In 16 bits, masks are pasted on the device, all at once, and stage times are taken without
+            synchronizing the device.
 
     Raises:
         ValueError: the model has deformable convolutions, for which plain PyTorch has no module.

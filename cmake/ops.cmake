@@ -32,6 +32,6 @@ set(cuda_only_sources deform_conv2d_operands roi_align_backward sm90_conv1x1 sm9
 
 # Sources compiled without fused multiply-adds. Decisions of NMS, resized pixels and labels are then equal on all
 # instruction-set levels and back ends, and boxes of candidates on all levels. The CUDA kernels of NMS use intrinsics
-# instead.
+# instead. Those of `paste_masks` round each product of the interpolation before the sum.
 set(cpu_unfused multiclass_nms nms preprocess_images select_candidates stuff_labels)
 set(cuda_unfused paste_masks preprocess_images stuff_labels)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the figures of the operators with the operators themselves: `python docs/make_figures.py [NAME ...]`.
 
-Each figure is an SVG file in docs/assets on a white background, so that it is readable in light and dark mode. The
-pictures in the figures are scenes of `spatialflow synthesize`. The script needs matplotlib.
+Each figure is an SVG file in docs/assets, and `overview` a JPEG file. The background is white, so that a figure is
+readable in light and dark mode. The pictures in the figures are scenes of `spatialflow synthesize`. The script needs
+matplotlib.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def map_ahead(
             while error is None and len(waiting) < ahead:
                 try:
                     waiting.append(executor.submit(function, next(source)))
-                except BaseException as caught:  # includes interrupts: finished results are yielded first
+                except BaseException as caught:  # includes interrupts: the futures of earlier items are yielded first
                     error = caught
             if not waiting:
                 break

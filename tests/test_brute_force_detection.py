@@ -10,7 +10,7 @@ from helpers.op_matrix import TOLERANCE
 
 from spatialflow import ops
 
-# A valid RoI, then RoIs with one unusual or invalid value each.
+# A valid RoI, then RoIs that are each unusual or invalid in one way.
 ROIS = rows(
     [0, 1.3, 2.1, 9.7, 8.2],
     [1, -3.0, -2.0, 30.0, 25.0],  # reaches beyond the map
@@ -50,7 +50,7 @@ class TestRoiAlign:
 
     @pytest.mark.parametrize("bad", [NAN, INF])
     def test_features_that_are_not_finite(self, bad: float) -> None:
-        """A non-finite cell reaches only bins in which its weight is nonzero, not samples exactly on another cell."""
+        """A non-finite cell reaches only bins in which its weight is nonzero; samples may be exactly at other cells."""
         features = random(1, 1, 5, 5)
         features[0, 0, 2, 2] = bad
         places = [(y, x) for y in (0.5, 1.0, 1.5, 2.5, 3.5) for x in (1.5, 2.0, 2.5, 3.4)]
@@ -97,7 +97,7 @@ class TestMultilevelRoiAlign:
         compare_gradients("multilevel_roi_align", levels, ROIS, 2, (2, 4), 0, True, 4, differentiable=(0,))
 
 
-# Copies of a box, each with one coordinate or more changed.
+# A box, exact copies of it, and boxes that differ from it in one coordinate or more.
 NMS_BOXES = rows(
     [0, 0, 10, 10],
     [0, 0, 10, 5],  # intersection over union 0.5 with the first

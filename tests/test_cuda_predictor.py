@@ -82,7 +82,7 @@ def test_graphs_of_other_forms(models, options):
 
 
 def test_threads_share_a_predictor(model):
-    """Every thread has its own stream, and graphs are captured while another thread predicts."""
+    """Every prediction runs in its own stream, and graphs are captured while another thread predicts."""
     eager, graphed = (spatialflow.Predictor(model, "cuda", cuda_graph=g, **OPTIONS) for g in (False, None))
     images = many_pictures(24)
     expected = eager(images)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deform_conv2d with a packed weight, and with sigmoid of the mask and ReLU fused into the kernel."""
+"""deform_conv2d with a packed weight, and with sigmoid of the mask and ReLU as options of the call."""
 
 import copy
 import pickle
@@ -127,7 +127,7 @@ def test_values_that_are_not_finite():
 
 
 def test_misaligned_and_strided_inputs():
-    """Inputs that are not aligned to 16 bytes are read without vector loads; packed weights may be slices too."""
+    """Misaligned or strided inputs, strided offsets and masks, and a misaligned packed weight do not change results."""
     shape = (128, 72, 1, 1, (3, 3), (9, 7), 1, 1, 1)
     (x, offset, weight, bias, mask), geometry, groups = case(shape, torch.bfloat16)
     conv = ops.pack_deform_conv2d(weight, bias, *groups)
@@ -182,7 +182,7 @@ def test_sizes_that_overflow():
 
 
 def test_weights_without_values():
-    """Weights without elements return at once or are refused, without a loop over taps."""
+    """Calls with a weight without elements return at once or are refused, without a loop over taps."""
     x, offset = torch.zeros(1, 0, 1, 1), torch.zeros(1).expand(1, 2**41, 1, 1)
     weight, bias = torch.zeros(2, 0, 2**20, 2**20), torch.ones(2)
     for call, size in (

@@ -135,7 +135,7 @@ class TestNumbers:
             assert all(torch.equal(first, second) for result in computed for first, second in zip(result, computed[0]))
 
     def test_auto_is_tf32x3(self):
-        """If torch does not allow TF32, "auto" is "tf32x3", and always on the SIMT interpreter (docs/simt.md)."""
+        """If torch does not allow TF32, "auto" is "tf32x3"; on the SIMT interpreter (docs/simt.md) it always is."""
         if not HAS_TENSOR_CORES:
             pytest.skip("tests the selection of CUDA kernels")
         tensors = tensors_of(*CASES["groups"])

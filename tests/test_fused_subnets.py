@@ -96,7 +96,8 @@ class TestWirings:
         assert_near(actual, expected, torch.float32, factor=4)
         tracked = map_tensors(lambda t: t.clone().requires_grad_(), single)
         composed = run_fused_subnets(*tracked, **source)
-        # Both paths add in the same order, so float32 results are equal. In 16 bits, sums of two flows may differ.
+        # Both paths add in the same order, so float32 results are equal. In 16 bits, they may round sums with
+        # flows differently.
         for first, second in zip(actual, composed):
             assert all(torch.equal(a, b) for a, b in zip(first, second))
         packed = ops.pack_subnets(parameters_of(single[1], **source))
@@ -120,7 +121,7 @@ class TestWirings:
         assert_near(run_fused_subnets(levels, convs), expected, dtype, factor=4)
 
     def test_mixed_algorithms(self):
-        """A stage may contain packed convolutions of both algorithms."""
+        """A stage may contain convolutions packed for "winograd" and for "direct"."""
         levels, convs = map_tensors(torch.Tensor.float, [pyramid(8), wiring(channels=8, stages=(2, 2, 2, 1))])
         parameters = parameters_of(convs)
         mixed = ops.pack_subnets(parameters, "direct")._replace(

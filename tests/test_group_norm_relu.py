@@ -211,7 +211,7 @@ class TestAgainstTorch:
             assert bad == bad or result[:, 2].isnan().all()
 
     def test_no_gradient_at_zero(self):
-        """A constant group becomes its bias; biases of 0 and below get no gradient, as with ReLU."""
+        """A constant group gives max(bias, 0); biases of 0 and below get no gradient, as with ReLU."""
         input = torch.ones(1, 3, 2, 2, requires_grad=True)
         bias = torch.tensor([0.0, 1.0, -1.0], requires_grad=True)
         result = ops.group_norm_relu(input, 3, None, bias)

@@ -68,7 +68,7 @@ class TestNms:
 
 
 def test_sigmoid_focal_loss():
-    """Class indices instead of one-hot rows, the index C for background, gamma before alpha."""
+    """The operator takes class indices instead of one-hot rows, C for background, and gamma before alpha."""
     logits, labels = torch.randn(6, 4), torch.tensor([0, 3, 4, 2, 4, 1])
     targets = one_hot(labels, 5)[:, :4].float()
     ours = ops.sigmoid_focal_loss(logits, labels, 1.5, 0.3)

@@ -182,7 +182,7 @@ class TestOracles:
             assert all(torch.equal(a[image], b) for a, b in zip(batched, single, strict=False))
 
     def test_large_image_in_parts(self):
-        """Several threads scan the scores of one image; few scores are nonzero, and some parts have none."""
+        """Few of 360,000 scores of one image are nonzero, all of them in the first half of the rows."""
         boxes, scores = random_boxes(9000, extent=2000.0).float(), torch.zeros(9000, 40)
         nonzero = torch.randint(9000 * 20, (700,))
         scores.view(-1)[nonzero] = torch.rand(700)

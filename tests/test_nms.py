@@ -302,7 +302,7 @@ class TestOracles:
         assert torch.equal(ops.nms(boxes, scores, threshold), reference.nms(boxes, scores, threshold))
 
     def test_any_number_of_boxes(self):
-        """Counts around the vector width and around 384, where the CPU kernel begins to use a grid; 1 and 3 classes."""
+        """Counts around limits of the CPU kernel: the vector width, 256 (radix sort), 384 (grid); 1 and 3 classes."""
         boxes, scores, idxs = random_boxes(600).float(), torch.rand(600), torch.randint(3, (600,))
         for count in [*range(1, 36), 255, 256, 257, 383, 384, 385, 600]:
             part = (boxes[:count], scores[:count])

@@ -45,7 +45,7 @@ def assert_all_close(actual, expected, tolerance):
 
 
 def assert_gradients_close(actual, expected, tolerance):
-    """Parameters without a gradient are the same in both."""
+    """Assert that the gradients are close, and that the same parameters have no gradient."""
     for name, gradient in expected.items():
         assert (actual[name] is None) == (gradient is None), name
         if gradient is not None:
@@ -88,7 +88,7 @@ def test_moved_to_another_dtype(name):
 
 
 def test_box_head_on_a_gpu():
-    """The predictors use the faster form by measurements; results equal those of the plain module."""
+    """Only the predictor with few output channels is fused; results equal those of the plain module."""
     head = BoxHead(256, 80, 9).double()
     assert head.class_logits.out_channels == 720 and head.box_deltas.out_channels == 36
     levels = [torch.randn(1, 256, side, side, dtype=torch.float64, requires_grad=True) for side in (4, 2)]

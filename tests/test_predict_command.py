@@ -278,7 +278,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("name", ["panoptic.json", "panoptic/plain.png", "overlays/plain.jpg", "detections.json"])
     def test_files_of_others_are_not_replaced(self, photographs, weights, tmp_path, capsys, name):
-        """Files of another program in the output folder, such as a ground truth, are never replaced."""
+        """In a folder without results of `predict`, files of others, such as a ground truth, are not replaced."""
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
         command = ["predict", str(photographs / "plain.jpg"), "--checkpoint", str(weights), *FAST, "--detections"]

@@ -376,7 +376,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("height, width", [(2**32, 2**32), (2**31, 2**32), (1, 2**31), (2**16, 2**15)])
     def test_too_many_anchors_of_no_image(self, height, width):
-        """Without images, a level may have any size, even one whose product overflows 64 bits."""
+        """2^32 anchors or more raise an error, also without images, where H * W may overflow 64 bits."""
         logits, deltas = (torch.empty(0, count, 1, 1).expand(0, count, height, width) for count in (6, 8))
         message = rf"class_logits\[0\] must have fewer than 2\^32 anchors, got {height} x {width} cells of 2"
         with pytest.raises(RuntimeError, match=message):

@@ -55,7 +55,7 @@ FAULTS = {
     "write-write race": "race: writes what another thread writes",
     "wrong half": "race: ",
 }
-# Compute capability 9.0. The interpreter runs copies and products as late or as early as possible.
+# Cases for compute capability 9.0. The interpreter runs TMA copies and wgmma products as late or as early as possible.
 ORDERS = ("late", "early")
 SM90_CLEAN = {
     "sm90_clean_barriers.cpp": (

@@ -149,7 +149,7 @@ class TestFusedSubnets:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("case", list(WIRINGS.values()), ids=list(WIRINGS))
     def test_every_wiring(self, case, dtype, launched):
-        """With and without each flow, all sub-networks in a few launches, against float64."""
+        """Every wiring of the sub-networks agrees with the reference in float64."""
         case = {**case, **({"inner": 128} if "inner" in case else {})}
         levels, convs = map_tensors(lambda t: t.to(dtype), [pyramid(64, SIZES, batch=2), wiring(channels=64, **case)])
         source = {"flow_source": case.get("source", "reg")}

@@ -232,7 +232,13 @@ def test_earlier_place_of_reading():
 
 
 def png_with(header: bytes, chunk_length: int, chunk: bytes = b"IDAT") -> bytes:
-    """Return an 8-bit RGB PNG with the given width and height in its header, and a chunk with a wrong length."""
+    """Return a damaged 8-bit RGB PNG with a header and the beginning of one chunk.
+
+    Args:
+        header: width and height, 4 bytes each.
+        chunk_length: value of the chunk's length field; the file holds 100 zero bytes of data.
+        chunk: type of the chunk.
+    """
     ihdr = b"IHDR" + header + bytes([8, 2, 0, 0, 0])
     begin = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big")
     return begin + chunk_length.to_bytes(4, "big") + chunk + bytes(100)

@@ -214,7 +214,7 @@ def unlaunchable(library: bytes) -> list[str]:
     return sorted(
         name
         for name in names
-        if "Xad" not in name  # a function with a kernel as its template argument, as `launch`
+        if "Xad" not in name  # a function with a kernel as its template argument, such as `launch`
         and re.search(r"L\d+\w*?_kernel", name)
         and re.sub(r"L(\d+\w*?_kernel)", r"\1", name) not in names
     )
@@ -229,7 +229,7 @@ def span(values: Iterable[float | None]) -> str:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """Return a line for each row of the limits; kernels without a row are grouped by name."""
+    """Return a line for each row of the limits; kernels without a row, or with the row "*", are grouped by name."""
     groups: dict[str, list[Facts]] = defaultdict(list)
     for kernel in sorted(kernels, key=lambda facts: facts.name):
         limit = limit_of(kernel.name)

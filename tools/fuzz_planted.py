@@ -98,7 +98,7 @@ def library(backend: str) -> str:
 
 
 def fuzz(operator: str, backend: str, seconds: float) -> tuple[int, str]:
-    """Run the fuzzer; return its exit code, and what it found after how many seconds, else its last line of output."""
+    """Run the fuzzer; return its exit code and one line: when and what it found, or its last line of output."""
     environment = {**os.environ, "PYTHONPATH": str(COPY)}
     environment.pop("SPATIALFLOW_CPU_LEVEL", None)
     done = run(

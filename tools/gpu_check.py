@@ -18,8 +18,8 @@ background.
 Results go to <output>/<device>/: `gpu_check.json` and `gpu_check.md` (`gpu_check_second.*`, `gpu_check_quick.*`), the
 logs of the steps, and the JSON of each benchmark. `--pack FILE.tgz` puts that folder in one file after every step.
 
-Exit codes: 0 all steps passed, 1 a step failed or timed out, 2 wrong arguments or nothing built for a dry run, 77 no
-GPU or no CUDA library.
+Exit codes: 0 all steps passed or were skipped, 1 a step failed or timed out, 2 wrong arguments or nothing built for a
+dry run, 77 no GPU or no CUDA library.
 
 `--backend simt` is a dry run on a machine without a GPU, at small sizes. The operators and their tests run the CUDA
 kernels on the SIMT interpreter (docs/simt.md); everything else runs the CPU kernels.

@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def results_of(folder: Path, commit: str | None) -> list[Path]:
-    """Return the JSON results of benchmarks that this commit wrote."""
+    """Return the JSON files in `folder` that were written at this commit."""
     return [path for path in sorted(folder.glob("*.json")) if read_json(path).get("commit") == commit]
 
 

@@ -131,7 +131,10 @@ def tests_step(on_gpu: bool, reserved: float, limit: float, selection: str = "")
 
 
 def cupy_step(on_gpu: bool) -> Step:
-    """Run operators on CuPy arrays and compare with naive kernels; in the dry run with NumPy and C++."""
+    """Run the operators on CuPy arrays, and compare them with naive CuPy kernels.
+
+    The dry run has NumPy arrays instead, and compiles the naive kernels as C++.
+    """
     return Step(
         "operators and CuPy",
         pytest_command(),

@@ -54,7 +54,7 @@ def compile_output(source: Path, architectures: list[str], torch: Path) -> str:
 
 
 def unfused_sources() -> list[str]:
-    """Return the sources that cmake/ops.cmake has compiled without fused multiply-adds."""
+    """Return the names of the CUDA sources that cmake/ops.cmake lists for `--fmad=false`."""
     return re.search(r"set\(cuda_unfused ([\w ]+)\)", (ROOT / "cmake" / "ops.cmake").read_text())[1].split()
 
 

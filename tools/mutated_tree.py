@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy of the tree under build/mutations, for tools that break a line and expect a test to fail.
+"""Copy of the tree under build/mutations, for tools that break a line and expect a test or the fuzzer to fail.
 
 The working tree is only read.
 """

@@ -99,7 +99,7 @@ def access_bytes(opcode: str) -> int:
     """Return the bytes that a thread moves with a memory instruction."""
     parts = opcode.split(".")
     if parts[0].startswith("UTMA"):
-        return 16  # TMA: one thread copies a whole tile; 16 bytes is its alignment
+        return 16  # TMA: one thread copies a whole tile, whose rows are multiples of 16 bytes
     if match := re.search(r"\.(?:B?F(\d+))x(\d+)", opcode):  # REDG.E.ADD.F32x4
         return int(match[1]) * int(match[2]) // 8
     if parts[0] == "LDSM" or parts[0] == "STSM":
@@ -134,7 +134,7 @@ def value_width(opcode: str, role: str) -> int:
 
 @dataclass
 class Kernel:
-    """Instructions of a kernel, its basic blocks (positions of first and one past last), and their edges."""
+    """Instructions of a kernel, its basic blocks as positions (begin, end) in `code`, and the edges between blocks."""
 
     name: str
     code: list[Instruction]
@@ -242,8 +242,9 @@ class Kernel:
     def main_loops(self) -> list[list[int]]:
         """Return the positions of the instructions of each main loop.
 
-        These are the innermost loops with matrix instructions, except those with less than half of the largest number.
-        Without such loops, they are the innermost loops that contain a load from global memory.
+        These are the innermost loops with matrix instructions, except those with fewer than half as many as another.
+        Without such loops, they are the innermost loops with a load from global memory. The same exception applies to
+        the number of loads only if the kernel has matrix instructions outside of loops.
         """
         for is_counted in (lambda instruction: instruction.is_matrix, lambda instruction: instruction.is_global_load):
             counts = [(body, sum(is_counted(self.code[at]) for at in self.positions(body))) for body in self.loops()]

@@ -492,7 +492,7 @@ void upload(const Buffer<bf16>& target, const std::vector<bf16>& values) {
 }
 
 // Locate an error: run the convolution with weights that are the identity at one tap and zero elsewhere, tap by tap.
-// Each output is then a shifted input. `launch(bias)` runs the convolution.
+// Each output is then the ReLU of a shifted input. `launch(bias)` runs the convolution.
 template <typename Launch>
 void probe_taps(Problem& problem, const Buffer<bf16>& weights, Launch launch) {
     Buffer<float> no_bias(C);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print wgmma.cuh: one wrapper of wgmma.mma_async per N, with A in shared memory (ss) or in registers (rs)."""
+"""Print wgmma.cuh: for each N, wrappers of wgmma.mma_async with A in shared memory (ss) and in registers (rs)."""
 
 print("#pragma once\n#include <cstdint>\n")
 print("template <int N>\nstruct Wgmma;\n")

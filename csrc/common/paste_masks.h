@@ -38,7 +38,7 @@ SPATIALFLOW_HOST_DEVICE PixelRange paste_range(const PasteAxis& axis, int64_t si
     if (!(axis.scale > 0.0)) {
         return {0, 0};
     }
-    // Widen the bounds by two pixels because of rounding, then trim them by the exact test.
+    // Widen the bounds by two or three pixels because of rounding, then trim them by the exact test.
     PixelRange range{
         paste_pixel_at(axis.low - 0.5 / axis.scale - 2.0, size),
         paste_pixel_at(axis.low + (double(axis.cells) + 0.5) / axis.scale + 3.0, size)};

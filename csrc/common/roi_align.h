@@ -44,7 +44,7 @@ SPATIALFLOW_HOST_DEVICE RoiAxis<real_t> roi_axis(
     axis.bin = extent / real_t(bins);
     axis.grid = sampling_ratio > 0 ? real_t(sampling_ratio) : std::ceil(extent / real_t(bins));
     axis.step = axis.bin / axis.grid;
-    // value - value is zero only for a finite value. The test also covers infinite products of finite boxes.
+    // value - value is zero only for a finite value. Products can overflow, so `start` and `extent` are tested too.
     axis.valid = (low - low) == real_t(0) && (high - high) == real_t(0) && (axis.start - axis.start) == real_t(0) &&
                  (extent - extent) == real_t(0);
     return axis;
@@ -157,9 +157,9 @@ SPATIALFLOW_HOST_DEVICE real_t cell_weight(const RoiAxis<real_t>& axis, int64_t 
 }
 
 // Level of a feature pyramid for a box in image pixels (Lin et al., Feature Pyramid Networks, equation 1). It is
-// clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1), with the constants of the released detectors.
+// clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, levels - 1), the rule of mmdetection's SingleRoIExtractor.
 // floor(log2(q)) >= l is computed as q >= 2^l, so all back ends give equal levels. A negative area (one side reversed)
-// and a NaN give the finest level.
+// and a NaN give level 0, the finest.
 template <typename real_t>
 SPATIALFLOW_HOST_DEVICE int64_t
 roi_level(real_t x1, real_t y1, real_t x2, real_t y2, real_t finest_scale, int64_t levels) {

@@ -3,8 +3,8 @@
 // Sigmoid focal loss (Lin et al., Focal Loss for Dense Object Detection, equation 5) and its derivatives, shared by CPU
 // and CUDA.
 //
-// Let z = -x for the class of the label and z = x for every other class. s = sigmoid(z) is the probability of the wrong
-// decision. Without its factor alpha or 1 - alpha, the loss of one element is
+// Let x be a logit. z = -x for the class of the label, and z = x for every other class. s = sigmoid(z) is the
+// probability of the wrong decision. Without its factor alpha or 1 - alpha, the loss of one element is
 //
 //   f(z) = s^gamma * softplus(z)          softplus(z) = -log(1 - s) = max(z, 0) + log(1 + exp(-|z|))
 //

@@ -113,7 +113,8 @@ public:
         }
     }
 
-    // Compute a tap. Return false if it reads nothing: it is outside the map, or its offset or mask is not finite.
+    // Compute a tap. Return false if it reads nothing: its position is outside [-1, height) x [-1, width) or NaN, or
+    // its mask is not finite.
     bool tap(const OutputPixel& pixel, int64_t offset_group, int64_t tap_index, Tap& tap) const {
         const int64_t index = offset_group * shape_.taps() + tap_index;
         const int64_t row = tap_index / shape_.kernel_width, column = tap_index % shape_.kernel_width;

@@ -7,10 +7,10 @@
 //
 // B is packed into panels of kColumns adjacent columns, so that each step over k reads whole vectors in order. A tile
 // of kRows x kColumns of C stays in registers during the loop over k. Each value of A is broadcast; each vector of B is
-// used kRows times. The tile fills the register file; variants with fewer rows compute the rest of m. Kernels with
-// another epilogue or with A in parts (one per tap of a convolution) use `multiply_tile`. Sums in `real_t` (float or
-// double) run over k in ascending order, in blocks of kGemmDepth whose sums are added to C. Results do not depend on
-// the number of threads or on m and n.
+// used kRows times. A tile has at most kGemmRows rows, which fill the registers of AVX2 and AVX-512. The rows of C are
+// split into tiles of nearly equal size (for_row_blocks). Kernels with another epilogue or with A in parts (one per tap
+// of a convolution) use `multiply_tile`. Sums in `real_t` (float or double) run over k in ascending order, in blocks of
+// kGemmDepth whose sums are added to C. Results do not depend on the number of threads or on m and n.
 #pragma once
 
 #include <algorithm>

@@ -83,9 +83,9 @@ private:
 // which a suppressing box may have its center.
 //
 // IoU > t implies that the IoU of the x extents exceeds t, so the widths differ by a factor below 1 / t. The centers
-// differ by less than width * (1 - t) / (2 t), and by less than half the sum of the widths. The same is true for
-// heights. `t` is lowered and distances are enlarged by more than the rounding error, so the grid never changes the
-// result.
+// differ by less than width * (1 - t) / (2 t), for the width of either box. They also differ by less than half
+// the sum of the widths. The same is true for heights. `t` is lowered and distances are enlarged by more than the
+// rounding error, so the grid never changes the result.
 template <typename real_t>
 class UniformGrid {
 public:
@@ -151,7 +151,8 @@ private:
 
     static int64_t cells(real_t range, real_t reach, double limit, real_t& per_unit) {
         const double bounded = std::min(static_cast<double>(range) / static_cast<double>(reach), limit);
-        const int64_t count = bounded >= 1 ? static_cast<int64_t>(bounded) : 1;  // NaN and infinite ranges: one cell
+        const int64_t count = bounded >= 1 ? static_cast<int64_t>(bounded) : 1;  // 1 also if `bounded` is NaN
+        // 0 if `range` is infinite: all boxes are then in the first cell.
         per_unit = count > 1 ? static_cast<real_t>(count / static_cast<double>(range)) : real_t(0);
         return count;
     }

@@ -4,9 +4,10 @@
 //
 //   output[k, y, x] = bilinear(sigmoid(mask_logits[k]), y, x) >= threshold, zeros around the mask
 //
-// Only pixels inside the box are computed. The two rows of cells adjacent to a row of pixels are interpolated once for
-// the whole row. All pixels between the same two cells form a run. If both cells are on the same side of the threshold,
-// the run is filled or skipped as a whole. So only runs that the outline crosses need arithmetic per pixel.
+// Only pixels that read a cell of the mask are computed: those in the box or within half a cell of it. The two rows of
+// cells adjacent to a row of pixels are interpolated once for the whole row. All pixels between the same two cells form
+// a run. If both cells are on the same side of the threshold, the run is filled or skipped as a whole. So only runs
+// that the outline crosses need arithmetic per pixel.
 //
 // Tasks are (mask, rows of the image).
 #include "common/paste_masks.h"

@@ -4,10 +4,10 @@
 //
 //   output[n, y, x, c] = (resized(images[n])[y, x, 2 - c] - mean[c]) / std[c], zeros right of and below the image
 //
-// A source row is resized along x once, for all elements (pixel, channel) of a row of the result. The first and the
+// A task resizes a source row along x once, for all elements (pixel, channel) of a row of the result. The first and the
 // last of 4 adjacent bytes are the values of one channel in two adjacent pixels, so one gather loads both. Two resized
 // rows stay in the cache. They are interpolated, normalized and stored in blocks of 3 vectors, so a lane has the same
-// channel in every block. The tasks are the rows of all images.
+// channel in every block. Tasks are ranges of the rows of all images.
 #include <array>
 #include <cstring>
 

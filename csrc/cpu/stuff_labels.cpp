@@ -4,12 +4,13 @@
 //
 //   output[y, x] = argmax_c bilinear(logits[c], y, x), the first such class; NaN is never the best
 //
-// logits (C, h, w) of any strides, output (H, W). Each row of the logits is copied once to one row per class. The two
-// rows adjacent to a row of the output stay in the cache and are interpolated for the whole row. Then the loop over
-// classes keeps the best values and classes of a vector of pixels in registers. Per class, two loads and two
-// permutations fetch the cells left and right of these pixels.
+// logits (C, h, w) of any strides, output (H, W). A task copies each row of the logits that it needs to one row per
+// class. The two rows adjacent to a row of the output stay in the cache and are interpolated for the whole row. Then
+// the loop over classes keeps the best values and classes of a vector of pixels in registers. Per class, two loads and
+// two permutations fetch the cells left and right of these pixels.
 //
-// Tasks are rows of the output. Multiply-adds are not fused, so labels are equal on all instruction sets and back ends.
+// Tasks are ranges of rows of the output. Multiply-adds are not fused, so labels are equal on all instruction sets and
+// back ends.
 #include "common/stuff_labels.h"
 
 #include <algorithm>

@@ -137,8 +137,8 @@ __device__ __forceinline__ bool select_chunk(
     return true;
 }
 
-// Write the best entries from `begin` on to `chunk`, in order, and move `begin` past them. Return their number, at most
-// kChunk; 0 if no entry remains. All threads of the block must call it.
+// Write the best of the entries from `begin` on, in order, to `chunk`, and move `begin` past them. Return their number,
+// at most kChunk; 0 if no entry remains. All threads of the block must call it.
 template <typename key_t>
 __device__ __forceinline__ int next_chunk(
     Global<const key_t> keys, Global<const unsigned> rows, unsigned count, Entry<key_t>& begin,

@@ -8,10 +8,10 @@
 // ReLU may follow. input is (N, H, W, C), and is copied if it has another layout. offset and mask have any strides;
 // output is (N, H_out, W_out, O). A block computes 64 or 128 pixels by 64 to 256 outputs of a group, by mma.sync with
 // float32 sums. For float64, and for float32 with "direct", it computes 64 pixels by at most 128 outputs, by
-// multiply-adds. Columns are gathered into shared memory during the product of the previous step, 64 bytes per pixel
-// and step. They are rounded to the operand type once. For few pixels, blocks split the steps of a tile, and another
-// kernel adds their partial sums. 16-bit types on compute capability 9.0a use sm90_deform_conv2d.cu, if it supports the
-// sizes.
+// multiply-adds. During the product of a step, the cells of the next step are loaded. Their samples, the columns, are
+// then rounded once to the operand type and stored in shared memory, 64 bytes per pixel and step. For few pixels,
+// blocks split the steps of a tile, and another kernel adds their partial sums. 16-bit types on compute capability 9.0a
+// use sm90_deform_conv2d.cu, if it supports the sizes.
 #include "cuda/deform_conv2d.cuh"
 
 #include <algorithm>

@@ -10,8 +10,9 @@
 // same length, `run` = gcd(C / groups, C / offset_groups) channels. A run contributes taps * run values to the sum of
 // an output, in the order (tap, channel of the run). `flat` is an index into these values. Packed weights have the
 // order (run, tap, channel of the run). The outputs of the group are adjacent, padded with zeros to whole 16-byte
-// items. The forward pass splits runs into chunks of 128 bytes if deform_chunk allows. It processes all taps of a chunk
-// before the next chunk, so that a cell that several taps read is still in the cache.
+// items. If deform_chunk allows, the forward pass splits runs into chunks of 128 bytes. Its packed weights then have
+// the order (chunk, tap, channel of the chunk). It processes all taps of a chunk before the next chunk, so that a cell
+// that several taps read is still in the cache.
 #pragma once
 
 #include "common/deform_conv2d.h"

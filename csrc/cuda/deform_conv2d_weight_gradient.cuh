@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kProductThreads, 2) deform_conv2d_backward_wei
     const int end = begin + part_pixels < problem.pixels ? begin + part_pixels : problem.pixels;
     const int thread_pixel = static_cast<int>(threadIdx.x) / kRowItems;
     const int thread_item = static_cast<int>(threadIdx.x) % kRowItems * kItem;
-    // A thread beyond the last position of the block repeats the first positions of the block. Its sums are not used.
+    // With kWidth > 1, a thread beyond the last position of the block gathers the first positions again. The sums of
+    // its positions are not stored.
     const int thread_flat = first_flat + thread_item < limit ? first_flat + thread_item : first_flat;
     const int thread_tap = thread_flat / problem.run,
               thread_channel = first_channel + thread_flat - thread_tap * problem.run;

@@ -123,7 +123,7 @@ __device__ __forceinline__ void for_pixels(const PixelRange& range, const Load& 
     }
 }
 
-// Sum over the lanes of a warp whose numbers are equal modulo `from`, a power of two. The order of the additions is
+// Sum over the lanes of a warp whose indices are equal modulo `from`, a power of two. The order of the additions is
 // fixed, and all of these lanes get the sum.
 __device__ __forceinline__ double sum_lanes(double value, int from) {
     for (int step = from; step < kWarpSize; step *= 2) {

@@ -108,7 +108,7 @@ inline bool is_aligned(const Global<T>& pointer, size_t bytes) {
 }
 #endif
 
-// Contiguous tensor aligned to 16 bytes, the widest access: the tensor itself, or a copy.
+// Return `tensor` if its first element is aligned to 16 bytes, the widest access, otherwise an aligned copy.
 inline Tensor aligned(const Tensor& tensor) {
     return is_aligned(tensor.const_data_ptr(), 16)
                ? tensor

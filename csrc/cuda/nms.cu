@@ -190,11 +190,12 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
                 high = middle;
             }
         }
-        merged[first + i + low - from_left] = entry;  // i or low is an index into the right part, from from_left on
+        merged[first + i + low - from_left] = entry;  // one of i and low is in the right part, from from_left on
     }
 }
 
-// Number of entries of kRankedChunks sorted chunks that precede `entry`. The searches in all chunks advance together.
+// Return the number of entries that precede `entry` in up to kRankedChunks sorted chunks. The searches in all chunks
+// advance together.
 template <typename entry_t>
 __device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int count, const entry_t& entry) {
     int before[kRankedChunks] = {};
@@ -222,12 +223,12 @@ __device__ __forceinline__ int rank_in_chunks(Global<const entry_t> chunks, int 
     return rank;
 }
 
-// Merge up to kRankedCount candidates, and gather their boxes.
+// Merge the sorted chunks of up to kRankedCount candidates. Gather their boxes, and find the class begins of the tiles.
 template <typename real_t>
 __global__ void __launch_bounds__(kRowThreads) nms_place_kernel(
     Global<const ClassEntryOf<real_t>> chunks,  // (N)
     Global<const Box<real_t>> boxes,            // (N)
-    Global<ClassEntryOf<real_t>> entries,       // (N), those of `candidates`
+    Global<ClassEntryOf<real_t>> entries,       // (N), candidates.entries without const
     const CandidateState<real_t> candidates) {
     const int index = static_cast<int>(blockIdx.x) * kRowThreads + static_cast<int>(threadIdx.x);
     const int count = static_cast<int>(candidates.count);
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kRowThreads) nms_place_kernel(
     }
 }
 
-// Write the rows of up to kRankedCount sorted entries in merged order.
+// Merge the sorted chunks of up to kRankedCount kept entries, and write their rows.
 template <typename real_t>
 __global__ void __launch_bounds__(kRowThreads) nms_place_rows_kernel(
     Global<const ClassEntryOf<real_t>> chunks,  // (kept)
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(kRowThreads) nms_place_rows_kernel(
     }
 }
 
-// Gather boxes and class begins, one block per tile.
+// Gather the boxes of the sorted candidates, and find the class begins of the tiles. A block processes a tile.
 template <typename real_t>
 __global__ void __launch_bounds__(kTile) nms_gather_kernel(
     Global<const Box<real_t>> boxes,  // (N)

@@ -7,8 +7,8 @@
 // The first kernel computes probabilities with a border of zeros, and the ranges of rows and columns that each box
 // covers. In the second kernel a thread computes 16 consecutive pixels, across the ends of rows, so that stores are 16
 // bytes. A thread without a pixel in a box runs about 120 integer instructions, which take less time than its store of
-// zeros. This file is compiled without fused multiply-adds, so that interpolation is rounded as on the CPU.
-// Probabilities may differ from those of the CPU, because exp is rounded differently.
+// zeros. This file is compiled without fused multiply-adds. Probabilities may differ from those of the CPU in the last
+// bits: the CPU code may have fused multiply-adds, and its exp is rounded differently.
 #include "common/paste_masks.h"
 
 #include "cuda/launch.h"

@@ -6,15 +6,15 @@
 //                        = sum_y wy[y] sum_x wx[x] level(k)[batch(k), c, y, x]     over the cells that the bin reads
 //
 // Layouts: features (N, H, W, C) of any strides with adjacent channels (others are copied first); output (K, PH, PW, C)
-// or (K, C, PH, PW). A block computes a tile of bins of one RoI, and a warp computes a bin row. A lane has 16 bytes of
-// channels, or one channel if loads are not aligned.
+// or (K, C, PH, PW). A block computes a tile of bins of one RoI, and a warp computes bin rows of the tile. A lane has
+// 16 bytes of channels, or one channel if 16-byte accesses to features or output are not aligned.
 #include "ops/roi_align.h"
 
 #include "cuda/roi_align_walk.cuh"
 
 // The kernel in pseudo-code:
 //
-//   for each RoI k:                                   # a thread block, or several for large outputs
+//   for each RoI k:                                   # a thread block per tile of its bins
 //       level, image = level of the box area, batch index of the box
 //       for each bin row and each bin column:         # taps: the cells that the samples of a bin read on one axis,
 //           compute its taps                          #   with their weights; the tables are in shared memory
@@ -31,8 +31,9 @@
 namespace spatialflow {
 namespace {
 
-// Iteration along a bin row that reads kRows rows of cells. Each column of cells is loaded once, summed over its rows,
-// and added to the bins that read it. emit(sums) is called for each bin, from left to right.
+// Iteration along a bin row that reads kRows rows of cells. A column of cells is loaded, summed over its rows, and
+// added to the bins that read it. It is loaded once if the cells of all bins ascend (`write_walk`). emit(sums) is
+// called for each bin, from left to right.
 template <typename scalar_t, int kWidth, int kRows>
 class BinRowWalk {
     using real_t = accum_t<scalar_t>;
@@ -129,8 +130,8 @@ private:
     RawChannels<scalar_t, kWidth> raw_[kRows];
 };
 
-// Distance between two bins in shared memory, in channels: the channels of a warp plus one access. So the bins of a
-// channel are in different banks.
+// Distance between two bins in shared memory, in channels: the channels of a warp plus one access. So the values of a
+// channel in 8 adjacent bins are in different banks.
 template <int kWidth>
 constexpr int kTileStride = kWarpSize * kWidth + kWidth;
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Code shared by the forward and backward pass of RoIAlign on CUDA: kernel arguments, geometry of a RoI, and sums over
-// cells. The weights of these cells are distributed over the lanes of a warp.
+// Code shared by the forward and backward pass of RoIAlign on CUDA: kernel arguments, geometry of a RoI, and weighted
+// sums over rectangles of cells or bins. The weights are distributed over the lanes of a warp.
 #pragma once
 
 #include <algorithm>
@@ -91,8 +91,8 @@ __device__ __forceinline__ void add_group(
 }
 
 // Call visit(pairs, offset, weight) for all pairs of a row and a column with nonzero weights, 4 x 8 at a time. Lane l
-// of the lower half of the warp holds the weight of row l; of the upper half, of column l. Each lane gets one pair;
-// `pairs` is the mask of the lanes with a nonzero product.
+// of the lower half-warp holds the weight of row l, and lane l of the upper half-warp that of column l. In each call, a
+// lane gets one pair, and `pairs` is the mask of the lanes whose product of weights is not zero.
 template <typename real_t, typename offset_t, typename Visit>
 __device__ __forceinline__ void visit_pairs(real_t weight, offset_t row_stride, offset_t column_stride, Visit&& visit) {
     const int lane = threadIdx.x % kWarpSize;
@@ -136,8 +136,8 @@ __device__ __forceinline__ void add_pairs(
     });
 }
 
-// Call visit(weight, row, column) for the cells of a bin that does not fit in the tables, 16 x 16 from (row, column)
-// on. The weights are distributed over the lanes as for `visit_pairs`.
+// Call visit(weight, row, column) for each square of 16 x 16 cells of a bin that does not fit in the tables. (row,
+// column) is the first cell of the square. The weights are distributed over the lanes as for `visit_pairs`.
 template <typename real_t, typename element_t, typename Visit>
 __device__ __forceinline__ void visit_cells(
     Global<const real_t> box, const CudaRoiLevel<element_t>& level, const RoiProblem& problem, int ph, int pw,

@@ -5,7 +5,8 @@
 //   scatter   The transpose of the forward pass. Columns of cells are summed over bins, then added to the map by
 //             float32 reductions, of 16 bytes if alignment and device allow it. The order of the sums is not fixed.
 //   gather    A warp per cell adds the bins that read the cell, RoIs in ascending order. It is deterministic and needs
-//             no float32 buffer or atomics, but one warp adds all RoIs of a cell. Always used in float64.
+//             no float32 buffer or atomics, but one warp adds all RoIs of a cell. Used if `deterministic` is true, and
+//             always in float64.
 //
 // Layouts: gradient of the output (K, PH, PW, C); gradients of the levels (N, H, W, C).
 #include "cuda/roi_align_walk.cuh"

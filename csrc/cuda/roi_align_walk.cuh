@@ -39,8 +39,8 @@ struct alignas(4 * sizeof(real_t)) Step {
 constexpr int kLoadsColumn = 1;  // first, the current column becomes the previous one, and the next column is loaded
 constexpr int kEndsBin = 2;
 
-// Add `weight` to the tap of `cell`. If samples ascend, a repeated cell is one of the last two. In a RoI of negative
-// extent samples may descend; a cell can then have several taps, which add up to its weight.
+// Add `weight` to the tap of `cell`. If samples ascend, a repeated cell is one of the last two. Samples of a reversed
+// RoI may descend; a cell can then have two taps, whose weights add up to its weight.
 template <typename real_t>
 __device__ __forceinline__ void add_tap(Shared<Tap<real_t>> taps, int& count, int cell, real_t weight) {
     if (weight == real_t(0)) {

@@ -65,8 +65,8 @@ public:
     }
 
     // Call visit(of_row, of_column, column, sums) for all sums of this thread. A call has the sums of one row and of
-    // kVisitColumns adjacent columns from `column` on.
-    // of_row and of_column are the results of begin_row(row) and begin_column(column).
+    // kVisitColumns adjacent columns from `column` on. Its first two arguments are the results of begin_row(row) and
+    // begin_column(column).
     template <typename BeginRow, typename BeginColumn, typename Visit>
     __device__ __forceinline__ void for_each(BeginRow begin_row, BeginColumn begin_column, Visit visit) const {
         decltype(begin_column(0)) of_columns[kThreadColumns / kVisitColumns];

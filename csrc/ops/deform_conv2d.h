@@ -239,8 +239,7 @@ inline DeformConvShape check_deform_conv2d_packed(
     return shape;
 }
 
-// Check a packed weight. `size` is the length, without the tag, that it must have for these shapes. For `columns`, see
-// packed_tag.
+// Check a packed weight. `size` is its required length without the tag. For `columns`, see packed_tag.
 inline void check_packed_deform_weight(
     const Tensor& packed, const Tensor& input, ScalarType dtype, int64_t size, int64_t columns) {
     const char* op = "deform_conv2d";

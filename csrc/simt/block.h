@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Execution of one block: its threads as fibers, barriers, warp collectives and shared memory. A block runs on one OS
-// thread. Fibers yield only at barriers and collectives, so execution is deterministic.
+// thread. A fiber yields only where its thread waits for others, fails or exits, so execution is deterministic.
 #pragma once
 
 #include <atomic>

@@ -38,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments without the program's name; None: those of the process.
 
     Returns:
-        Exit code. 0: success. 1: some inputs failed and are named on standard error. 2: the command could not run.
-        130: interrupted (SIGINT). 141: standard output was closed (broken pipe). 143: terminated (SIGTERM).
+        Exit code. 0: success. 1: some inputs failed and are named on standard error, or `validate` found problems. 2:
+        the command could not run. 130: interrupted (SIGINT). 141: standard output was closed (broken pipe). 143:
+        terminated (SIGTERM).
     """
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):

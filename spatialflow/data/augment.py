@@ -17,7 +17,7 @@ class TrainingSample(NamedTuple):
     image: np.ndarray  # (3, H, W) float32, normalized RGB, zero where padded
     boxes: np.ndarray  # (K, 4) float32
     labels: np.ndarray  # (K,) int64
-    instances: np.ndarray  # (H, W) int32: k + 1 on the pixels of box k
+    instances: np.ndarray  # (H, W) int32: k + 1 on the mask of the thing with box k, 0 elsewhere
     semantic: np.ndarray  # (H, W) uint8, 255 where ignored or padded
     valid_size: tuple[int, int]  # (height, width) without padding
 
@@ -89,7 +89,7 @@ def _random_window(
 def _drop_cropped_out(
     boxes: np.ndarray, labels: np.ndarray, instances: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Remove things without pixels, or with less than a pixel of a side left, and renumber the others."""
+    """Remove things without pixels or with a side of the box shorter than a pixel, and renumber the others."""
     pixels = np.bincount(instances.ravel(), minlength=len(boxes) + 1)[1:]
     keep = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1) & (pixels > 0)
     number = np.zeros(len(boxes) + 1, np.int32)

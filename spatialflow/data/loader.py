@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     images: Tensor  # (N, 3, H, W) float32
     boxes: list[Tensor]  # N x (K_i, 4) float32
     labels: list[Tensor]  # N x (K_i,) int64
-    instances: Tensor  # (N, H, W) int32: k + 1 on the pixels of box k
+    instances: Tensor  # (N, H, W) int32: k + 1 on the mask of the thing with box k, 0 elsewhere
     semantic: Tensor  # (N, H, W) uint8, 255 where ignored
     valid_sizes: Tensor  # (N, 2) int64
     padded_sizes: Tensor  # (N, 2) int64

@@ -194,7 +194,7 @@ class Predictor:
         TypeError: `model` is neither a SpatialFlow network nor a sequence of them.
 
     Note:
-        On a CUDA device the host never waits for the GPU between the upload of an image and the download of its
+        On a CUDA device the host waits for the GPU only at the capture of a CUDA graph and at the download of a
         result. Several threads may share a Predictor. With CUDA graphs their images are queued one after the other.
     """
 

@@ -18,7 +18,7 @@ class Download(NamedTuple):
     done: torch.cuda.Event | None  # None on the CPU
 
     def wait(self) -> Any:
-        """Wait for the copies; return the same structure of tensors on the host, from a GPU in new memory."""
+        """Wait for the copies; return the same structure with tensors on the host, cloned if they come from a GPU."""
         if self.done is None:
             return self.value
         # torch.cuda.set_sync_debug_mode("error") permits Event.synchronize, but not Stream.synchronize.

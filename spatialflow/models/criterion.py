@@ -83,7 +83,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     The CPU processes the image in bands of rows, so that no upsampled logits of the whole image are stored. A GPU
     processes the image as one band.
 
-    Upsampling is one matrix product per axis; its adjoint, for the gradient, is the products with the transposes.
+    Upsampling is one matrix product per axis; the gradient uses the products with the transposed matrices.
     """
 
     @staticmethod

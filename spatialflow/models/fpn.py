@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 
 class FPN(nn.Module):
-    """Feature pyramid: [C3, C4, C5] -> [P3, ..., P7], each (N, channels, H / stride, W / stride), strides 8 to 128.
+    """Feature pyramid: [C3, C4, C5] -> [P3, ..., P7] with strides 8 to 128.
+
+    Each level is (N, channels, H / stride, W / stride), rounded up, where (H, W) is the size of the images.
 
     P3 to P5 are made from C3 to C5 by 1x1 convolutions, a top-down pathway and 3x3 convolutions. P6 is a strided
     convolution of C5, P7 one of P6, without a ReLU between. Convolutions have a bias and no norm.
@@ -36,5 +38,5 @@ class FPN(nn.Module):
         merged = [lateral(f) for lateral, f in zip(self.lateral, features, strict=True)]
         for i in range(len(merged) - 1, 0, -1):
             merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
-        p6 = self.p6(features[-1])  # (N, channels, H/64, W/64)
+        p6 = self.p6(features[-1])  # (N, channels, H/64, W/64), rounded up
         return [*(conv(m) for conv, m in zip(self.output, merged, strict=True)), p6, self.p7(p6)]

@@ -31,7 +31,7 @@ class BoxHead(nn.Module):
         for conv in (self.class_logits, self.box_deltas):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(cast("Tensor", conv.bias))
-        # Every anchor starts at probability 0.01.
+        # Every class of every anchor starts at a probability of about 0.01.
         nn.init.constant_(cast("Tensor", self.class_logits.bias), -math.log(99))
 
     def forward(self, cls: Sequence[Tensor], reg: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -40,7 +40,7 @@ class BoxHead(nn.Module):
 
 
 class ThingHead(nn.Module):
-    """Mask R-CNN's mask head: 3x3 convolutions, a 2x2/2 deconvolution, one mask per class.
+    """Mask R-CNN's mask head: 3x3 convolutions, a 2x2 deconvolution of stride 2, one mask per class.
 
     (K, C, S, S) -> (K, classes, 2S, 2S), or (K, 2S, 2S) of one class per RoI.
 

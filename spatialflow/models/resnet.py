@@ -112,7 +112,7 @@ class ResNet(nn.Module):
             if isinstance(module, SelfOffsetDeformConv2d):
                 module.zero_offsets()
             elif isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)  # a block starts as the identity
+                nn.init.zeros_(module.bn3.weight)  # at first a block adds nothing to its shortcut
 
     def _freeze(self) -> None:
         for module in self._frozen():

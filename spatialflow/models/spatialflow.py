@@ -14,7 +14,7 @@ from spatialflow.ops import multilevel_roi_align
 class NetworkOutput(NamedTuple):
     """Raw outputs for a batch of N images, (N, 3, H, W)."""
 
-    features: list[Tensor]  # P3..P7, (N, fpn_channels, H / stride, W / stride)
+    features: list[Tensor]  # P3..P7, (N, fpn_channels, H / stride, W / stride), rounded up
     class_logits: list[Tensor]  # P3..P7, (N, A * num_things, ...), anchor-major
     box_deltas: list[Tensor]  # P3..P7, (N, A * 4, ...)
     stuff_features: list[Tensor] | None  # P3..P5, (N, C, ...); None without a stuff head

@@ -96,7 +96,8 @@ def anchor_targets(
 
     Args:
         anchors: (A, 4) of all levels.
-        inside: (N, A) bool: the anchor's cell lies within the image's own padded size; others are ignored.
+        inside: (N, A) bool, from `valid_flags`: the anchor's cell begins inside the image's own padded size. Anchors
+            that are not inside are ignored.
         boxes: N x (K_i, 4) ground truth.
         labels: N x (K_i,) int64.
         num_things: the label that stands for background.

@@ -42,7 +42,7 @@ def is_checking() -> bool:
 
 
 def items(op: str, name: str, values: Iterable[Any]) -> list[Any]:
-    """Return the items of `values` as a list; ValueError if it is not a sequence."""
+    """Return the items of `values` as a list; ValueError if `values` is not iterable."""
     if not hasattr(values, "__iter__"):
         raise ValueError(f"{op}: {name} must be a sequence, got {values!r}")
     return list(values)
@@ -59,7 +59,7 @@ def number(op: str, name: str, value: Any) -> float:
 
 
 def numbers(op: str, name: str, values: Iterable[Any]) -> list[float]:
-    """Return the items of `values` as floats; ValueError if it is not a sequence of numbers."""
+    """Return the items of `values` as floats; ValueError if `values` is not an iterable of numbers."""
     return [number(op, f"{name}[{index}]", value) for index, value in enumerate(items(op, name, values))]
 
 

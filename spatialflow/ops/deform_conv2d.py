@@ -29,8 +29,9 @@ class PackedDeformConv(NamedTuple):
     """A deformable convolution with its weights in the order that the kernels read, made by `pack_deform_conv2d`.
 
     As for `PackedConv`, the order depends on the instruction set, the device and the version of the package. A pickle
-    or a deep copy has `weight` but not `packed`, and packs `weight` again on loading. `weight` also serves calls that
-    need gradients or autocast. It serves float32 calls on CUDA too, if torch's TF32 setting has changed since packing.
+    or a deep copy has `weight` but not `packed`, and packs `weight` again on loading. Calls that need gradients, or run
+    under autocast to another dtype, use `weight`. With `algorithm` "auto", float32 calls on CUDA also use `weight` if
+    torch's TF32 setting has changed since packing.
     """
 
     packed: Tensor  # a vector; its length identifies the order
@@ -70,8 +71,8 @@ def deform_conv2d(
             (dy, dx) of all taps, row by row. Channels of `input` are split evenly over offset groups. Any floating
             dtype, used in float32 (float64 for float64 features).
         weight: (C_out, C / groups, kernel_h, kernel_w), the dtype of `input`; the sizes define the number of groups.
-            With a `PackedDeformConv` instead, its bias and algorithm are used. The call then packs nothing, and sigmoid
-            and ReLU are part of the kernel.
+            With a `PackedDeformConv` instead, its bias and algorithm are used. The kernels then read its packed weight
+            and apply sigmoid and ReLU, except in calls that use its unpacked weight (see `PackedDeformConv`).
         bias: (C_out), the dtype of `input`, or None.
         stride: of the undeformed convolution; (height, width), or one number for both.
         padding: as `stride`.
@@ -181,8 +182,8 @@ def pack_deform_conv2d(
         algorithm: as in `deform_conv2d`.
 
     Returns:
-        A `PackedDeformConv` for inputs of the dtype of `weight`. Do not change `weight` in place afterwards: calls with
-        gradients or under autocast read it, all others its packed copy.
+        A `PackedDeformConv` for inputs of the dtype of `weight`. Do not change `weight` in place afterwards: some calls
+        read it, all others its packed copy (see `PackedDeformConv`).
 
     Raises:
         RuntimeError: a shape, dtype, device or number of groups that does not fit, naming the argument.
@@ -291,7 +292,7 @@ def _(
 def _packed_layout(like: Tensor, outputs: Any, taps: Any, channels: Any, groups: int) -> tuple[Any, torch.dtype]:
     """Return length and dtype of the packed weight for inputs like `like`."""
     is_double, tag = like.dtype == torch.float64, packed_tag(like.device, like.dtype)
-    is_cuda_layout = tag == CUDA_TAG + is_double  # by the tag: tensors of the CUDA interpreter are on the CPU
+    is_cuda_layout = tag == CUDA_TAG + is_double  # by the tag: tensors of the SIMT interpreter are on the CPU
     unit = 16 // like.element_size() if is_cuda_layout else _CPU_PADDING
     size = channels * taps * ((outputs // groups + unit - 1) // unit * unit)
     return size + tag, like.dtype if is_cuda_layout else torch.float64 if is_double else torch.float32

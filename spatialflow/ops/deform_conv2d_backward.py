@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivatives of `deform_conv2d`, to second order.
+"""Derivatives of `deform_conv2d`: to second order through the offset, to any order through the other operands.
 
-The output is linear in `input`, `weight` and `mask`. With a tangent of the offset (`offset_tangent`), the operator
-gives the output's tangent in that direction, which is linear in `offset_tangent`. Therefore every derivative is one of
-three raw operators with one operand replaced:
+The output without bias is linear in `input`, `weight` and `mask`. With a tangent of the offset (`offset_tangent`), the
+operator gives the output's tangent in that direction, which is linear in `offset_tangent`. Therefore the derivatives,
+except those of the bias, are sums of results of the three raw operators. In the terms, one operand is replaced:
 
-- the tangent of a result: replace an operand by its tangent;
-- the gradient of a gradient: replace an operand by the cotangent of its gradient.
+- for the tangent of a result, an operand by its tangent;
+- for the gradient of a gradient, an operand by the cotangent of its gradient.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _output(operands: _Operands, settings: Settings) -> Tensor:
 
 
 def _data_gradients(operands: _Operands, settings: Settings, need_input: bool, need_sampling: bool) -> _Gradients:
-    """Return the gradients of input, and with `need_sampling` those of offset and mask."""
+    """Return the gradient of input if `need_input`, and those of offset and mask if `need_sampling`."""
     if not (need_input or need_sampling):
         return _Gradients(None, None, None)
     deterministic = torch.are_deterministic_algorithms_enabled()

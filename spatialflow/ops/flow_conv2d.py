@@ -104,7 +104,8 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
             weight.
         flow: added to `x`, in the same structure and shapes, or None.
         weight: (C_out, C_in, 3, 3), or a `PackedConv`, whose bias and algorithm are then used. A list of `PackedConv`
-            is a list of independent convolutions, which on CUDA share one launch; `flow` must then be None.
+            is a list of independent convolutions; `flow` must then be None. On CUDA those of the same algorithm share
+            one launch if possible.
         bias: (C_out,) or None.
         relu: whether to apply ReLU to the result; NaN stays NaN.
         algorithm: arithmetic of float32 (and of 16-bit types on the CPU); float64 is always direct. Errors below are

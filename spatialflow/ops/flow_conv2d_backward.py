@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derivatives of `flow_conv2d`, to any order.
 
-Without ReLU the operator is linear in (x, flow) and in (weight, bias). Every derivative is therefore one of two
-operators. One is the convolution itself, with weights rotated by 180 degrees for gradients of the inputs. The other is
-the weight gradient. The derivative of ReLU only masks.
+Without ReLU the operator is affine in (x, flow) and linear in (weight, bias). Derivatives therefore need only two
+operators, apart from sums and broadcasts for the bias. One is the convolution itself, with weights rotated by 180
+degrees for gradients of the inputs. The other is the weight gradient. The derivative of ReLU is a mask.
 """
 
 from __future__ import annotations

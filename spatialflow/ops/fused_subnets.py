@@ -23,8 +23,8 @@ Conv = tuple[Tensor, Tensor | None] | PackedConv
 class SubnetParameters(NamedTuple):
     """Convolutions of the sub-networks, one per stage; an empty tuple is an absent sub-network or flow.
 
-    `None` among the flows is a stage without a flow. The output of a sub-network without stages but with one flow is
-    its input plus that flow.
+    `None` among the flows is a stage without a flow. The output of a sub-network without stages is its input plus the
+    first flow into it; for thing, plus the first of `flow_thing` and the first of `semantic_flow`.
     """
 
     cls: tuple[Conv, ...] = ()
@@ -80,11 +80,12 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
         TypeError: a weight or bias that is not a tensor.
 
     Note:
-        Results are those of `flow_conv2d` stage by stage, including NaN and empty levels. If a derivative may be
-        requested, the sub-networks are composed of calls of `flow_conv2d`, which define gradients, forward mode and
-        `torch.func`. Otherwise one operator runs all of them.
+        Results are those of `flow_conv2d` stage by stage, including NaN and empty levels; in 16 bits, sums with flows
+        may be rounded differently. If a derivative may be requested, the sub-networks are composed of calls of
+        `flow_conv2d`, which define gradients, forward mode and `torch.func`. Otherwise one operator runs all of them.
 
-        Complexity: the sum of its convolutions (see `flow_conv2d`). Intermediate maps are freed after their last use.
+        Complexity: the sum of its convolutions (see `flow_conv2d`). Without gradients, the memory of an intermediate
+        map is freed or reused after its last use.
 
         Difference from torchvision, mmcv and detectron2: they have no such operator.
 
@@ -135,7 +136,7 @@ def pack_subnets(parameters: SubnetParameters, algorithm: str = "auto") -> Subne
         `SubnetParameters` of `PackedConv`; convolutions already packed stay as they are.
 
     Raises:
-        RuntimeError: a weight of a wrong shape or dtype.
+        RuntimeError: a weight or bias of a wrong shape, dtype or device.
         ValueError: an unknown algorithm.
     """
     algorithm_code("pack_subnets", algorithm)

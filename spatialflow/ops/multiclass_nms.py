@@ -24,7 +24,7 @@ class Detections(NamedTuple):
     scores: Tensor  # (B, D), padded with 0
     labels: Tensor  # (B, D) int64, classes, padded with -1
     count: Tensor  # type: ignore[assignment]  # (B) int64, detections of each image; hides tuple.count
-    indices: Tensor  # (B, D) int64, rows of the boxes that were given, padded with -1
+    indices: Tensor  # (B, D) int64, rows of the input boxes, padded with -1
 
 
 def multiclass_nms(
@@ -47,8 +47,8 @@ def multiclass_nms(
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: `boxes` and `scores` not both with or both without a batch; a threshold that is not a number; within
-            `spatialflow.ops.checked()` a box or score that is not finite.
+        ValueError: `boxes` and `scores` that do not both have three dimensions or both have two; a threshold that is
+            not a number; within `spatialflow.ops.checked()` a box or score that is not finite.
 
     Note:
         Equal scores rank by row, then by class, the lower first. Pairs of boxes are compared as in `nms`. The score

@@ -31,8 +31,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Note:
         Equal scores rank by row, the lower row first, on every device. The second box of a pair is dropped if
         `intersection > iou_threshold * union`. This is computed in float32 (float64 if either tensor is), and the
-        threshold and each operation are rounded. Two boxes whose IoU equals the threshold both stay, as far as that
-        arithmetic can tell.
+        threshold and each operation are rounded. If the two sides are equal in this arithmetic, both boxes stay.
 
         A box with a NaN corner and a box with a NaN score are never kept. A box without area (reversed or empty), and
         one whose area is infinite, suppresses nothing and is never suppressed. Areas that overflow or underflow count

@@ -58,7 +58,7 @@ def roi_align(
         `torch.use_deterministic_algorithms(True)` in every dtype.
 
         Complexity: time is proportional to K * C times the cells that the bins of a RoI read; samples of a bin that
-        share cells are merged. The CUDA kernels copy features that are not channels-last into that layout first.
+        share cells are merged. Features whose channels are not adjacent in memory are first copied to channels-last.
 
         Difference from torchvision: boxes are used in float32 also for 16-bit features, and a RoI that is not finite or
         not of the batch gives zeros. mmcv and detectron2 have `aligned=True` by default.

@@ -27,8 +27,8 @@ def run_subnets(
 
     In every stage the source is computed first. Its new feature then flows into the same stage of the other detection
     sub-network and of stuff. After the last stage of the source, its final feature is used. The stages of thing run
-    last; they also take the semantic flow from the final feature of stuff. A sub-network without stages is its input
-    plus its first flow, if it has one.
+    last; they also take the semantic flow from the final feature of stuff. The output of a sub-network without stages
+    is its input plus the first flow of its list, if there is one; for thing, plus the first semantic flow, too.
 
     Args:
         features: the input of each sub-network, by name: "cls" and "reg", or these with "stuff" and "thing".

@@ -157,7 +157,7 @@ def average_precision(
 def _numbers(image_ids: Iterable[int | str]) -> dict[int | str, int]:
     """Number the image ids, as pycocotools stores ids in an array, which cannot mix integers and strings.
 
-    The numbers ascend with the ids, by which pycocotools ranks detections of equal scores.
+    The numbers are in the order of the ids, because pycocotools ranks detections of equal scores by image id.
     """
     ordered = sorted(image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
     return {image_id: number for number, image_id in enumerate(ordered)}
@@ -194,7 +194,7 @@ def read_detections(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read COCO results from a JSON file.
 
     Raises:
-        PanopticFormatError: the file is absent or not JSON, or a field of a row is absent or of another kind.
+        PanopticFormatError: the file cannot be read or is not a JSON list, or a field of a row is absent or invalid.
     """
     try:
         rows = json.loads(Path(path).read_bytes())

@@ -127,7 +127,7 @@ def _score_text(score: Any) -> str:
 
 
 def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of the map in ascending order, and a map of their indices. Sorts runs of pixels, not pixels."""
+    """Return the ids of the map in ascending order, and a map of their indices. Runs are sorted instead of pixels."""
     flat = id_map.ravel()
     starts = np.flatnonzero(run_begins(flat))
     ids, numbers = np.unique(flat[starts], return_inverse=True)

@@ -113,7 +113,7 @@ def merge(
 
 
 def _labels_in_use(stuff: torch.Tensor, void_label: int) -> int:
-    """Return the largest label other than void, plus one; 0 if all are negative."""
+    """Return the largest label other than `void_label`, plus one; 0 if there is no such label of at least 0."""
     if stuff.numel() == 0:
         return 0
     largest = int(stuff.max())

@@ -17,8 +17,8 @@ def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_widt
     Args:
         panels: title -> (H, W, 3) uint8 BGR, all of one size.
         heading: a line above all of them.
-        panel_width: width of every panel, in pixels. A panel higher than three times this width is scaled to that
-            height.
+        panel_width: width of every panel, in pixels. A panel that would be higher than three times this width is
+            scaled to that height instead.
 
     Returns:
         (H', W', 3) uint8 BGR.

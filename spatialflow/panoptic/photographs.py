@@ -43,8 +43,8 @@ def _listed_names(content: Mapping[str, Any]) -> dict[int | str, str]:
 def find_photograph(folder: str | os.PathLike[str], file_name: str) -> Path:
     """Find the path of a photograph that a panoptic JSON names.
 
-    For a Cityscapes name, the photograph's original name is searched too, in `folder` and its city folders. If no file
-    exists, the path is `folder / file_name`.
+    For a Cityscapes name, the photograph's original name is searched too: in `folder`, `folder/<city>` and
+    `folder/*/<city>`. If no file exists, the path is `folder / file_name`.
     """
     folder = Path(folder)
     path = folder / file_name

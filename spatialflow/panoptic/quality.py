@@ -186,8 +186,8 @@ def evaluate(
         fn, iou}, where iou is the sum over matches.
 
     Raises:
-        PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or segments
-            and pixels disagree. The message names the file or the image and the segment.
+        PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or the
+            segments and pixels of a prediction disagree. The message names the file or the image and the segment.
 
     Without any annotated or predicted segment the qualities are 0 with n = 0, with an `AnnotationWarning`. Further
     warnings name contradictory annotations; see `docs/annotations.md` for the rules and the computation.
@@ -219,7 +219,7 @@ class Scored(NamedTuple):
 def score_files(
     truth: AnnotationFiles, prediction: AnnotationFiles, *, workers: int | None = None, progress: bool = False
 ) -> Scored:
-    """Score as `evaluate`, and return the reports in place of warnings; the errors are the same."""
+    """Score as `evaluate`, with the same errors; return contradictory annotations as messages, not as warnings."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     gt_folder, pred_folder = _folder(truth, "gt"), _folder(prediction, "pred")

@@ -78,7 +78,7 @@ def evaluate_and_report(
 def quality_table(result: Mapping[str, Any], names: Mapping[int, str] | None = None) -> str:
     """Format a result of `evaluate`: a table of groups in percent, and of classes if `names` (by id) is not None.
 
-    Classes without segments in the ground truth and in the prediction are left out.
+    Classes without a true positive, false positive or false negative are left out.
     """
     lines = [f"{'':10}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'N':>5}"]
     for group in GROUPS:

@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {
     "photograph": Rule((), skipped=True),
     "photograph-size": Rule((), skipped=True),
 }
-"""Every rule by name, in the order of reports."""
+"""Every rule by name, in the order in which `spatialflow validate` prints broken rules."""
 
 CATEGORY_RULES = ("categories", "category", "isthing", "category-twice")
 
@@ -111,7 +111,7 @@ def raise_first(problems: Iterable[Problem], use: str, source: str = "", also: C
     """Raise the first problem that stops one use of the annotations.
 
     Args:
-        problems: in the order of reports.
+        problems: the breaches found, checked one after the other.
         use: `TRUTH`, `PREDICTION` or `TRAINING`.
         source: name of the file, as the beginning of the message.
         also: further rules that stop.
@@ -335,7 +335,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _names_a_file(text: str) -> bool:
-    """Return whether a string can be a path: it has neither NUL nor an unpaired surrogate."""
+    """Return whether a string can be a path: it has no NUL, and `os.fsencode` can encode it."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

@@ -20,7 +20,7 @@ class Validation(NamedTuple):
 
     images: int  # number of annotations checked
     segments: int
-    problems: list[Problem]  # of the JSON in its order, then of the images in theirs
+    problems: list[Problem]  # of annotations, images and categories in the JSON, then of each annotation's files
 
 
 def validate(

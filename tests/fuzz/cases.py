@@ -9,7 +9,7 @@ A case is a dictionary:
     gradient   values and layout of the incoming gradients, and of tangents
     jvp        whether forward mode is tested as well
     fake       whether the fake kernel is tested; for a refused call it always is
-    valid      False: one argument was made invalid, so the operator may refuse the call
+    valid      False: one argument was changed so that the call may be invalid; the operator may refuse it
 
 This module does not import torch: strategies run in the supervisor, and the worker builds the tensors they describe.
 Hypothesis shrinks towards smaller numbers and earlier elements of `sampled_from`, so these are the simpler ones.

@@ -137,7 +137,8 @@ class _CaseRun:
             return [torch.from_numpy(np.asarray(array)) for array in _arrays(operator.brute(**arguments))]
 
         nearby = operator.nearby if "result" in operator.nearby_for else lambda *_: ()
-        arguments64 = map_tensors(_to_float64, plain)  # perturbations of float64 values would be lost in float32
+        # Tensors of a narrower dtype may lose a perturbation by a rounding.
+        arguments64 = map_tensors(_to_float64, plain)
         variants = functools.cache(lambda: [brute_results(variant) for variant in nearby(arguments64, self._epsilon())])
         expected = brute_results(plain)
         if len(expected) != len(outputs):
@@ -255,9 +256,11 @@ class _CaseRun:
         names: list[str] | None = None,
         sizes_of: Callable | None = None,
     ) -> None:
-        """Compare `actual` with `compute(reference, arguments, absolute)`, given the operator's reference.
+        """Compare `actual`, the tensors named by `what`, with the same tensors of the operator's reference.
 
-        `sizes_of(arguments)` gives the sizes of the terms where absolute values of the arguments do not.
+        `compute(function, arguments, absolute)` returns the results, gradients or tangents of a function. If `absolute`
+        is true, it replaces incoming gradients and tangents by their absolute values. `sizes_of(arguments)` returns the
+        sizes of the terms; None: they are computed from absolute values of the linear arguments.
         """
         operator = self.operator
         plain = map_tensors(Tensor.detach, self.arguments)

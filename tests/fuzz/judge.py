@@ -6,7 +6,8 @@ this order, decide whether it is wrong:
 
 1. Does the judge spread non-finite values further than the operator does? Then only its finite elements count.
 2. How large were the terms of the sum? The judge computes again with absolute values of the linear arguments. The
-   tolerance of sums that cancel is relative to these sizes. Elements that overflow the dtype of the sums are excluded.
+   tolerance of sums that cancel is relative to these sizes. Elements are excluded if their terms are so
+   large that sums may overflow.
 3. Is the result discontinuous there? The judge computes again with arguments perturbed by a rounding. Elements that
    change by more than half of the tolerance are excluded.
 

@@ -129,7 +129,10 @@ def _number(value: int) -> bytes:
 
 
 def mutate_picture(data: bytes, changes: list) -> bytes:
-    """Apply edits to the chunks of a PNG or the segments of a JPEG; edit other files as bytes."""
+    """Apply edits of CHUNK_EDITS to chunks of a PNG or segments of a JPEG, then edits of BYTE_EDITS to the bytes.
+
+    In other files, edits of CHUNK_EDITS are ignored.
+    """
     split, join = (_png_chunks, _png) if data[:8] == b"\x89PNG\r\n\x1a\n" else (_jpeg_segments, _jpeg)
     structural = [change for change in changes if change[0] in CHUNK_EDITS]
     if structural and (join is _png or data[:2] == b"\xff\xd8"):
@@ -141,7 +144,10 @@ def mutate_picture(data: bytes, changes: list) -> bytes:
 
 
 def _edit_parts(parts: list[list], kind: str, place: int, value: int) -> None:
-    """Apply one edit to a list of [name, content, defect] parts, in place."""
+    """Apply one edit in place to a list of parts [name, content, extra].
+
+    `extra` contains wrong values for "length" or "checksum" and, in a JPEG, the "scan" (see `_jpeg_segments`).
+    """
     if not parts:
         return
     at = place % len(parts)

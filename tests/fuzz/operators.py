@@ -3,8 +3,8 @@
 
 The reference is computed in float64 from the same rounded inputs. Some results depend on a comparison, such as a sample
 on the border of the map or a sum at the kink of ReLU. There the operator in float32 may decide differently from the
-reference. `nearby` gives arguments perturbed by a rounding; results that these change in the reference are excluded and
-counted.
+reference. `nearby` gives arguments perturbed by a rounding; elements of the reference that change with them are
+excluded (see `fuzz.judge`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Operator:
             Then results that are not finite in the reference are not compared.
         composed: the call consists of torch operators if gradients are required. For expanded tensors their fake
             kernels predict other strides than the real ones.
-        unstable: (arguments, all tensors and incoming gradients) -> bool: whether results are unspecified. Such a call
-            must not crash or write out of bounds; its results are not compared.
+        unstable: (arguments, tensors) -> bool: whether results are unspecified. `tensors` are those of the arguments,
+            then incoming gradients and tangents. Such a call must not crash or write out of bounds; its results are not
+            compared.
         excused: (arguments, result) -> bools: elements of an integer result that are right although the brute force
             gives another number.
         affordable: whether the reference is fast enough for these arguments.
@@ -86,7 +87,7 @@ class Operator:
 
 
 def _shifted(boxes: Tensor, by: float, first: int, signs: tuple[int, int]) -> Tensor:
-    """Move the corners of boxes by a few roundings of their largest coordinate."""
+    """Move both corners of each box by `by` * (its largest coordinate + 64), in the directions of `signs`."""
     moved = boxes.to(torch.float64, copy=True)  # such small steps would be lost in 16 bits
     finite = torch.where(moved.isfinite(), moved, 0)[:, first:].abs()
     step = (finite.amax(dim=1, keepdim=True) + 64) * by
@@ -133,10 +134,10 @@ def leaves(value: Any) -> list[Tensor]:
 
 
 def _is_unstable_convolution(arguments: dict, tensors: list[Tensor]) -> bool:
-    """Tell whether arguments make results of a convolution unspecified, because Winograd sums its inputs.
+    """Tell whether arguments make results of a convolution unspecified.
 
-    An infinite or very large number changes all results of the 4 x 4 output tiles that read it. It is unspecified
-    whether a non-finite weight is multiplied by padding.
+    Winograd sums its inputs: an infinite or very large number changes all results of the 4 x 4 output tiles that read
+    it. For all algorithms it is unspecified whether a non-finite weight is multiplied by padding.
     """
     weights = leaves({name: value for name, value in arguments.items() if name in ("weight", "bias", "parameters")})
     # "auto" selects Winograd by the number of channels.
@@ -285,7 +286,7 @@ def _tied(arguments: dict, result: Tensor) -> Tensor:
     chosen = logits.gather(2, torch.where(known, result.long(), 0)[..., None])[..., 0]
     finite = torch.where(logits.isfinite(), logits, 0)
     scale = finite.abs().amax(dim=2)
-    largest = torch.finfo(torch.float32).max / 4  # float32 overflows beyond this
+    largest = torch.finfo(torch.float32).max / 4  # float32 may overflow beyond this
     near = (chosen >= logits.amax(dim=2) - 1e-5 * scale) | (scale > largest)
     # A huge logit changes the result if rounding makes its interpolation weight nonzero.
     return known & (near | bool(_overflows(arguments, [arguments["logits"]])))

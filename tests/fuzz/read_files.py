@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Execution of a case of the file fuzzer: an edited file is read in the worker, as by a user's command.
 
-The supervisor calls `execute`. A reader may return a correct result or raise the exception that its docstring names. A
-command may exit with 0, or with another code and a message of one line. Anything else is a difference: another
-exception, a traceback, a RuntimeWarning or ResourceWarning, more than a gigabyte of memory, or execution of code from
-the file.
+`fuzz.execute` calls `execute`. A reader may return a correct result or raise an exception of `ACCEPTED`. A command may
+exit with 0, or with 1 or 2 and messages of one line each. Anything else is a difference: a traceback, a RuntimeWarning
+or ResourceWarning, more than `MEMORY_LIMIT_MB` of memory, or execution of code from the file. Any other exception
+reaches the supervisor.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ ACCEPTED = (ImageError, PanopticFormatError, SampleError, CityscapesError, Categ
 REFUSED_WITHOUT_EDITS = {"checkpoint": (4, 5, 6, 7, 9), "setting": range(1 << 16)}
 """Indices of unedited files that a reader may refuse, by kind.
 
-These are checkpoints with calls or without a network, and all settings, because some are arbitrary text.
+These are checkpoints whose unpickling would make a call (4 to 6), checkpoints without a network (7 and 9), and all
+settings, because some are arbitrary text.
 """
 
 

@@ -7,8 +7,8 @@ imports this function, so that its imports cannot affect the supervisor:
     with Supervisor("fuzz.execute:execute") as supervisor:
         outcome = supervisor.run({"op": "nms", "seed": 3})
 
-Requests and answers are JSON lines over two pipes. Standard output and error of the worker go to a file; its end is
-part of the report of a crash.
+Requests and answers are JSON lines over two pipes. Standard output and error of the worker go to a file, whose end is
+part of the message if the worker ends or hangs.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ A tensor is described by a dictionary, so that a case can be printed and replaye
 
     {"tensor": [2, 3, 4, 5], "dtype": "float32", "values": {"kind": "normal", "seed": 7}, "layout": {"order": ...}}
 
-Its memory is next to a page without access. An access beyond the storage ends the process. A read outside the tensor
-but within the storage returns NaN or the largest integer. `Memory.changed` tells whether anything was written.
+Its storage ends, or for every fourth tensor begins, at a page without access. An access to this page ends the process.
+A read outside the tensor but within the storage returns NaN, the largest integer or True. `Memory.changed` tells
+whether anything was written.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def _boxes(rng: Any, shape: list[int], values: dict, _: Any) -> np.ndarray:
 
     "extent" is the width and height of the image. Coordinates are multiples of "step" (0: any). "batch" is the number
     of images. With "hostile", some rows are reversed, empty, as large as the image, far outside or not finite, or have
-    an invalid image index.
+    an invalid image index. With "far" as well, some have a coordinate with an absolute value from 65504 to 3e38.
     """
     *lead, count, columns = shape
     width, height = values["extent"]

@@ -57,7 +57,7 @@ class OpSample:
         options: keyword arguments.
         differentiable: indices of the tensors with a gradient.
         converted: indices of the tensors that get the tested dtype; others (boxes, scores) keep theirs.
-        raw: returns the raw operator and its arguments, for opcheck.
+        raw: takes the tensors and options; returns the raw operator and its arguments for the same call.
         images: indices of tensors (or lists) with layout (N, C, H, W).
         resized: returns tensors of another size, for dynamic shapes.
         unpredicted_errors: pattern of errors that the operator raises and its fake kernel does not.

@@ -36,7 +36,7 @@ constexpr unsigned row_bytes(Swizzle swizzle) {
     return swizzle == Swizzle::k128 ? 128 : swizzle == Swizzle::k64 ? 64 : swizzle == Swizzle::k32 ? 32 : 16;
 }
 
-// Swizzled address of the 16 bytes that are at `address` without swizzle.
+// Swizzled address of the byte that is at `address` without swizzle. The swizzle moves chunks of 16 bytes.
 inline unsigned swizzled_address(unsigned address, Swizzle swizzle) {
     const unsigned chunks = row_bytes(swizzle) / 16, chunk = address / 16;
     return address - chunk % chunks * 16 + (chunk % chunks ^ address / 128 % chunks) * 16;

@@ -66,7 +66,7 @@ class Canvas:
         Args:
             rng: source of the values.
             cell: size of the largest features in pixels.
-            octaves: number of octaves, each of half the feature size.
+            octaves: number of octaves; each has features of half the size of those before it.
             stretch: factor by which features are wider than high.
         """
         total, weight = np.zeros((self.height, self.width), np.float32), 0.0

@@ -72,7 +72,7 @@ class FusedResNet(nn.Module):
     """`ResNet` with folded norms, channels-last: (N, 3, H, W) -> [C3 (H/8), C4 (H/16), C5 (H/32)].
 
     Its pickle contains the version of the package, because the layout of optimized weights may differ between versions.
-    Every optimized network has this module.
+    Every result of `optimize_for_inference` has this module.
 
     Args:
         backbone: the plain backbone, its norms folded.
@@ -124,7 +124,7 @@ class PackedFPN(PackedModule):
         self.p6, self.p7 = FusedConv(fpn.p6), FusedConv(fpn.p7)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Compute (N, channels, H / stride, W / stride) for the strides 8 to 128."""
+        """Compute P3 to P7 from C3, C4 and C5; shapes as in `FPN`."""
         merged = [self.lateral[-1](features[-1])]
         for lateral, feature in zip(reversed(self.lateral[:-1]), reversed(features[:-1]), strict=True):
             above = F.interpolate(merged[0], size=feature.shape[-2:], mode="nearest")

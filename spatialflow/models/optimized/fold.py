@@ -9,7 +9,7 @@ from spatialflow.models.resnet import Bottleneck, ResNet
 
 
 def fold_norms(backbone: ResNet) -> None:
-    """Multiply every BatchNorm of a backbone, in evaluation mode, into the convolution before it, in float64."""
+    """Fold every BatchNorm of a backbone, with its running statistics, into the convolution before it, in float64."""
     pairs = [(backbone.conv1, backbone.bn1)]
     for block in backbone.modules():
         if isinstance(block, Bottleneck):

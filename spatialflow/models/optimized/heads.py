@@ -127,7 +127,8 @@ class PackedConvNorm(nn.Module):
         super().__init__()
         self.conv = PackedConv3x3(block.conv)
         self.groups, self.eps, self.upsample = block.norm.num_groups, block.norm.eps, upsample
-        dtype = torch.promote_types(block.norm.weight.dtype, torch.float32)  # that of the statistics
+        # The dtype in which `group_norm_relu` computes.
+        dtype = torch.promote_types(block.norm.weight.dtype, torch.float32)
         self.register_buffer("weight", block.norm.weight.detach().to(dtype), persistent=False)
         self.register_buffer("bias", block.norm.bias.detach().to(dtype), persistent=False)
 

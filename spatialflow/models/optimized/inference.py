@@ -31,8 +31,8 @@ def optimize_for_inference(
     Returns:
         A SpatialFlow that computes the same outputs to rounding, channels-last and without gradients. It shares no
         weights with `model`, and cannot be trained. It can be pickled and copied. Its weights are packed again when
-        it is unpickled, for the instruction set of that machine, and when `.to` changes device or dtype. Images of
-        another dtype than its weights raise a RuntimeError.
+        it is unpickled, for the instruction set of that machine, and when `.to` changes device or dtype. Without
+        autocast, images of another dtype than its weights raise a RuntimeError.
     """
     with torch.no_grad():
         source: Any = copy.deepcopy(model).to(device)  # its parts are of the plain classes

@@ -68,7 +68,7 @@ class PackedSubnets(nn.Module):
 def _run_stage(
     conv: nn.Module, flow: nn.Module | None, x: list[Tensor], source: list[Tensor], semantic: list[Tensor] | None
 ) -> list[Tensor]:
-    """Compute relu(conv(x + semantic + flow(source))), or for a deformable stage with a flow equation 4 (paper)."""
+    """Compute relu(conv(x + semantic + flow(source))), or the paper's equation 4 for a deformable stage with a flow."""
     if flow is None:
         return conv(x if semantic is None else _add(x, semantic))
     source = source[: len(x)]

@@ -188,10 +188,11 @@ def replace_modules(module: nn.Module) -> nn.Module:
 def optimize_for_training(model: SpatialFlow) -> SpatialFlow:
     """Make a faster form of a network for training, on the device of its parameters.
 
-    On the CPU (float32) every part that has a fused form is replaced. On CUDA only two heads are: the stuff head,
-    except its convolutions, and the predictors of the box head for which `is_faster_on_cuda` is true. On CUDA the
-    weights of convolutions become channels-last, as cuDNN otherwise rearranges them in every call. RoIAlign,
-    deformable convolutions and the focal loss are operators of the package in the plain network too.
+    On the CPU every part that has a fused form is replaced; the trainer calls this function there only without mixed
+    precision. On CUDA only two heads are replaced: the stuff head, except its convolutions, and the predictors of the
+    box head for which `is_faster_on_cuda` is true. On CUDA the weights of convolutions become channels-last, as cuDNN
+    otherwise rearranges them in every call. RoIAlign, deformable convolutions and the focal loss are operators of the
+    package in the plain network too.
 
     Args:
         model: in training mode. The result shares its parameters; checkpoints and evaluation use `model`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference implementations of every operator in plain PyTorch: kernels are tested and timed against them."""
+"""Reference implementations of every public operator in plain PyTorch: kernels are tested and timed against them."""
 
 from spatialflow.ops.reference.deform_conv2d import deform_conv2d
 from spatialflow.ops.reference.flow_conv2d import flow_conv2d

@@ -51,7 +51,7 @@ def deform_conv2d(
         mask = mask.sigmoid() if mask_sigmoid else mask
         sampled = sampled & torch.isfinite(mask)
         mask = mask.masked_fill(~sampled, 0)
-    y, x = y.masked_fill(~sampled, -1), x.masked_fill(~sampled, -1)  # finite, no gradient; `inside` is False
+    y, x = y.masked_fill(~sampled, -1), x.masked_fill(~sampled, -1)  # finite, so that a skipped sample is 0, not NaN
     low_y, low_x = y.detach().floor(), x.detach().floor()
 
     planes = input.to(real).reshape(n, offset_groups, channels // offset_groups, height * width)

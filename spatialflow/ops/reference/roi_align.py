@@ -52,7 +52,7 @@ def _axis_weights(
 ) -> Tensor | None:
     """Return (bins, size): the weight of every cell in the mean over the samples of each bin.
 
-    None for a RoI whose edges or extent, in cells of the feature, are not finite.
+    Return None if the lower edge or the extent of the RoI, in cells of the feature, is not finite.
     """
     low, high = (edge * spatial_scale - (0.5 if aligned else 0.0) for edge in (low, high))
     extent = high - low if aligned else (high - low).clamp(min=1)

@@ -48,7 +48,7 @@ def select_candidates(
 
 
 def grid_anchors(size: tuple[int, int], stride: int, base: Tensor) -> Tensor:
-    """Return the anchors of a whole level; cell (y, x) has `base` moved by (x * stride, y * stride), without rounding.
+    """Return the anchors of a whole level; cell (y, x) has `base` moved by (x * stride, y * stride).
 
     Args:
         size: (H, W) of the level.

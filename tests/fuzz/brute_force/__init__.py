@@ -6,10 +6,11 @@ arrays: float64 (scores of segments: float32), int64 or bool, in the operator's 
 the kernels or with `spatialflow.ops.reference`, and it is for tiny cases only. Shapes and options are not checked. A
 weight must be a tensor, not packed. `algorithm` is accepted and ignored.
 
-Results are not rounded to 16 bits. Decisions that operators are documented to make in float32 are in float32 here, too:
-sampling grids and levels of RoIAlign, sampling points of deformable convolution, and overlaps of NMS. The arithmetic of
-`preprocess_images` is in float32 as well. Where rounding may change a decision, `mask_probabilities`,
-`upsampled_logits` and `perturbed_boxes` give the values from which a test tells how close the decision was.
+Results are not rounded to 16 bits. Decisions that operators are documented to make in float32 (float64 for float64
+tensors) have the same dtype here: sampling grids and levels of RoIAlign, sampling points of deformable convolution, and
+overlaps of NMS. The arithmetic of `preprocess_images` is in float32 as well. Where rounding may change a decision,
+`mask_probabilities`, `upsampled_logits` and `perturbed_boxes` give the values from which a test tells how close the
+decision was.
 """
 
 from fuzz.brute_force.convolution import deform_conv2d, flow_conv2d, fused_subnets

@@ -134,7 +134,7 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
 def mask_probabilities(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Return (K, H, W): the interpolated probabilities that `paste_masks` compares with its threshold.
 
-    NaN marks pixels outside the mask.
+    They are NaN for a box that has no extent, is reversed or is not finite, and 0 where no cell is read.
     """
     logits, corners = to_array(mask_logits), to_array(boxes)
     count, rows, columns = logits.shape

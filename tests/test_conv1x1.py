@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of conv1x1, the package's 1x1 convolution: the op matrix, shapes of ResNets, layouts, tiles and errors."""
+"""Tests of conv1x1, the package's 1x1 convolution: `OpMatrix`, shapes of ResNets, layouts, tiles and errors."""
 
 import itertools
 import os

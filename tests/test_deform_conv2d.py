@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of deform_conv2d: the op matrix, the goldens, and values that break other implementations."""
+"""Tests of deform_conv2d: `OpMatrix`, the goldens, and values that break other implementations."""
 
 from contextlib import contextmanager
 

@@ -72,7 +72,7 @@ def test_no_grad_within_a_transform():
     assert not torch.autograd.grad(x.requires_grad_().sum() * 0 + constant(x), x)[0].any()
 
 
-# Calls without gradients, which bypass autograd; `test_recorded` of the op matrix tests that modes record them.
+# Calls without gradients, which bypass autograd; `test_recorded` of `OpMatrix` tests that modes record them.
 CALLS = {
     "roi_align": lambda x: ops.roi_align(x, BOXES, 2),
     "flow_conv2d": lambda x: ops.flow_conv2d([x], None, WEIGHT)[0],

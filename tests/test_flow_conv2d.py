@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of flow_conv2d: the op matrix, algorithms, packed weights, edges of tiles and strips, bad values, errors."""
+"""Tests of flow_conv2d: `OpMatrix`, algorithms, packed weights, edges of tiles and strips, bad values, errors."""
 
 import copy
 import pickle

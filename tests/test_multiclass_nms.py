@@ -182,9 +182,9 @@ class TestOracles:
             assert all(torch.equal(a[image], b) for a, b in zip(batched, single, strict=False))
 
     def test_large_image_in_parts(self):
-        """Few of 360,000 scores of one image are nonzero, all of them in the first half of the rows."""
-        boxes, scores = random_boxes(9000, extent=2000.0).float(), torch.zeros(9000, 40)
-        nonzero = torch.randint(9000 * 20, (700,))
+        """Few of 720,000 scores of one image are nonzero, all of them in the first half of the rows."""
+        boxes, scores = random_boxes(9000, extent=2000.0).float(), torch.zeros(9000, 80)
+        nonzero = torch.randint(9000 * 40, (700,))
         scores.view(-1)[nonzero] = torch.rand(700)
         detections = ops.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)
         expected = reference.multiclass_nms(boxes, scores, 0.05, 0.5, 1000)

@@ -121,10 +121,10 @@ def operators_step() -> Step:
 
 
 def tests_step(on_gpu: bool, reserved: float, limit: float, selection: str = "") -> Step:
-    """Run the tests of the operators, or the part of the op matrix that the expression `selection` selects."""
+    """Run the tests of the operators, or the part of `OpMatrix` that the expression `selection` selects."""
     if not on_gpu:
         selection = "test_reference and float32"
-    # The op matrix is in the first test file of each operator.
+    # `OpMatrix` is in the first test file of each operator.
     files = [f"tests/test_{op}.py" for op in operators()] if selection else operator_tests()
     command = pytest_command(*(["-k", selection] if selection else []))
     return Step("operator tests", command, files, reserved, limit, pytest_detail, group="tests")

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Typed pointers to the elements of a tensor. The CUDA interpreter has bounds-checked versions (cuda/launch.h).
+// Typed pointers to the elements of a tensor. The SIMT interpreter has bounds-checked versions (cuda/launch.h).
 #pragma once
 
 #include "ops/tensor.h"

@@ -23,7 +23,7 @@ import torch
 from helpers.op_matrix import TOLERANCE
 from torch import Tensor
 
-FACTOR = 8.0  # times the tolerances of the op matrix, because sizes and values are more extreme here
+FACTOR = 8.0  # times the tolerances of `OpMatrix`, because sizes and values are more extreme here
 LARGEST_SUM = {torch.float64: torch.finfo(torch.float64).max, torch.float32: torch.finfo(torch.float32).max}
 
 

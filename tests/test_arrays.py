@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, leaves
+from helpers.tensors import DEVICE, leaves
 from test_surface import public
 
 from spatialflow import ops

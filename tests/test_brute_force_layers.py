@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.brute_force_checks import DTYPES, INF, NAN, compare, compare_gradients, random, rows
-from helpers.op_matrix import map_tensors
+from helpers.tensors import map_tensors
 from torch import Tensor
 
 from spatialflow import ops

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fuzz import brute_force
 from helpers.brute_force_checks import DTYPES, INF, NAN, compare, random, rows
-from helpers.op_matrix import TOLERANCE
+from helpers.tensors import TOLERANCE
 from torch import Tensor
 
 from spatialflow import ops

@@ -7,15 +7,8 @@ import re
 
 import pytest
 import torch
-from helpers.op_matrix import (
-    THIN_SHAPES,
-    OpMatrix,
-    OpSample,
-    assert_near,
-    assert_unchanged_by_autocast,
-    channels_last,
-    surrounded_by_nans,
-)
+from helpers.op_matrix import OpMatrix, OpSample, assert_unchanged_by_autocast
+from helpers.tensors import THIN_SHAPES, assert_near, channels_last, surrounded_by_nans
 from torch.nn import functional as F
 
 from spatialflow.ops.conv1x1 import conv1x1

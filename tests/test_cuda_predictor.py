@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import DEVICE
 from helpers.small_models import random_model
+from helpers.tensors import DEVICE
 
 import spatialflow
 

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near
+from helpers.op_matrix import OpMatrix, OpSample
+from helpers.tensors import THIN_SHAPES, assert_near
 from torch.nn import functional as F
 
 from spatialflow import ops

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.op_matrix import channels_last
+from helpers.tensors import channels_last
 
 from spatialflow import ops
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.algorithm_codes import Codes
-from helpers.op_matrix import DEVICE, assert_near
+from helpers.tensors import DEVICE, assert_near
 from test_deform_conv2d import deterministic, off_grid
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 from helpers.flow_conv2d_cases import CODES, sample_of, tensors_of
-from helpers.op_matrix import LAYOUTS, THIN_SHAPES, OpMatrix, assert_near, map_tensors
+from helpers.op_matrix import OpMatrix
+from helpers.tensors import LAYOUTS, THIN_SHAPES, assert_near, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference

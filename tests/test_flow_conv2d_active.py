@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import flow_conv2d_cases
 from helpers.flow_conv2d_cases import CODES
-from helpers.op_matrix import DEVICE, LAYOUTS, OpMatrix, assert_near, leaves, map_tensors
+from helpers.op_matrix import OpMatrix
+from helpers.tensors import DEVICE, LAYOUTS, assert_near, leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from helpers.flow_conv2d_cases import CODES, tensors_of
-from helpers.op_matrix import channels_last, leaves, map_tensors
+from helpers.tensors import channels_last, leaves, map_tensors
 
 from spatialflow import ops
 

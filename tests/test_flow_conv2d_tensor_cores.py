@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.algorithm_codes import Codes
 from helpers.flow_conv2d_cases import CODES, tensors_of
-from helpers.op_matrix import assert_near, map_tensors
+from helpers.tensors import assert_near, map_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spatialflow import ops

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, DispatchRecorder, assert_near
+from helpers.op_matrix import DispatchRecorder
+from helpers.tensors import DEVICE, assert_near
 from torch.nn import functional as F
 
 from spatialflow.models.optimized import conv as fused_conv

@@ -16,7 +16,8 @@ from helpers.fused_subnets_cases import (
     run_fused_subnets,
     wiring,
 )
-from helpers.op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near, map_tensors
+from helpers.op_matrix import OpMatrix, OpSample
+from helpers.tensors import THIN_SHAPES, assert_near, map_tensors
 
 from spatialflow import ops
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, THIN_SHAPES, OpMatrix, OpSample, assert_near
+from helpers.op_matrix import OpMatrix, OpSample
+from helpers.tensors import DEVICE, THIN_SHAPES, assert_near
 from test_threads import Called
 from torch.nn import functional as F
 

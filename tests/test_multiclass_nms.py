@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.nms_cases import nms_sample, oracle, random_boxes
-from helpers.op_matrix import OpMatrix, assert_unchanged_by_autocast, leaves, map_tensors
+from helpers.op_matrix import OpMatrix, assert_unchanged_by_autocast
+from helpers.tensors import leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference

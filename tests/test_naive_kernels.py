@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import DEVICE
+from helpers.tensors import DEVICE
 
 from spatialflow import ops
 from spatialflow.ops import reference

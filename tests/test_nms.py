@@ -4,7 +4,8 @@
 import pytest
 import torch
 from helpers.nms_cases import iou_matrix, nms_sample, oracle, random_boxes
-from helpers.op_matrix import OpMatrix, assert_unchanged_by_autocast, leaves, map_tensors
+from helpers.op_matrix import OpMatrix, assert_unchanged_by_autocast
+from helpers.tensors import leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.golden_models import assert_close, golden_model
-from helpers.op_matrix import DEVICE
 from helpers.small_models import VARIANTS, random_model
+from helpers.tensors import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatialflow.models.heads import upsample_stuff_logits

@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, OpMatrix, OpSample
+from helpers.op_matrix import OpMatrix, OpSample
+from helpers.tensors import DEVICE
 
 from spatialflow import ops
 from spatialflow.ops import reference

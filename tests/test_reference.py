@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from helpers.op_matrix import leaves
+from helpers.tensors import leaves
 
 from spatialflow import ops
 from spatialflow.ops import reference

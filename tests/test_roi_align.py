@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import THIN_SHAPES, OpMatrix, OpSample, assert_near
+from helpers.op_matrix import OpMatrix, OpSample
+from helpers.tensors import THIN_SHAPES, assert_near
 
 from spatialflow import ops
 from spatialflow.ops import reference

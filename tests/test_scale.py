@@ -7,7 +7,7 @@ elements or fewer, and three runs.
 
 import pytest
 import torch
-from helpers.op_matrix import DEVICE
+from helpers.tensors import DEVICE
 
 from spatialflow import ops
 

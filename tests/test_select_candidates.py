@@ -7,16 +7,8 @@ import math
 
 import pytest
 import torch
-from helpers.op_matrix import (
-    TOLERANCE,
-    OpMatrix,
-    OpSample,
-    assert_near,
-    assert_unchanged_by_autocast,
-    leaves,
-    map_tensors,
-    to_dtype,
-)
+from helpers.op_matrix import OpMatrix, OpSample, assert_unchanged_by_autocast, to_dtype
+from helpers.tensors import TOLERANCE, assert_near, leaves, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference

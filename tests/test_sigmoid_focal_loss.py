@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.op_matrix import DEVICE, OpMatrix, OpSample, assert_near, to_dtype
+from helpers.op_matrix import OpMatrix, OpSample, to_dtype
+from helpers.tensors import DEVICE, assert_near
 
 from spatialflow import ops
 from spatialflow.ops import reference

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fused_subnets_cases import SIZES, WIRINGS, by_reference, parameters_of, pyramid, run_fused_subnets, wiring
-from helpers.op_matrix import assert_near, channels_last, map_tensors
+from helpers.tensors import assert_near, channels_last, map_tensors
 
 from spatialflow import ops
 from spatialflow.ops import reference

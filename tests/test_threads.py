@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.op_matrix import OpMatrix, OpSample, leaves, map_tensors, to_dtype
+from helpers.op_matrix import OpMatrix, OpSample, to_dtype
 from helpers.scenes import write_coco
+from helpers.tensors import leaves, map_tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

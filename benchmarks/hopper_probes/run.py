@@ -3,7 +3,8 @@
 
 python run.py [--executable build/hopper_probes/hopper_probes] [--out FILE.jsonl] [--only NAME ...] [--seconds 30]
 
-`--check` runs the probes of layouts only, and exits with 1 if the GPU contradicts a fact that the kernels rely on.
+`--check` runs `device` and the probes of layouts only. It exits with 1 unless each fact that the kernels rely on is
+confirmed.
 """
 
 import argparse

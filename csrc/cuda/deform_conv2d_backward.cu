@@ -460,8 +460,8 @@ Tensor deform_conv2d_backward_weight_cuda(
             using operand_t = decltype(operand);
             // float32 on the tensor cores uses half of kMaxTileColumns: more columns would spill registers for Tf32 on
             // compute capability 10.0 and 12.0.
-            constexpr bool kIsHalf = sizeof(scalar_t) == 4 && !kIsSimt<operand_t>;
-            constexpr int kMaxColumns = kIsHalf ? kMaxTileColumns<operand_t> / 2 : kMaxTileColumns<operand_t>;
+            constexpr bool kHalvesColumns = sizeof(scalar_t) == 4 && !kIsSimt<operand_t>;
+            constexpr int kMaxColumns = kHalvesColumns ? kMaxTileColumns<operand_t> / 2 : kMaxTileColumns<operand_t>;
             with_tile<scalar_t, kMaxColumns>(
                 is_vectorizable<scalar_t>(operands, shape, source), shape.group_outputs(),
                 [&](auto columns, auto width) {

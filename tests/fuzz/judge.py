@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from helpers.op_matrix import TOLERANCE
+from helpers.tensors import TOLERANCE
 from torch import Tensor
 
 FACTOR = 8.0  # times the tolerances of `OpMatrix`, because sizes and values are more extreme here

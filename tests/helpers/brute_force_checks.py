@@ -10,7 +10,7 @@ import torch
 from fuzz import brute_force
 from torch import Tensor
 
-from helpers.op_matrix import TOLERANCE, leaves
+from helpers.tensors import TOLERANCE, leaves
 from spatialflow import ops
 from spatialflow.ops import reference
 

@@ -24,10 +24,10 @@ def checked() -> Iterator[None]:
     """Return a context in which a bad value raises ValueError instead of being ignored.
 
     Bad values are: a box, anchor, delta, scale factor, offset, mask, score or logit that is not finite; a batch index
-    outside the batch; and a label that is neither a class, background nor ignored. Outside this context they have the
-    same effect on every back end (zeros, no gradient, never kept) at no cost. Inside it each call waits for the device
-    to check its values, so it is for debugging, not for production. Calls being traced by `torch.compile` are not
-    checked.
+    outside the batch; and a label that is neither a class, background nor ignored. Outside this context the
+    documentation of each operator says what they do, which is the same on every back end and costs no time. Inside it
+    each call waits for the device to check its values, so it is for debugging, not for production. Calls being traced
+    by `torch.compile` are not checked.
     """
     token = _checking.set(True)
     try:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Baseline pipeline from a photograph to a panoptic map, in plain PyTorch, torchvision and numpy.
 
-It has plain modules, torchvision's NMS and RoIAlign, and a merge loop in numpy. Masks are pasted one by one in float32,
-and all at once in 16 bits.
+It has plain modules, torchvision's NMS and RoIAlign (without torchvision, those of `spatialflow.ops.reference`), and a
+merge loop in numpy. The masks of a float32 network are pasted one by one, those of a 16-bit network all at once.
+
 `end_to_end.py` compares spatialflow with this pipeline, which has all steps of the released implementations:
 
 - mmdetection: detections, mask head over all classes, logits resized to the padded image

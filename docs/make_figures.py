@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the figures of the operators with the operators themselves: `python docs/make_figures.py [NAME ...]`.
+"""Draw the figures of the operator pages and of the landing page: `python docs/make_figures.py [NAME ...]`.
 
-Each figure is an SVG file in docs/assets, and `overview` a JPEG file. The background is white, so that a figure is
-readable in light and dark mode. The pictures in the figures are scenes of `spatialflow synthesize`. The script needs
-matplotlib.
+The results in the figures are computed by the operators. The images in the figures are synthetic scenes, as
+`spatialflow synthesize` draws them. Each figure is an SVG file in docs/assets; `overview`, for the landing page, is a
+JPEG file. The background is white, so that a figure is readable in light and dark mode. The script needs matplotlib.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ plt.rcParams |= {"font.size": 9, "svg.hashsalt": "spatialflow", "axes.titlesize"
 
 
 def panels(*titles: str, height: float = 2.2, width: float = 2.3) -> tuple[plt.Figure, list[Axes]]:
-    """Return a figure with a row of axes without ticks."""
+    """Return a figure and its row of axes without ticks, one for each title; sizes in inches, `width` per axes."""
     figure, axes = plt.subplots(1, len(titles), figsize=(width * len(titles), height), layout="constrained")
     axes = list(np.atleast_1d(axes))
     for ax, title in zip(axes, titles, strict=True):
@@ -54,7 +54,7 @@ def smooth(height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def scene(index: int = 3, size: tuple[int, int] = (96, 144)) -> tuple[np.ndarray, np.ndarray, list[dict]]:
-    """Return the RGB picture, the map of segment ids and the segments of a synthetic scene."""
+    """Return the RGB image, the map of segment ids and the segments of synthetic scene `index`; size: (H, W)."""
     drawn = make_scene(size, 2, index)
     return drawn.image[..., ::-1], drawn.id_map, drawn.segments
 
@@ -335,10 +335,10 @@ FIGURES: dict[str, Callable[[], plt.Figure]] = {
 
 
 def main(names: list[str]) -> None:
-    """Draw the figures by these names, or all."""
+    """Write the figures with these names to docs/assets, or all figures if `names` is empty."""
     for name in names or FIGURES:
         figure = FIGURES[name]()
-        if name == "overview":  # a photograph-like picture is smaller as JPEG
+        if name == "overview":  # JPEG: an SVG file of these images would be larger
             figure.savefig(ASSETS / f"{name}.jpg", dpi=130, pil_kwargs={"quality": 85})
         else:
             figure.savefig(ASSETS / f"{name}.svg", metadata={"Date": None})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reduced model reproduces the released implementation, from images to masks and stuff labels."""
+"""The reduced model `tiny`, the anchors and the box coder give the recorded results of the released implementation."""
 
 import dataclasses
 import json
@@ -64,7 +64,10 @@ def test_pyramid_and_head_outputs(tiny):
 
 
 def test_stuff_logits_and_labels(tiny):
-    """The recording has every fourth row and column of the released logits, which have the size of the image."""
+    """Logits and labels equal the recorded ones, at the size of the network's input and at the original size.
+
+    `stuff_logits_sub4` has every fourth row and column of the released logits at the size of the network's input.
+    """
     arrays, about, _, output = tiny
     logits, quarter = upsample_stuff_logits(output.stuff_logits), output.stuff_logits
     assert_close("stuff_logits", logits[:, :, ::4, ::4], arrays["stuff_logits_sub4"])
@@ -109,7 +112,7 @@ def test_candidates_before_nms(tiny):
 
 
 def detected(logits, deltas, valid, factors, model, settings, per_level=1000):
-    """Convert head outputs to detections; `factors` (B, 2) divide the boxes."""
+    """Convert head outputs to detections; `factors` (B, 2), for x and y, divide the boxes."""
     return postprocess.detect(candidates_of(model, logits, deltas, valid, factors, per_level), settings)
 
 
@@ -152,7 +155,10 @@ def test_detections_with_other_settings(tiny, variant):
 
 
 def test_masks(tiny):
-    """RoIs, RoI features, mask logits and pasted masks of the recorded detections equal the recorded ones."""
+    """RoIs, RoI features, mask logits and pasted masks of the recorded detections match the recorded ones.
+
+    The recording has the features of some of the RoIs, and the mask logits of all classes of three RoIs.
+    """
     arrays, about, model, output = tiny
     _, scale = sizes_of(about["metas"])
     boxes = [torch.from_numpy(arrays[f"dets_img{i}"][:, :4]) for i in range(2)]
@@ -173,7 +179,7 @@ def test_masks(tiny):
         masks = paste_masks(logits[100 * i : 100 * (i + 1)], boxes[i], (h, w)).numpy()
         expected = np.unpackbits(arrays[f"final_masks_packed_img{i}"], axis=1)[:, : h * w].reshape(-1, h, w)
         assert np.array_equal(expected.sum((1, 2)), arrays[f"final_masks_area_img{i}"])
-        # A box without area yields no pixels here, and a band of pixels in the released code.
+        # For a box without area, `paste_masks` gives no pixels and the released code gives a band of pixels.
         proper = ((boxes[i][:, 2:] > boxes[i][:, :2]).all(1)).numpy()
         assert (masks != expected)[proper].sum() <= 2  # rounding decides pixels with a probability of 0.5
         assert masks[~proper].sum() <= expected[~proper].sum()
@@ -206,9 +212,9 @@ def test_box_coder(goldens):
 
 
 def test_get_boxes(large_goldens):
-    """Recorded head outputs give the recorded boxes.
+    """Recorded head outputs give the recorded boxes of three kinds.
 
-    They are detections at original scale, proposals for training at network scale, and candidates before NMS.
+    The kinds are detections at original scale, detections at network scale ("train"), and candidates before NMS.
     """
     arrays, about = (
         np.load(large_goldens / "ops" / "get_bboxes.npz"),
@@ -222,7 +228,8 @@ def test_get_boxes(large_goldens):
         detections = detected(logits, deltas, valid, factors, model, InferenceSettings())
         assert_detections(detections, arrays, kind + "_img{}_0", kind + "_img{}_1")
     candidates = candidates_of(model, logits, deltas, valid, torch.ones_like(scale))
-    for i in range(2):  # recorded at network scale, with a background column of zeros
+    # The recorded boxes are at network scale. The last column of the recorded scores is background: zeros.
+    for i in range(2):
         ours = torch.cat([candidates.boxes[i], candidates.scores[i]], dim=1).double().numpy()
         expected = np.concatenate([arrays[f"aug_img{i}_0"], arrays[f"aug_img{i}_1"][:, :-1]], axis=1)
         assert len(ours) == len(expected)

@@ -58,7 +58,7 @@ class TestNms:
         assert torch.equal(ops.batched_nms(*args), vision.batched_nms(*args))
 
     def test_negative_coordinates(self):
-        """Torchvision's class offsets assume coordinates >= 0; here they make boxes of two classes overlap."""
+        """Torchvision's shift by class assumes coordinates >= 0; these boxes of two classes coincide after it."""
         boxes = torch.tensor([[0.0, 0, 10, 10], [-11, -11, -1, -1]])
         args = (boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), 0.4)
         assert ops.batched_nms(*args).tolist() == [0, 1] and vision.batched_nms(*args).tolist() == [0]
@@ -69,7 +69,7 @@ class TestNms:
 
 
 def test_sigmoid_focal_loss():
-    """The operator takes class indices instead of one-hot rows, C for background, and gamma before alpha."""
+    """The operator takes class indices (C is background) instead of one-hot rows, and gamma before alpha."""
     logits, labels = torch.randn(6, 4), torch.tensor([0, 3, 4, 2, 4, 1])
     targets = one_hot(labels, 5)[:, :4].float()
     ours = ops.sigmoid_focal_loss(logits, labels, 1.5, 0.3)
@@ -78,7 +78,7 @@ def test_sigmoid_focal_loss():
 
 @pytest.mark.parametrize("first", [2, 3])
 def test_multiscale_roi_align(first):
-    """finest_scale is canonical_scale / 2 ** (canonical_level - level of the first map)."""
+    """`finest_scale` is torchvision's canonical_scale / 2 ** (canonical_level - log2(strides[0]))."""
     strides = [2**level for level in range(first, first + 3)]
     features = [torch.rand(1, 2, 256 // stride, 256 // stride) for stride in strides]
     boxes = [torch.cat([boxes_in(8, side) for side in (30, 120, 250)])]
@@ -89,9 +89,9 @@ def test_multiscale_roi_align(first):
 
 
 def test_paste_masks():
-    """The masks differ only at their borders.
+    """The IoU of the two results is above 0.8, but they are not equal.
 
-    The operator takes logits, not probabilities, and does not enlarge or round the box as torchvision does.
+    The operator takes logits, not probabilities. It does not enlarge and truncate the boxes, as torchvision does.
     """
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 

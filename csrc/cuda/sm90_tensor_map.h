@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tensor maps of TMA, encoded on the host (compute capability 9.0). The interpreter's versions of these
-// functions are in csrc/simt/sm90.h.
+// Tensor maps of TMA, encoded on the host (compute capability 9.0). The interpreter's versions of
+// runs_sm90, bind_context and encode_map are in csrc/simt/sm90.h.
 #pragma once
 
 #include "cuda/platform.h"
@@ -12,7 +12,8 @@ namespace spatialflow {
 // support nested strides. A nested stride is a multiple of the previous one, and not less than the extent of the
 // previous dimension. The first is a multiple of 16 bytes. The whole extent must be below 2^39 elements. Sizes begin
 // with the innermost dimension; channels are adjacent 16-bit numbers. The stride of a dimension of size 1 is arbitrary,
-// so it is replaced by that of the next dimension with more elements.
+// so it is replaced by that of the next dimension with more elements. If there is none, it is the extent of the
+// previous dimension, rounded up to a multiple of the previous stride (8 for the first).
 inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&tensor_strides)[3], int64_t (&strides)[3]) {
     int64_t stride = 8, span = sizes[0];  // 8 elements have 16 bytes
     for (int i = 0; i < 3; ++i) {
@@ -44,7 +45,7 @@ namespace spatialflow {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// Return the driver's cuTensorMapEncodeTiled, or null if the driver is too old. The library does not link to the
+// Return the driver's cuTensorMapEncodeTiled, or null if the driver does not have it. The library does not link to the
 // driver.
 inline EncodeTiled encode_tiled() {
     static const EncodeTiled encode = [] {
@@ -61,7 +62,7 @@ inline EncodeTiled encode_tiled() {
     return encode;
 }
 
-// Return whether the device of `stream` can run kKernel. For architectures other than 9.0a the kernel is empty, without
+// Return whether the device of `stream` can run kKernel and the driver can encode tensor maps. For architectures other than 9.0a the kernel is empty, without
 // static shared memory.
 template <auto kKernel>
 inline bool runs_sm90(Stream stream) {

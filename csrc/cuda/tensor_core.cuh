@@ -130,9 +130,9 @@ __device__ __forceinline__ unsigned rectify_pairs(unsigned a, scalar_t /* type o
 
 namespace spatialflow {
 
-// Operand types of tensor-core kernels: float16, bfloat16, or for float32 one of these two.
+// Operand types of tensor-core kernels: float16, bfloat16, or for float32 values Tf32 or Tf32x3.
 struct Tf32 {};    // rounded to TF32
-struct Tf32x3 {};  // as the sum of two TF32 numbers, by three products: almost float32 precision
+struct Tf32x3 {};  // split into two TF32 numbers and multiplied by three products: almost float32 precision
 
 constexpr unsigned kTf32Bits = 0xffffe000u;  // mask of the bits of a float32 that TF32 keeps
 
@@ -156,7 +156,7 @@ using element_t = typename ElementType<operand_t>::type;
 template <typename operand_t>
 constexpr bool kIsSimt = std::is_same_v<operand_t, float> || std::is_same_v<operand_t, double>;
 
-// Convert values for use in many products: for Tf32 they are rounded once.
+// Return a value as an operand of many products: rounded to TF32 for Tf32, unchanged for other operand types.
 template <typename value_t, typename operand_t>
 __device__ __forceinline__ value_t prepared(value_t value, operand_t) {
     return value;
@@ -180,7 +180,8 @@ struct Fragment {
     __device__ __forceinline__ void set(int i, unsigned prepared) { words[i] = prepared; }
 };
 
-// `high` is truncated, not rounded: the remainder is exact, and a finite number does not become infinity.
+// `high` and `low` are truncated to TF32, not rounded. The difference of the value and `high` is exact before `low` is
+// truncated. Truncation does not turn a finite number into infinity.
 template <int kCount>
 struct Fragment<Tf32x3, kCount> {
     unsigned high[kCount], low[kCount];
@@ -201,8 +202,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Fragment<Tf32,
     mma_1688(d, a.words, b.words);
 }
 // Compute d += a * b for Tf32x3. The product low * low is negligible. Tensor cores truncate sums, which loses more
-// precision in a long sum than the operands do. So they add only three products, and these sums are added to `d` in
-// float32, rounded to nearest.
+// precision in a long sum than the operands do. So each call adds only its three products on tensor cores. Their sum
+// is added to `d` in float32, rounded to nearest.
 __device__ __forceinline__ void multiply_add(
     float (&d)[4], const Fragment<Tf32x3, 4>& a, const Fragment<Tf32x3, 2>& b) {
     float sum[4];

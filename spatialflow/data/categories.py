@@ -40,7 +40,7 @@ class Categories:
     id 183 among the stuff ids (index 36), other tables after their last stuff class.
 
     Args:
-        rows: COCO category rows: mappings with `id`, `name`, `isthing` (0 or 1) and, where given, `color`.
+        rows: COCO category rows: mappings with `id`, `isthing` (0 or 1) and, where given, `name` and `color`.
         has_other: whether the stuff classes include "other".
         other_id: id that decides the index of "other"; None: after the last stuff class.
         source: name of the table for error messages.

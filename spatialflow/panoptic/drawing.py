@@ -13,7 +13,7 @@ from spatialflow.panoptic.extents import extents, run_begins
 from spatialflow.panoptic.formats import as_id_map
 from spatialflow.panoptic.rules import is_color
 
-_GOLDEN_RATIO_CONJUGATE = 0.618033988749895  # multiples of it, modulo 1, spread hues evenly
+_GOLDEN_RATIO_CONJUGATE = 0.618033988749895  # its multiples, modulo 1, spread hue or lightness evenly over [0, 1)
 
 
 def color_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
@@ -25,7 +25,8 @@ def color_of(category_id: int, index: int = 0, base: Sequence[int] | None = None
         base: (red, green, blue) of the category, 0 to 255; None for one derived from the id.
 
     Returns:
-        (red, green, blue), 0 to 255. Instances of a category have similar hues, and differ in hue and lightness.
+        (red, green, blue), 0 to 255. With an index above 0, the hue is at most 36 degrees from that of the category,
+        and the lightness varies with the index.
 
     Raises:
         ValueError: base is not three numbers from 0 to 255.
@@ -59,19 +60,22 @@ def overlay(
 
     Args:
         image: (H, W, 3) uint8, BGR as OpenCV reads it.
-        id_map: (H, W) integer segment ids; pixels of unlisted ids and of void keep the photograph.
-        segments: mappings with `id` and `category_id`; `isthing` and `score` are used where present;
-            a score that is not a number is ignored.
-        categories: mappings with `id` and, where given, `name` and `color` (red, green, blue); for labels and colors.
-        opacity: of the colors, 0 to 1.
-        labels: write category names, and scores of instances, where they fit without covering each other.
+        id_map: (H, W) integer segment ids. Pixels whose id is not in `segments`, such as void, keep the photograph,
+            except under a label.
+        segments: mappings with `id`, `category_id` and optionally `isthing` and `score`. A `score` that `float()` does
+            not accept is ignored.
+        categories: mappings with `id` and optionally `name`, `color` (red, green, blue) and `isthing`, which is used
+            for segments without `isthing`. By default, the name is the id and the color is computed from the id.
+        opacity: weight of the segment colors, 0 to 1; the photograph has the weight 1 - opacity.
+        labels: write the category name, and the score if the segment has one, where labels do not cover each other.
+            Segments that are too small have no label.
 
     Returns:
         (H, W, 3) uint8, BGR. The same arguments give the same picture.
 
     Raises:
-        ValueError: image and id_map have other shapes or dtypes, opacity is not a number in [0, 1], or a color is not
-            three numbers from 0 to 255.
+        ValueError: image or id_map has another shape or dtype, opacity is not a number in [0, 1], a color is not three
+            numbers from 0 to 255, or an id is outside [0, 2^24) in an id_map of a dtype that int32 does not contain.
     """
     image = np.asarray(image)
     id_map = as_id_map(id_map, "id_map")
@@ -81,7 +85,7 @@ def overlay(
         raise ValueError(f"id_map must have the image's size {image.shape[:2]}, got {id_map.shape}")
     if not isinstance(opacity, numbers.Real) or not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie in [0, 1], got {opacity!r}")
-    opacity = float(opacity)  # OpenCV accepts no other type
+    opacity = float(opacity)  # OpenCV refuses some real numbers, such as Fraction
     if id_map.size == 0:
         return image.copy()
 
@@ -119,7 +123,7 @@ def overlay(
 
 
 def _score_text(score: Any) -> str:
-    """Format the score for a label; empty for a score that is not a number, as other programs may write it."""
+    """Return the score as text after a space, or an empty text if `float()` does not accept the score."""
     try:
         return f" {float(score):.2f}"
     except (TypeError, ValueError, OverflowError):
@@ -127,7 +131,10 @@ def _score_text(score: Any) -> str:
 
 
 def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of the map in ascending order, and a map of their indices. Runs are sorted instead of pixels."""
+    """Return the ids (N,) of the map in ascending order, and the (H, W) int32 map of each pixel's index into them.
+
+    For speed, only the first pixel of each run of equal ids is sorted.
+    """
     flat = id_map.ravel()
     starts = np.flatnonzero(run_begins(flat))
     ids, numbers = np.unique(flat[starts], return_inverse=True)
@@ -136,7 +143,10 @@ def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _look_up(palette: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Look up (N, 3) uint8 colors by (H, W) indices: (H, W, 4) uint8. A color of four bytes is copied as one number."""
+    """Look up (N, 3) uint8 colors by (H, W) indices; return (H, W, 4) uint8 with zeros in the last channel.
+
+    For speed, each color is padded to four bytes and copied as one 32-bit number.
+    """
     words = np.pad(palette, ((0, 0), (0, 1))).view(np.uint32)[:, 0]
     return words.take(slots)[..., None].view(np.uint8)
 
@@ -166,7 +176,10 @@ def _draw_outlines(picture: np.ndarray, slots: np.ndarray, palette: np.ndarray, 
 
 
 class _Label(NamedTuple):
-    """White text on a dark box, each (h, w, 1): the pixel is `keep * pixel + shade * color of the box + light`."""
+    """White text on a dark box, as three (h, w, 1) float32 arrays.
+
+    Drawing the label sets each pixel under it to `keep * pixel + shade * color of the box + light`.
+    """
 
     keep: np.ndarray
     shade: np.ndarray
@@ -192,7 +205,11 @@ def _label(text: str, size: int, width: int, height: int) -> _Label | None:
 
 
 def _draw_labels(picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[int, str]], palette: np.ndarray) -> None:
-    """Write a label into each segment, the largest segment first, where it covers no other label."""
+    """Write a label at each segment, the largest segment first.
+
+    Segments of fewer than `size * size` pixels have no label. A label is left out if it is larger than the picture, or
+    if it would cover an earlier label at all of the five positions that are tried.
+    """
     import cv2
 
     height, width = slots.shape
@@ -207,7 +224,7 @@ def _draw_labels(picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[i
             continue
         label_h, label_w = label.light.shape[:2]
         left, top, box_w, box_h = extent_by_slot[slot].box
-        # The point of the segment that is farthest from its border and from the border of the picture.
+        # (x, y): the point of the segment that is farthest from the borders of the segment and the picture.
         mask = np.zeros((box_h + 2, box_w + 2), np.uint8)
         np.equal(slots[top : top + box_h, left : left + box_w], slot, out=mask[1:-1, 1:-1].view(bool))
         _, _, _, (x, y) = cv2.minMaxLoc(cv2.distanceTransform(mask, cv2.DIST_L2, 3))

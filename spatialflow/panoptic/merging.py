@@ -65,7 +65,8 @@ def merge(
         0 belongs to a listed segment. The same input gives the same ids.
 
     Raises:
-        ValueError: an argument of the wrong kind or shape, or a kept label without category; the message says which.
+        ValueError: an argument of the wrong kind or shape, a stuff label that is too large, or a segment whose label
+            has no category. The message says which.
     """
     like_tensor = isinstance(masks, torch.Tensor)
     masks = _tensor(masks, "masks")

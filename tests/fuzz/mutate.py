@@ -21,7 +21,7 @@ LARGE_NUMBERS = (1 << 53, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 
 def deep(depth: int) -> list:
-    """Return lists nested `depth` deep."""
+    """Return an empty list inside `depth` nested lists."""
     nested: list = []
     for _ in range(depth):
         nested = [nested]
@@ -264,7 +264,7 @@ def mutate_tree(tree: Any, changes: list, special: tuple = SPECIAL) -> Any:
 
 
 def _places(holder: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
-    """Yield every (mapping or list, key or index) of a tree, outermost first, down to a maximum depth."""
+    """Yield every (mapping or list, key or index) of a tree, each before its contents, down to a maximum depth."""
     keys = list(holder) if isinstance(holder, dict) else range(len(holder))
     for key in keys:
         yield holder, key

@@ -19,7 +19,7 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str
 
 
 def arrays(value: Any) -> list[np.ndarray]:
-    """Return the arrays within nested lists and tuples of arrays and tensors."""
+    """Return the leaves of nested lists and tuples as a flat list of arrays; floating-point tensors become float64."""
     if isinstance(value, (list, tuple)):
         return [array for item in value for array in arrays(item)]
     if isinstance(value, Tensor):
@@ -29,7 +29,10 @@ def arrays(value: Any) -> list[np.ndarray]:
 
 
 def compare(name: str, *args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> list[np.ndarray]:
-    """Assert that the operator and its reference equal the brute force; return the results of the brute force."""
+    """Assert that the operator and its reference equal the brute force; return the results of the brute force.
+
+    `dtype` selects the tolerance; the arguments are not converted.
+    """
     expected = arrays(getattr(brute_force, name)(*args, **options))
     for implementation in (ops, reference):
         actual = arrays(getattr(implementation, name)(*args, **options))
@@ -40,7 +43,11 @@ def compare(name: str, *args: Any, dtype: torch.dtype = torch.float32, **options
 
 
 def assert_same(actual: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
-    """Assert equal integers, NaN and infinities, and numbers within `tolerance` relative to the largest."""
+    """Assert that arrays of integers or bools are equal, and that arrays of floating-point numbers are close.
+
+    NaN and infinities must be equal. Finite numbers may differ by `tolerance * max(m, 1e-3)`, where m is the largest
+    finite expected magnitude.
+    """
     assert actual.shape == expected.shape, what
     if expected.dtype.kind != "f":
         assert np.array_equal(actual, expected), f"{what}: {actual} instead of {expected}"
@@ -78,7 +85,7 @@ def compare_gradients(name: str, *args: Any, differentiable: tuple[int, ...], **
 
 
 def replace(args: Any, old: list[Tensor], new: list[Tensor]) -> Any:
-    """Replace tensors within nested `args`."""
+    """Return nested `args` in which each tensor that is one of `old` is replaced by the same entry of `new`."""
     if isinstance(args, Tensor):
         return next((new_tensor for old_tensor, new_tensor in zip(old, new) if old_tensor is args), args)
     if isinstance(args, (list, tuple)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with the weights of the goldens, and comparisons shared by the golden tests."""
+"""Models with the weights of the recordings (goldens), and comparisons with recorded results."""
 
 import importlib.util
 import json
@@ -12,11 +12,11 @@ from spatialflow.engine.checkpoints import name_from_released
 from spatialflow.models.build import build_model
 
 TOLERANCE = 1e-4
-"""Tolerance in float32, relative to the largest absolute value of the expected tensor."""
+"""Default tolerance of float32 results, relative to the largest absolute value of the expected tensor."""
 
 
 def golden_state(goldens: Path, variant: str) -> dict[str, torch.Tensor]:
-    """Return the released state dict of a variant, with this package's names."""
+    """Compute the weights of a variant with `weights.py` of the recordings; the keys are this package's names."""
     fill = fill_function(goldens)
     keys = json.loads((goldens / "keys" / f"{variant}_keys.json").read_text())["keys"]
     return {
@@ -50,7 +50,11 @@ def assert_close(name: str, actual: torch.Tensor, expected: np.ndarray, toleranc
 
 
 def assert_same_detections(boxes, scores, labels, expected_boxes_scores, expected_labels):
-    """Assert a one-to-one match of detections with the same label, box and score."""
+    """Assert a one-to-one match of actual and expected detections with equal labels and close boxes and scores.
+
+    Scores may differ by TOLERANCE. Coordinates may differ by `TOLERANCE * max(m, 1)`, where m is the largest expected
+    magnitude of a coordinate.
+    """
     actual = torch.cat([boxes, scores[:, None]], dim=1).double().numpy()
     assert len(actual) == len(expected_labels)
     limit = TOLERANCE * max(np.abs(expected_boxes_scores[:, :4]).max(), 1)

@@ -21,10 +21,10 @@ CANDIDATES, CONFIDENT = 1500, 20
 
 @torch.no_grad()
 def settle_norms(backbone: nn.Module, images: torch.Tensor) -> None:
-    """Set BatchNorm statistics from `images`, and the last norm weight of every residual branch to 0.2.
+    """Set BatchNorm statistics from `images`, and the weights of the last BatchNorm of every residual branch to 0.2.
 
-    Without statistics the activations overflow. Training starts with zero weights in those norms. Zeros would hide
-    errors of the convolutions, and a GPU multiplies them faster than other numbers.
+    Without statistics the activations overflow. The weights of these last BatchNorms are initially zero. Zeros would
+    hide errors of the convolutions, and a GPU multiplies them faster than other numbers.
     """
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in backbone.modules():

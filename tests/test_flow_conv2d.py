@@ -73,7 +73,7 @@ class TestKernels:
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_gradients(self, algorithm, dtype):
-        """Gradients are right for both algorithms in narrow dtypes; weight gradients are sums over several chunks."""
+        """Gradients are right in float32 and bfloat16; weight gradients are sums over several chunks."""
         tensors = tensors_of(20, 36, [(23, 50), (30, 41), (3, 5)], True, True, 2)()
         tensors = [
             [t.to(dtype) for t in tensors[0]],
@@ -118,7 +118,7 @@ class TestKernels:
     @pytest.mark.parametrize("threads", [1, 2, 5])
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_threads(self, algorithm, threads):
-        """Results and gradients are bitwise equal for any number of threads; 5 is more than the units of work."""
+        """Results and weight gradients do not depend on the number of threads: they are bitwise equal."""
         x = torch.randn(1, 33, 13, 9)
         weight = torch.randn(34, 33, 3, 3)
 
@@ -159,7 +159,7 @@ class TestKernels:
     @pytest.mark.parametrize("channels", [(64, 64), (128, 136), (192, 36), (64, 33)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_16_bit_steps_of_64_channels(self, dtype, channels):
-        """Cover inputs in multiples of 64 channels, full tiles of outputs, and rows that do not fill 16 bytes."""
+        """Cover multiples of 64 input channels, full tiles of outputs, and output pixels of no multiple of 16 bytes."""
         x, flow, weight, bias = tensors_of(*channels, [(9, 19), (8, 8), (1, 3), (17, 2)], True, True, 2)()
         for added, offset, relu in ((flow, bias, True), (None, None, False)):
             halves = map_tensors(lambda t: t.to(dtype), [x, added, weight, offset])
@@ -170,7 +170,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_16_bit_layouts_and_gradients(self, dtype):
-        """Results and gradients are right for maps that are slices of larger ones."""
+        """Results are right for maps in all `LAYOUTS`; gradients of x are right for contiguous maps."""
         x, flow, weight, bias = map_tensors(
             lambda t: t.to(dtype), tensors_of(64, 64, [(7, 10), (3, 1)], True, True, 2)()
         )

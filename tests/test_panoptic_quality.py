@@ -284,7 +284,7 @@ def test_pair_counts_of_noise_and_strided_views():
 
 
 def test_noise_is_given_up_and_segments_are_not():
-    """The pair table of C++ gives up on noise, for which sorting is faster, but not on segments."""
+    """The compiled `count_pairs` returns None for noise, which numpy sorts faster, but counts segments."""
     rng = np.random.default_rng(2)
     noise = rng.integers(0, 1 << 24, (240, 320), dtype=np.int32)
     segments = np.kron(rng.permutation(1920).reshape(60, 32).astype(np.int32), np.ones((4, 10), np.int32))

@@ -111,7 +111,7 @@ class TestSigmoidFocalLoss(OpMatrix):
         assert torch.equal(dense[0], expanded[0])
 
     def test_autocast(self, make_sample):
-        """Under autocast the loss has the dtype of the logits."""
+        """Autocast to bfloat16 changes neither the values nor the dtype of a loss of float32 logits."""
         sample = make_sample()
         tensors = to_dtype(sample, torch.float32)
         expected = sample.op(*tensors, **sample.options)

@@ -21,9 +21,9 @@ inline void dispatch_floating(const char* op, ScalarType dtype, Body&& body) {
     dispatch_floating_types<float16, bfloat16>(op, dtype, body);
 }
 
-// Annotations for ThreadSanitizer: all parts of a loop run after the code before it and before the code after it.
-// ThreadSanitizer cannot detect this, because torch and its OpenMP are compiled without it. The parts of one loop stay
-// unordered, so races between them are detected.
+// Annotations for ThreadSanitizer: all parts of a loop run after the code before the loop, and before the code after
+// the loop. ThreadSanitizer cannot detect this order, because torch and its OpenMP are compiled without
+// ThreadSanitizer. The parts of one loop stay unordered, so races between them are detected.
 #if defined(__SANITIZE_THREAD__)
 template <typename Body>
 class Ordered {

@@ -26,7 +26,7 @@ struct Options {
     int64_t boxes, classes, max_detections;
 };
 
-// Results of one image, with at most `max_detections` rows.
+// Results of one image: arrays with `max_detections` rows.
 template <typename real_t>
 struct Detections {
     Box<real_t>* boxes;
@@ -35,7 +35,8 @@ struct Detections {
     int64_t* indices;
 };
 
-// Append the scores in [begin, end) above the threshold, with their flat (box, class) index.
+// Append an entry for each score in [begin, end) above the threshold: its key, which is smaller for higher scores, and
+// its flat (box, class) index.
 template <typename real_t>
 void collect(
     const real_t* scores, int64_t begin, int64_t end, real_t threshold, std::vector<ScoreEntry<real_t>>& entries) {

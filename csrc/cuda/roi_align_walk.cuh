@@ -166,8 +166,8 @@ struct WalkTables {
     Shared<Tap<real_t>> taps;    // (kMaxTaps, kTapStride): of bin columns; from kMaxBinColumns on, of bin rows
     Shared<Step<real_t>> steps;  // (kMaxBinColumns * kMaxTaps,)
     Shared<int64_t> columns;     // (kMaxBinColumns * kMaxTaps,)
-    Shared<int> row_taps;        // (kWalkWarps,): taps of each bin row, or kTooMany
-    Shared<int> place;           // (4,): level, image, numbers of steps and of columns
+    Shared<int> row_taps;        // (kWalkWarps,): number of taps of each bin row, or kTooMany
+    Shared<int> place;           // (4,): level, image, number of steps or -1, number of columns
 };
 #define SPATIALFLOW_WALK_TABLES(real_t, tables)                                            \
     SPATIALFLOW_SHARED(Tap<real_t>, tables##_taps, kWarpSize* kMaxTaps);                   \

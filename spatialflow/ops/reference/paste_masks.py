@@ -20,7 +20,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
     extents = boxes[:, 2:] - boxes[:, :2]  # (K, 2)
     proper = (torch.isfinite(boxes[:, :2]) & torch.isfinite(extents) & (extents > 0)).all(dim=1)
     rows, columns = (torch.arange(side, dtype=torch.float64, device=boxes.device) + 0.5 for side in size)
-    # One mask at a time: its sampling grid is 8 or 16 times as large as the mask.
+    # One mask at a time: the float64 sampling grid takes 16 bytes per pixel of the image, and the result takes one.
     for k in proper.nonzero()[:, 0].tolist():
         x1, y1, x2, y2 = boxes[k]
         y = (rows - y1) / (y2 - y1) * 2 - 1  # (H)

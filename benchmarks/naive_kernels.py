@@ -64,15 +64,15 @@ extern "C" __global__ void deform_conv2d(const float* input, const float* offset
     if (i >= total) return;
     int ox = i % out_width, oy = i / out_width % out_height, oc = i / out_width / out_height % out_channels;
     long long n = i / out_width / out_height / out_channels;
-    int own = in_channels / groups, first = oc / (out_channels / groups) * own;
+    int group_channels = in_channels / groups, first = oc / (out_channels / groups) * group_channels;
     float sum = bias[oc];
     for (int tap = 0; tap < 9; ++tap) {
         long long place = (long long)oy * out_width + ox, plane = (long long)out_height * out_width;
         float y = oy * stride - padding + tap / 3 + offset[(n * 18 + 2 * tap) * plane + place];
         float x = ox * stride - padding + tap % 3 + offset[(n * 18 + 2 * tap + 1) * plane + place];
         float factor = mask ? mask[(n * 9 + tap) * plane + place] : 1.0f;
-        for (int c = 0; c < own; ++c)
-            sum += factor * weight[((long long)oc * own + c) * 9 + tap] *
+        for (int c = 0; c < group_channels; ++c)
+            sum += factor * weight[((long long)oc * group_channels + c) * 9 + tap] *
                    bilinear(input + (n * in_channels + first + c) * height * width, height, width, y, x);
     }
     output[i] = sum;

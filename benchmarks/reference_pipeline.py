@@ -135,13 +135,13 @@ class ReferencePipeline:
             boxes, scores, labels = self.detect(class_logits, box_deltas, valid, scale)
         with clock("masks"):
             probabilities = self.mask_probabilities(tasks.thing, boxes * scale, labels)
-            entering = scores >= test.instance_score_threshold
+            selected = scores >= test.instance_score_threshold
             if self.dtype == torch.float32:
-                boxes, scores, labels = boxes[entering].cpu(), scores[entering].cpu(), labels[entering].cpu()
-                masks = paste(probabilities[entering].cpu(), boxes, original, test.mask_threshold)
+                boxes, scores, labels = boxes[selected].cpu(), scores[selected].cpu(), labels[selected].cpu()
+                masks = paste(probabilities[selected].cpu(), boxes, original, test.mask_threshold)
             else:
-                masks = paste_at_once(probabilities[entering], boxes[entering], original, test.mask_threshold)
-                boxes, scores, labels = boxes[entering].cpu(), scores[entering].cpu(), labels[entering].cpu()
+                masks = paste_at_once(probabilities[selected], boxes[selected], original, test.mask_threshold)
+                boxes, scores, labels = boxes[selected].cpu(), scores[selected].cpu(), labels[selected].cpu()
         with clock("stuff labels"):
             stuff = upsample_stuff_logits(stuff_logits.float())[0].argmax(dim=0)[: valid[0], : valid[1]]
             stuff = resize_labels(stuff.cpu().numpy(), original)

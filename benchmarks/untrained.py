@@ -41,9 +41,9 @@ def settle_norms(backbone: nn.Module, images: torch.Tensor) -> None:
 def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> SpatialFlow:
     """Return a network that detects about as much in `image` as a trained one.
 
-    Initial weights give every box the probability 0.01 and all pixels one stuff class. Therefore `settle_norms` is
-    applied with the image, and each channel of the logits is normalized. Then the class logits are scaled and shifted:
-    `CANDIDATES` pairs of anchor and class reach `score_threshold`, and `CONFIDENT` of them reach
+    Initial weights give every box a probability near 0.01, and few stuff classes to the pixels. Therefore
+    `settle_norms` is applied with the image, and each channel of the logits is normalized. Then the class logits are
+    scaled and shifted: `CANDIDATES` pairs of anchor and class reach `score_threshold`, and `CONFIDENT` of them reach
     `instance_score_threshold`.
     """
     torch.manual_seed(0)

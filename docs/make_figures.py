@@ -106,7 +106,7 @@ SCORES = torch.tensor([0.9, 0.8, 0.6, 0.7, 0.5])
 
 
 def _plot_nms() -> plt.Figure:
-    figure, (left, right) = panels("boxes and scores", "kept: IoU with a better box up to 0.4", width=3)
+    figure, (left, right) = panels("boxes and scores", "kept: IoU with kept boxes at most 0.4", width=3)
     draw_boxes(left, BOXES, SCORES, set(range(5)), [BLUE] * 5)
     draw_boxes(right, BOXES, SCORES, set(ops.nms(BOXES, SCORES, 0.4).tolist()), [BLUE] * 5)
     return figure
@@ -256,7 +256,7 @@ def _plot_paste_masks() -> plt.Figure:
 def _plot_stuff_labels() -> plt.Figure:
     logits = torch.cat([smooth(12, 18, seed) for seed in (1, 5, 9)])[:, 0]
     labels = ops.stuff_labels(logits, (48, 72), (96, 144))
-    figure, axes = panels("logits of class 0", "class 1", "class 2", "labels of the photograph", width=1.9)
+    figure, axes = panels("logits of class 0", "class 1", "class 2", "labels at the image size", width=1.9)
     for ax, values in zip(axes, (*logits, labels), strict=True):
         ax.imshow(values, cmap="viridis")
     return figure

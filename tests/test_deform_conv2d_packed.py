@@ -48,7 +48,7 @@ def bound(dtype):
     return {torch.float32: 1e-5, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
 
 
-@pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous], ids=["channels-last", "planar"])
+@pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous], ids=["channels-last", "channels-first"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape, dtype, layout):

@@ -80,7 +80,7 @@ def test_iou_of_exactly_one_half_is_no_match():
     assert (result["per_class"][1]["tp"], result["per_class"][1]["fp"], result["per_class"][1]["fn"]) == (0, 1, 1)
 
 
-def test_void_leaves_the_union_and_excuses_a_prediction_more_than_half_on_it():
+def test_void_leaves_the_union_and_a_prediction_more_than_half_on_it_is_no_false_positive():
     # Segment 1 has two further pixels on void: IoU 1. Segment 4 lies half on void: it is still a false positive.
     gt = [[1, 1, 0, 0], [7, 7, 0, 0], [7, 7, 7, 0]]
     pred = [[1, 1, 1, 1], [4, 4, 4, 4], [0, 0, 6, 6]]
@@ -95,7 +95,7 @@ def test_void_leaves_the_union_and_excuses_a_prediction_more_than_half_on_it():
     )
 
 
-def test_only_the_last_crowd_of_a_class_excuses():
+def test_only_the_last_crowd_of_a_class_prevents_false_positives():
     gt = [[1, 1, 1, 1], [2, 2, 2, 2]]
     crowds = [{"id": 1, "category_id": 1, "iscrowd": 1}, {"id": 2, "category_id": 1, "iscrowd": 1}]
     pred = [[5, 5, 5, 5], [6, 6, 6, 6]]

@@ -62,7 +62,7 @@ def test_nearest_resize_equals_opencv():
         )
 
 
-def test_normalise_and_pad():
+def test_normalize_and_pad():
     image = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     result = pad(normalize(image, MEAN, STD), 32)
     expected = (image[:, :, ::-1].transpose(2, 0, 1) - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))

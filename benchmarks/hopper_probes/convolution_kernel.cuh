@@ -16,7 +16,7 @@ constexpr int C = 256, LEVELS = 5, TAPS = 9, CHUNKS = C / 64, OUTPUTS = 128, SUB
 constexpr int A_STAGES = 2, B_STAGES = 5, HALO_BYTES = 12800, HALO_STRIDE = 13312, B_BYTES = OUTPUTS * 128;
 constexpr int A_BYTES = SUBTILES * HALO_STRIDE, STAGING_BYTES = 64 * OUTPUTS * 2;
 constexpr int MEMORY = A_STAGES * A_BYTES + B_STAGES * B_BYTES + 2 * STAGING_BYTES + 1024;
-static_assert(MEMORY <= 227 * 1024 - 2048, "dynamic and static shared memory of one block");
+static_assert(MEMORY <= 227 * 1024 - 2048, "dynamic and static shared memory of a block must fit");
 
 enum Layout { PLANES, ROWS };
 // Loads that are skipped. The sums are then wrong, but the time shows whether these loads limit the kernel.

@@ -217,7 +217,7 @@ struct BinRowPooling {
     const CudaRoiLevel<const scalar_t>& level;
     int64_t image;
 
-    // Pool a bin row with `count` taps, at most kMaxRows, by the steps in the tables.
+    // Pool a bin row with `count` taps, at most kMaxRowTaps, by the steps in the tables.
     __device__ __forceinline__ void pool_by_tables(
         int row, int count, Global<const scalar_t> feature, Writer& writer) const {
         const auto walk = [&](auto rows) {
@@ -242,7 +242,7 @@ struct BinRowPooling {
         }
     }
 
-    // Pool any other bin row: one with more than kMaxRows taps, or any if a bin column of the block has too many taps.
+    // Pool any other bin row: one with more than kMaxRowTaps taps, or any if a bin column of the block has too many taps.
     __device__ __forceinline__ void pool_by_cells(int row, Global<const scalar_t> feature, Writer& writer) const {
 #pragma unroll 1
         for (int bin = 0; bin < part.columns; ++bin) {
@@ -269,7 +269,7 @@ struct BinRowPooling {
         for (int item = warp; item < part.rows * passes; item += warps) {
             const int row = item / passes, first_channel = item % passes * kLaneStep;
             const int count = tables.row_taps[row];
-            const bool by_tables = count == 0 || (count <= kMaxRows && length.steps >= 0);
+            const bool by_tables = count == 0 || (count <= kMaxRowTaps && length.steps >= 0);
             if (by_tables != kByTables) {
                 continue;
             }

@@ -14,7 +14,7 @@ constexpr int kMaxSamples = 32;     // of a bin on an axis, for a bin that fits 
 constexpr int kMaxTaps = 8;         // of a bin on an axis
 constexpr int kTooMany = kMaxTaps + 1;
 constexpr int kTapStride = kWarpSize;  // between taps of a lane: adjacent lanes are in different banks
-constexpr int kMaxRows = 4;            // taps of a bin row that fit in registers
+constexpr int kMaxRowTaps = 4;         // taps of a bin row that fit in registers
 
 // Division of the bins of a RoI into tiles, one per block.
 struct BinTiles {

@@ -33,7 +33,9 @@ struct Sm90Conv1x1Config {
     static constexpr int kPixelStage = kPixels * kRowBytes, kStage = kPixelStage + kOutputs * kRowBytes;
     static constexpr int kStages = 192 * 1024 / kBlocks / kStage;
     static constexpr size_t kSharedBytes = kStages * kStage + 1024;  // the first stage starts at a multiple of 1024
-    static_assert((kSharedBytes + 1024 + 1024) * kBlocks <= kSharedLimit, "dynamic and static shared memory of blocks");
+    static_assert(
+        (kSharedBytes + 1024 + 1024) * kBlocks <= kSharedLimit,
+        "dynamic and static shared memory of kBlocks blocks must fit");
 };
 
 template <typename scalar_t>

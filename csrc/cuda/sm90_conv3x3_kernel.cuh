@@ -33,7 +33,7 @@ struct Sm90Conv3x3Config {
     static constexpr int kInputStage = kSubTiles * kHaloStride, kWeightStage = kOutputs / 64 * kWeightBytes;
     static constexpr int kBytes = kInputStages * kInputStage + kAddWarps * kHaloStride + kWeightStages * kWeightStage;
     static constexpr size_t kSharedBytes = kBytes + 1024;  // the first stage starts at a multiple of 1024
-    static_assert(kSharedBytes + 1024 <= kSharedLimit, "dynamic and static shared memory of a block");
+    static_assert(kSharedBytes + 1024 <= kSharedLimit, "dynamic and static shared memory of a block must fit");
 };
 
 // Level of a convolution.

@@ -36,7 +36,7 @@ struct Sm90DeformConfig {
     static constexpr size_t kTableBytes = Table::kSize * sizeof(float);
     static constexpr size_t kSharedBytes =
         kStages * kStage + kTableBytes + 1024;  // the first stage starts at a multiple of 1024
-    static_assert(kSharedBytes + 4096 <= kSharedLimit, "dynamic and static shared memory of a block");
+    static_assert(kSharedBytes + 4096 <= kSharedLimit, "dynamic and static shared memory of a block must fit");
 };
 
 // ---- device ------------------------------------------------------------------------------------------------------

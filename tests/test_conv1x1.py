@@ -57,8 +57,8 @@ def sample(shape, outputs, with_bias, with_residual, relu):
 class TestConv1x1(OpMatrix):
     has_gradient = False
     samples = {
-        "all of it": sample((2, 72, 5, 7), 40, True, True, True),
-        "a product": sample((1, 16, 6, 5), 24, False, False, False),
+        "bias, residual and relu": sample((2, 72, 5, 7), 40, True, True, True),
+        "product only": sample((1, 16, 6, 5), 24, False, False, False),
         "odd channels": sample((2, 5, 3, 4), 7, True, False, True),
     }
     thin_samples = {name: sample(shape, 8, True, True, False) for name, shape in THIN_SHAPES.items()} | {

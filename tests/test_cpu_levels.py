@@ -105,7 +105,7 @@ for loaded in (network, predictor.pipeline.networks[0]):
 x = torch.randn(1, 33, 7, 9)
 expected = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1).relu()
 torch.testing.assert_close(ops.flow_conv2d(x, None, conv), expected, rtol=1e-4, atol=1e-4)
-held = conv._replace(packed=foreign)  # as one who stored the packed tensor itself would make it
+held = conv._replace(packed=foreign)  # packed by another instruction set
 for call in (
     lambda: ops.flow_conv2d(x, None, held),
     lambda: ops.fused_subnets([x], ops.SubnetParameters(cls=(held,), segmentation_levels=0)),

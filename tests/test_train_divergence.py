@@ -55,7 +55,7 @@ class TestDivergence:
         for words in (
             f"step 4: not finite after step 4: {what}",
             "; a lower learning_rate, a longer warm-up (warmup_iterations) or gradient_clip_norm may help; ",
-            "checkpoint.pt is of an earlier step; the same command with such settings resumes from it",
+            "checkpoint.pt is from an earlier step: the same command with changed settings resumes from it",
         ):
             assert words in str(error.value)
         assert files == {name: (tmp_path / name).read_bytes() for name in files}

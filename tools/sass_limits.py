@@ -63,7 +63,7 @@ LIMITS = (
     # products, and the residuals, one pixel at a time.
     Limit(
         "conv3x3_tensor_core_kernel<Tf32x3, *>",
-        "two blocks: 255; for three products, two instructions split a number and four add",
+        "two blocks: 255; with Tf32x3, splitting a number takes two instructions, and adding the three products four",
         registers=216,
         store=8,
         in_flight=2,
@@ -226,7 +226,7 @@ LIMITS = (
     # The main loop is one step over the depth (k) of the product, without loads; the corners are loaded outside it.
     Limit(
         "deform_conv2d_kernel<Tf32x3, *, 4>",
-        "for three products, two instructions split a number and four add",
+        "with Tf32x3, splitting a number takes two instructions, and adding the three products four",
         registers=128,
         load=16,
         store=16,

@@ -123,8 +123,8 @@ def parse_arguments(benchmark: Benchmark, arguments: list[str] | None = None) ->
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="folder of <device>/<op>.json and .png (default: benchmarks/results; nothing is written for a selection "
-        "of cases or providers without this option)",
+        help="folder of <device>/<op>.json and .png (default: benchmarks/results; without this option, nothing is "
+        "written for a selection of cases, providers or modes)",
     )
     parser.add_argument("--add", action="store_true", help="keep the other rows of this commit in the file")
     parser.add_argument("--no-plot", action="store_true", help="write the JSON file only")

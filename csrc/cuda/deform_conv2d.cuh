@@ -80,13 +80,13 @@ __device__ __forceinline__ Global<T> in_cell(Global<T> base, int cell, unsigned 
 
 // Position of an output pixel. For an index beyond the last pixel, it is the position of the last pixel, and `present`
 // is false.
-struct OutputCell {
+struct OutputPixel {
     int image, y, x;
     bool present;
 };
 
 template <typename scalar_t>
-__device__ __forceinline__ OutputCell output_cell(const DeformProblem<scalar_t>& problem, int pixel) {
+__device__ __forceinline__ OutputPixel output_pixel(const DeformProblem<scalar_t>& problem, int pixel) {
     const bool present = pixel < problem.pixels;
     pixel = present ? pixel : problem.pixels - 1;
     const int row = pixel / problem.out_width, image = row / problem.out_height;
@@ -113,11 +113,11 @@ struct TapOperands {
 
     template <typename scalar_t>
     __device__ __forceinline__ void read(
-        const DeformProblem<scalar_t>& problem, const OutputCell& cell, int offset_group, int tap) {
+        const DeformProblem<scalar_t>& problem, const OutputPixel& output, int offset_group, int tap) {
         const int index = offset_group * problem.taps + tap;
-        offset_y = problem.offset.at(cell.image, 2 * index, cell.y, cell.x);
-        offset_x = problem.offset.at(cell.image, 2 * index + 1, cell.y, cell.x);
-        mask = problem.mask.data ? problem.mask.at(cell.image, index, cell.y, cell.x) : real_t(1);
+        offset_y = problem.offset.at(output.image, 2 * index, output.y, output.x);
+        offset_x = problem.offset.at(output.image, 2 * index + 1, output.y, output.x);
+        mask = problem.mask.data ? problem.mask.at(output.image, index, output.y, output.x) : real_t(1);
     }
 };
 
@@ -133,25 +133,25 @@ struct DeformSample {
 // position is too far outside the map (deform_tap), or offset or mask is not finite.
 template <typename scalar_t, typename real_t>
 __device__ __forceinline__ bool deform_sample(
-    const DeformProblem<scalar_t>& problem, const OutputCell& cell, int offset_group, int tap,
+    const DeformProblem<scalar_t>& problem, const OutputPixel& output, int offset_group, int tap,
     const TapOperands<real_t>& operands, DeformSample<real_t>& sample) {
-    if (!cell.present) {
+    if (!output.present) {
         return false;
     }
     const int kernel_y = tap / problem.kernel_width, kernel_x = tap - kernel_y * problem.kernel_width;
     const real_t y =
-        real_t(cell.y * problem.stride[0] - problem.padding[0] + kernel_y * problem.dilation[0]) + operands.offset_y;
+        real_t(output.y * problem.stride[0] - problem.padding[0] + kernel_y * problem.dilation[0]) + operands.offset_y;
     const real_t x =
-        real_t(cell.x * problem.stride[1] - problem.padding[1] + kernel_x * problem.dilation[1]) + operands.offset_x;
+        real_t(output.x * problem.stride[1] - problem.padding[1] + kernel_x * problem.dilation[1]) + operands.offset_x;
     sample.mask = operands.mask;
     if (!deform_tap(y, x, problem.height, problem.width, sample.tap) || !(sample.mask - sample.mask == real_t(0))) {
         return false;
     }
-    sample.first_cell = cell.image * problem.height * problem.width;
+    sample.first_cell = output.image * problem.height * problem.width;
     if (problem.offset_tangent.data) {
         const int index = offset_group * problem.taps + tap;
-        sample.tangent_y = problem.offset_tangent.at(cell.image, 2 * index, cell.y, cell.x);
-        sample.tangent_x = problem.offset_tangent.at(cell.image, 2 * index + 1, cell.y, cell.x);
+        sample.tangent_y = problem.offset_tangent.at(output.image, 2 * index, output.y, output.x);
+        sample.tangent_x = problem.offset_tangent.at(output.image, 2 * index + 1, output.y, output.x);
     }
     return true;
 }
@@ -200,13 +200,13 @@ public:
         static_assert(kThreads % kCount == 0, "all positions have the same number of threads");
         const int position = static_cast<int>(threadIdx.x) % kCount;
         const int first_slot = static_cast<int>(threadIdx.x) / kCount;
-        const OutputCell cell = output_cell(problem, pixel(position));
+        const OutputPixel output = output_pixel(problem, pixel(position));
         for (int first = first_slot; first < slots; first += kStep * kInFlight) {
             TapOperands<real_t> operands[kInFlight];
 #pragma unroll
             for (int i = 0; i < kInFlight; ++i) {
                 const int slot = first + i * kStep;
-                operands[i].read(problem, cell, offset_group, first_tap + (slot < slots ? slot : first));
+                operands[i].read(problem, output, offset_group, first_tap + (slot < slots ? slot : first));
             }
 #pragma unroll
             for (int i = 0; i < kInFlight; ++i) {
@@ -223,7 +223,7 @@ public:
             const int entry = slot * kCount + position;
             const TapOperands<real_t> operands = {
                 weights_[entry * 4], weights_[entry * 4 + 1], weights_[entry * 4 + 2]};
-            fill_entry(problem, cell, offset_group, first_tap + slot, operands, entry);
+            fill_entry(problem, output, offset_group, first_tap + slot, operands, entry);
         }
     }
 
@@ -235,10 +235,10 @@ public:
 #pragma unroll 1
         for (int entry = static_cast<int>(threadIdx.x); entry < slots * count; entry += kProductThreads) {
             const int slot = entry / count, tap = first_tap + slot;
-            const OutputCell cell = output_cell(problem, first_pixel + entry - slot * count);
+            const OutputPixel output = output_pixel(problem, first_pixel + entry - slot * count);
             TapOperands<real_t> operands;
-            operands.read(problem, cell, offset_group, tap);
-            fill_entry(problem, cell, offset_group, tap, operands, entry);
+            operands.read(problem, output, offset_group, tap);
+            fill_entry(problem, output, offset_group, tap, operands, entry);
         }
     }
 
@@ -261,7 +261,7 @@ public:
 private:
     template <typename scalar_t>
     __device__ __forceinline__ void fill_entry(
-        const DeformProblem<scalar_t>& problem, const OutputCell& output, int offset_group, int tap,
+        const DeformProblem<scalar_t>& problem, const OutputPixel& output, int offset_group, int tap,
         const TapOperands<real_t>& operands, int entry) const {
         DeformSample<real_t> sample;
         real_t values[4] = {};

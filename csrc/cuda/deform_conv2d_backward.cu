@@ -244,11 +244,11 @@ __device__ __forceinline__ void store_sampling_gradients(
     const DeformProblem<scalar_t>& problem, int pixel, int offset_group, int tap, Shared<real_t> dots,
     Global<real_t> grad_offset, Global<real_t> grad_mask) {
     real_t result_y = 0, result_x = 0, result_mask = 0;
-    const OutputCell cell = output_cell(problem, pixel);
+    const OutputPixel output = output_pixel(problem, pixel);
     TapOperands<real_t> operands;
-    operands.read(problem, cell, offset_group, tap);
+    operands.read(problem, output, offset_group, tap);
     DeformSample<real_t> sample;
-    if (deform_sample(problem, cell, offset_group, tap, operands, sample)) {
+    if (deform_sample(problem, output, offset_group, tap, operands, sample)) {
         real_t values[4], slope_y[4], slope_x[4];
         sample_values(problem, sample, values);
         sample_slopes(problem, sample, slope_y, slope_x);

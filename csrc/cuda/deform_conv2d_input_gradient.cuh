@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(kListThreads) deform_count_readers_kernel(
     const int pixel = static_cast<int>(index % readers.image_pixels);
     const int tap = slice % problem.taps, offset_group = slice / problem.taps % readers.offset_groups;
     const int image = slice / problem.taps / readers.offset_groups;
-    const OutputCell cell = output_cell(problem, image * readers.image_pixels + pixel);
+    const OutputPixel output = output_pixel(problem, image * readers.image_pixels + pixel);
     TapOperands<real_t> operands;
-    operands.read(problem, cell, offset_group, tap);
+    operands.read(problem, output, offset_group, tap);
     DeformSample<real_t> sample;
-    if (!deform_sample(problem, cell, offset_group, tap, operands, sample)) {
+    if (!deform_sample(problem, output, offset_group, tap, operands, sample)) {
         readers.list[index] = -1;
         return;
     }

@@ -180,7 +180,7 @@ void check_deform_sizes(const char* op, const DeformConvShape& shape) {
     const int64_t cells = shape.batch * shape.height * shape.width, pixels = shape.batch * shape.pixels();
     check(cells <= kMaxDeformIndex, op, ": input must have at most ", kMaxDeformIndex, " cells on CUDA, got ", cells);
     check(
-        pixels <= kMaxDeformIndex, op, ": the output must have at most ", kMaxDeformIndex, " cells on CUDA, got ",
+        pixels <= kMaxDeformIndex, op, ": the output must have at most ", kMaxDeformIndex, " pixels on CUDA, got ",
         pixels);
     check_deform_weight_size(op, shape);
 }

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the operators and exit")
     for name, metavar, text in (
         ("device", "DEVICE", "cpu or cuda (default: cpu)"),
-        ("threads", "N", "CPU threads (default: torch's)"),
+        ("threads", "N", "CPU threads (default: 2)"),
         ("seconds", "S", "time per provider, case and mode (default: 1)"),
         ("output", "FOLDER", "folder for <device>/<op>.json and .png (default: benchmarks/results)"),
     ):

@@ -341,7 +341,7 @@ class Trainer:
 
     def _divergence_error(self, step: int, reason: str) -> TrainingError:
         path = self.store.path
-        resumption = f"; {path} is of an earlier step; the same command with such settings resumes from it"
+        resumption = f"; {path} is from an earlier step: the same command with changed settings resumes from it"
         return TrainingError(
             f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.has_checkpoint() else ''}"
         )

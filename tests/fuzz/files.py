@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fuzz import mutate
 
-PLACE = st.integers(0, 1 << 16)  # position in the file in 1 / 65536 of its size, or index of a part
+PLACE = st.integers(0, 1 << 16)  # position in units of 1 / 65536 of the file size, or index of a part
 VALUE = st.integers(0, 1 << 16)
 
 

@@ -151,21 +151,21 @@ def _edit_parts(parts: list[list], kind: str, place: int, value: int) -> None:
     if not parts:
         return
     at = place % len(parts)
-    name, content, wrong = parts[at]
+    name, content, extra = parts[at]
     if kind == "field" and content:  # a byte or a number of the header or of a table, with correct checksums
         offset = value % min(len(content), 40)
         size = (1, 2, 4)[value // 64 % 3]
         edited = content[:offset] + _number(value & ~1)[-size:] + content[offset + size :]
-        parts[at] = [name, edited[: len(content)], wrong]
+        parts[at] = [name, edited[: len(content)], extra]
     elif kind == "content":
-        parts[at] = [name, mutate_bytes(content, [[BYTE_EDITS[value % len(BYTE_EDITS)], value, place]]), wrong]
+        parts[at] = [name, mutate_bytes(content, [[BYTE_EDITS[value % len(BYTE_EDITS)], value, place]]), extra]
     elif kind == "pixels":  # other pixels, with correct compression and checksums
         try:
             raw = zlib.decompress(content)
         except zlib.error:
             return
         raw = mutate_bytes(raw, [[BYTE_EDITS[value % len(BYTE_EDITS)], value, place]])
-        parts[at] = [name, zlib.compress(raw), wrong]
+        parts[at] = [name, zlib.compress(raw), extra]
     elif kind == "delete":
         del parts[at]
     elif kind == "double":
@@ -174,9 +174,9 @@ def _edit_parts(parts: list[list], kind: str, place: int, value: int) -> None:
         target = value % len(parts)
         parts[at], parts[target] = parts[target], parts[at]
     elif kind in ("length", "checksum"):
-        parts[at] = [name, content, wrong | {kind: NUMBERS[value % len(NUMBERS)]}]
+        parts[at] = [name, content, extra | {kind: NUMBERS[value % len(NUMBERS)]}]
     elif kind == "tail":
-        parts.append(["tail", _number(value) * (value % 50), wrong])
+        parts.append(["tail", _number(value) * (value % 50), extra])
 
 
 def _png_chunks(data: bytes) -> list[list]:
@@ -190,12 +190,12 @@ def _png_chunks(data: bytes) -> list[list]:
 
 def _png(parts: list[list]) -> bytes:
     written = b"\x89PNG\r\n\x1a\n"
-    for name, content, wrong in parts:
+    for name, content, extra in parts:
         if name == "tail":
             written += content
             continue
-        length = wrong.get("length", len(content))
-        checksum = wrong.get("checksum", zlib.crc32(name + content))
+        length = extra.get("length", len(content))
+        checksum = extra.get("checksum", zlib.crc32(name + content))
         written += struct.pack(">I", length) + name + content + struct.pack(">I", checksum)
     return written
 
@@ -221,11 +221,11 @@ def _jpeg_segments(data: bytes) -> list[list]:
 
 def _jpeg(parts: list[list]) -> bytes:
     written = b"\xff\xd8"
-    for name, content, wrong in parts:
+    for name, content, extra in parts:
         if name != "tail":
             content = content[: 0xFFFF - 2]
-            length = wrong.get("length", len(content) + 2) & 0xFFFF
-            content = name + struct.pack(">H", length) + content + wrong.get("scan", b"")
+            length = extra.get("length", len(content) + 2) & 0xFFFF
+            content = name + struct.pack(">H", length) + content + extra.get("scan", b"")
         written += content
     return written
 

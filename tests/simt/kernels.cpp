@@ -225,7 +225,7 @@ void product_tf32() {
         return count;
     };
     expect(wrong(false) == 0, "matrix product in TF32");
-    expect(wrong(true) > 64, "a wrong layout that no result shows");
+    expect(wrong(true) > 64, "a wrong layout must change most results");
 }
 
 // Check to_tf32 for ties, both signs, and the ends of the range.

@@ -27,7 +27,7 @@ class FusedConv(nn.Module):
     """Convolution with an optional residual sum and ReLU in the same pass: (N, C, H, W) -> (N, O, H', W').
 
     Args:
-        conv: the convolution.
+        conv: the convolution, of dilation 1.
         relu: whether a ReLU follows (after the residual sum, where there is one).
     """
 

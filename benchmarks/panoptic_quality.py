@@ -34,7 +34,7 @@ def unique_of_combined_ids(truth, prediction):
 
 BENCHMARK = Benchmark(
     name="panoptic_quality",
-    title=f"pair counts of two {WIDTH}x{HEIGHT} id maps with 20 segments; noise is the worst case, not a use",
+    title=f"pair counts of two {WIDTH}x{HEIGHT} id maps with 20 segments; noise is the worst case, not a realistic one",
     setup=setup,
     sweep={
         "ids": {"pixels": "ids", "shift": 4},

@@ -119,11 +119,11 @@ def make_rows(times: dict[str, list[float]], count: int) -> list[dict[str, Any]]
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    print(f"    {'':<22}{'images/s':>9}{'seconds':>9}{'least':>8}{'most':>8}{'of the slowest stage':>22}")
+    print(f"    {'':<22}{'images/s':>9}{'seconds':>9}{'least':>8}{'most':>8}{'relative to slowest stage':>27}")
     for row in rows:
         print(
             f"    {row['row']:<22}{row['images_per_second']:>9.2f}{row['seconds']:>9.2f}{row['least']:>8.2f}"
-            f"{row['most']:>8.2f}{100 * row['of_slowest_stage']:>20.0f} %"
+            f"{row['most']:>8.2f}{100 * row['of_slowest_stage']:>25.0f} %"
         )
 
 
@@ -133,7 +133,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"), help="of the scenes (default: 480 640)"
     )
-    parser.add_argument("--count", type=int, default=100, metavar="N", help="the first pictures (default: 100)")
+    parser.add_argument("--count", type=int, default=100, metavar="N", help="number of images (default: 100)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per batch (default: 1)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time of all rounds; there are at least three")
     add_pipeline_options(parser, "throughput.json")

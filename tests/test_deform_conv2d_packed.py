@@ -230,7 +230,7 @@ def test_pickles_and_copies_pack_again():
     (x, offset, weight, bias, mask), geometry, groups = case(SHAPES[2])
     conv = ops.pack_deform_conv2d(weight, bias, *groups, algorithm="direct")
     expected = ops.deform_conv2d(x, offset, conv, None, *geometry, mask)
-    assert len(pickle.dumps(conv)) < weight.numel() * 4 + 4096, "weights packed are not stored"
+    assert len(pickle.dumps(conv)) < weight.numel() * 4 + 4096, "packed weights must not be stored"
     for copied in (pickle.loads(pickle.dumps(conv)), copy.deepcopy(conv)):
         assert copied[3:] == conv[3:]
         assert torch.equal(ops.deform_conv2d(x, offset, copied, None, *geometry, mask), expected)

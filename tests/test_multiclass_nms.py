@@ -157,6 +157,15 @@ class TestCases:
         with pytest.raises(RuntimeError, match="boxes must be float32.*got int64"):
             ops.multiclass_nms(torch.ones(1, 2, 4).long(), torch.rand(1, 2, 3), 0.1, 0.5, 10)
 
+    def test_number_of_scores_is_limited(self):
+        """An image may have at most 2^32 - 1 scores. Without images, the shapes need no memory."""
+        for boxes, classes in ((2**32 // 80, 80), (2**32 - 1, 1), (1, 2**32 - 1)):
+            found = ops.multiclass_nms(torch.empty(0, boxes, 4), torch.empty(0, boxes, classes), 0.1, 0.5, 10)
+            assert found.count.shape == (0,)
+        for boxes, classes in ((2**32 // 80 + 1, 80), (2**32, 1), (1, 2**32)):
+            with pytest.raises(RuntimeError, match=r"scores must have fewer than 2\^32 entries per image"):
+                ops.multiclass_nms(torch.empty(0, boxes, 4), torch.empty(0, boxes, classes), 0.1, 0.5, 10)
+
 
 class TestOracles:
     @pytest.mark.parametrize("most", [1, 10, 100, 1000, 100000])

@@ -66,7 +66,7 @@ inline void check_levels(
         check(
             level.scalar_type() == like.scalar_type(), op, ": ", name, "[", i, "] must have the dtype of ", like_name,
             " (", dtype_name(like.scalar_type()), "), got ", dtype_name(level.scalar_type()));
-        check_same_device(op, name, level, like_name, like);
+        check(have_same_device(level, like), op, ": ", name, "[", i, "] must be on the device of ", like_name);
     }
 }
 

@@ -55,8 +55,8 @@ inline void check_fused_subnets(
         check(
             packed[i].numel() == 0 || packed[i].scalar_type() == dtype, op, ": packed[", i, "] must be ",
             dtype_name(dtype), " for these levels, got ", dtype_name(packed[i].scalar_type()));
-        check_same_device(op, "packed", packed[i], "levels", levels[0]);
-        check_same_device(op, "biases", biases[i], "levels", levels[0]);
+        check(have_same_device(packed[i], levels[0]), op, ": packed[", i, "] must be on the device of levels[0]");
+        check(have_same_device(biases[i], levels[0]), op, ": biases[", i, "] must be on the device of levels[0]");
     }
 }
 

@@ -37,7 +37,7 @@ struct DetectionTensors {
 inline DetectionTensors detection_tensors(const Tensor& boxes, const Tensor& scores, int64_t max_detections) {
     const int64_t batch = boxes.size(0), classes = scores.size(2);
     check(
-        classes == 0 || boxes.size(1) < (int64_t(1) << 32) / classes,
+        classes == 0 || boxes.size(1) <= ((int64_t(1) << 32) - 1) / classes,
         "multiclass_nms: scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
     const ScalarType type = nms_compute_type(boxes, scores);
     return {

@@ -92,11 +92,13 @@ inline void check_dim(const char* op, const char* name, const Tensor& tensor, in
     check(tensor.dim() == dim, op, ": ", name, " must be ", meaning, ", got shape ", shape_string(tensor));
 }
 
+inline bool have_same_device(const Tensor& first, const Tensor& second) {
+    return first.is_cuda() == second.is_cuda() && first.get_device() == second.get_device();
+}
+
 inline void check_same_device(
     const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
-    check(
-        tensor.is_cuda() == like.is_cuda() && tensor.get_device() == like.get_device(), op, ": ", name,
-        " must be on the device of ", like_name);
+    check(have_same_device(tensor, like), op, ": ", name, " must be on the device of ", like_name);
 }
 
 // Stride of a dimension in elements, or 0 if its size is 0 or 1. Torch allows any stride for a dimension of such a

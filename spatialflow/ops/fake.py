@@ -51,11 +51,13 @@ def _require_one_device(op: str, names: list[str], args: tuple[Any, ...]) -> Non
     """Raise RuntimeError naming the first argument that is not on the device of the first tensor."""
     first: tuple[str, torch.device] | None = None
     for name, value in zip(names, args, strict=True):
-        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+        is_list = isinstance(value, (list, tuple))
+        for index, tensor in enumerate(value if is_list else (value,)):
             if not isinstance(tensor, Tensor):
                 continue
-            first = first or (name, tensor.device)
-            message = f"{op}: {name} must be on the device of {first[0]}, {first[1]}, got {tensor.device}"
+            label = f"{name}[{index}]" if is_list else name
+            first = first or (label, tensor.device)
+            message = f"{op}: {label} must be on the device of {first[0]}, {first[1]}, got {tensor.device}"
             torch._check(tensor.device == first[1], partial(str, message))
 
 

@@ -30,7 +30,8 @@ packages := $(VENV)/packages
 environment := $(VENV)/complete
 endif
 
-# The list NAME = [...] of pyproject.toml, quoted for the shell, and the mark of an extra that is installed in .venv.
+# requirements: the list NAME = [...] of pyproject.toml, quoted for the shell. extra: the file that marks an extra as
+# installed in .venv.
 requirements = $(shell awk '/^$(1) = \[.*\]/ {print; exit} /^$(1) = \[/ {on = 1} /^\]/ {on = 0} on' \
 	pyproject.toml | grep -o '"[^"]*"')
 extra = $(if $(packages),$(VENV)/$(1).extra)
@@ -120,7 +121,7 @@ test-simt: $(environment)  ## operator tests on the CUDA kernels, interpreted; S
 	$(call sm90_tests,late)
 	$(call sm90_tests,early)
 
-# Sanitizers (docs/sanitizers.md) and coverage: their libraries are in build/<folder>/package, beside the usual ones.
+# Sanitizers (docs/sanitizers.md) and coverage use their own libraries, in build/<folder>/package.
 # Reports of sanitizers go to file descriptor 2, which pytest would capture.
 SANITIZE_LEVEL ?= $(if $(filter x86_64,$(shell uname -m)),x86-64-v3,native)
 not_sanitized := $(addprefix tests/test_,naive_kernels.py kernel_count.py)
@@ -184,7 +185,7 @@ fuzz-planted: build  ## plant known faults one at a time and check that the fuzz
 bench: build  ## time every operator against its baselines; OPS="roi_align nms" for some
 	$(PYTHON) -m spatialflow.cli benchmark $(OPS)
 
-# Nothing is compiled: libraries that were built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
+# The libraries are not compiled here; those built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
 BACKEND ?= cuda
 ARGS ?=
 gpu-check:  ## accuracy and speed on a GPU, under 8 minutes; ARGS="--second" goes on; exit code 77 without a GPU

@@ -158,7 +158,7 @@ class ReferencePipeline:
         valid_size: tuple[int, int],
         scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode the best anchors of each level; return a box per class above the threshold after class-wise NMS."""
+        """Return boxes, scores and labels: the best anchors of each level, decoded, after class-wise NMS."""
         all_boxes, all_scores = [], []
         for level, (logits, deltas) in enumerate(zip(class_logits, box_deltas)):
             scores = logits[0].float().permute(1, 2, 0).reshape(-1, self.shape.num_things).sigmoid()
@@ -185,7 +185,7 @@ class ReferencePipeline:
         return boxes[kept], scores[kept], labels[kept]
 
     def mask_probabilities(self, features: Sequence[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
-        """Return (K, 2S, 2S), S = `roi_size`: RoIAlign by level, mask head for all classes, the class of each box."""
+        """Return (K, 2S, 2S), S = `roi_size`: RoIAlign by level, mask head for all classes, mask of the box's class."""
         shape = self.shape
         areas = (rois[:, 2] - rois[:, 0]).clamp(min=0) * (rois[:, 3] - rois[:, 1]).clamp(min=0)
         levels = (areas.sqrt() / shape.finest_scale + 1e-6).log2().floor().clamp(0, len(features) - 1).long()

@@ -115,7 +115,7 @@ def test_stuff_logits_at_original_size():
 
 
 def test_mean_of_masks():
-    """The result is the mean of the probabilities, also for logits whose sigmoid rounds to 0 or 1."""
+    """The sigmoid of the result is the mean of the probabilities, also for logits whose sigmoid rounds to 0 or 1."""
     logits = torch.tensor([[-200.0, -3.0, 0.0, 2.0, 150.0], [-200.0, 1.0, 0.0, 4.0, 150.0]])
     mean = postprocess.mean_mask_logits(logits)
     torch.testing.assert_close(mean.sigmoid(), logits.sigmoid().mean(dim=0))

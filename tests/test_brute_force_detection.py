@@ -50,7 +50,7 @@ class TestRoiAlign:
 
     @pytest.mark.parametrize("bad", [NAN, INF])
     def test_features_that_are_not_finite(self, bad: float) -> None:
-        """A non-finite cell reaches only bins in which its weight is nonzero; samples may be exactly at other cells."""
+        """A non-finite cell reaches only bins in which its weight is nonzero."""
         features = random(1, 1, 5, 5)
         features[0, 0, 2, 2] = bad
         places = [(y, x) for y in (0.5, 1.0, 1.5, 2.5, 3.5) for x in (1.5, 2.0, 2.5, 3.4)]

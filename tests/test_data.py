@@ -326,10 +326,7 @@ class TestLoader:
         assert (batches != self.schedule.epoch(1)).any() and (batches == self.schedule.epoch(0)).all()
 
     def test_processes_and_accumulation_share_a_step(self):
-        """The number of processes does not change the images of a step or of its parts.
-
-        Losses are normalized per part.
-        """
+        """The batches of two processes and two accumulation steps, joined, are the batch of one process."""
         single = list(self.schedule.batches(0, 7, 0, 1, 1))
         halves = [list(self.schedule.batches(0, 7, rank, 2, 2)) for rank in range(2)]
         for step, requests in enumerate(single):

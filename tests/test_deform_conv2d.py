@@ -243,7 +243,7 @@ class TestValues:
         assert_near(out, F.conv2d(input, weight, bias, padding=1), torch.float64)
 
     def test_half_features_keep_offset_precision(self):
-        """Offsets are not rounded to float16, which cannot represent positions beyond 2048 exactly."""
+        """Sampling positions are not rounded to float16, which cannot represent positions beyond 2048 exactly."""
         input = torch.arange(4096.0).remainder(64).view(1, 1, 1, 4096)
         offset = torch.full((1, 2, 1, 4096), 0.25)
         offset[:, 0] = 0

@@ -124,7 +124,7 @@ def test_python_syntax(page):
 
 
 def test_example_of_an_operator():
-    """Tests of the example use arguments of `OpMatrix`; its function has `from __future__ import annotations`."""
+    """The tests in the example of CONTRIBUTING.md take only arguments that tests of `OpMatrix` have."""
     sources = [block.text for block in blocks_of(CONTRIBUTING) if block.language == "python"]
     tests: dict = {}
     exec(next(source for source in sources if "class TestCountAbove" in source), tests)
@@ -275,7 +275,7 @@ def test_environment_variables_and_macros(page):
 
 
 def test_settings_of_the_text():
-    """Words in code that look like a configuration field name an existing field."""
+    """Inline code such as `field: value` or `field=value` uses fields that exist."""
     fields = {name for section in SECTIONS.values() for name in section.__dataclass_fields__}
     text = (ROOT / "docs" / "training.md").read_text() + (ROOT / "docs" / "prediction.md").read_text()
     assigned = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)[:=] ?\w", text))

@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 
 def rows_of(data, shift: int, keep: float, rng):
-    """Return detections: shifted ground truth, with some missing and random scores."""
+    """Return the ground truth, and detections: the ground truth shifted, with random scores and some missing."""
     truth = detection_truth(json.loads(data.json_path.read_text()), data.panoptic_folder)
     rows = []
     for annotation in truth["annotations"]:

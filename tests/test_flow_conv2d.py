@@ -159,7 +159,7 @@ class TestKernels:
     @pytest.mark.parametrize("channels", [(64, 64), (128, 136), (192, 36), (64, 33)], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_16_bit_steps_of_64_channels(self, dtype, channels):
-        """Cover multiples of 64 input channels, full tiles of outputs, and output pixels of no multiple of 16 bytes."""
+        """Cover multiples of 64 input channels, full tiles of outputs, and output pixels not a multiple of 16 bytes."""
         x, flow, weight, bias = tensors_of(*channels, [(9, 19), (8, 8), (1, 3), (17, 2)], True, True, 2)()
         for added, offset, relu in ((flow, bias, True), (None, None, False)):
             halves = map_tensors(lambda t: t.to(dtype), [x, added, weight, offset])

@@ -107,7 +107,7 @@ class TestJoin:
             assert part in str(error.value)
 
     def test_evaluate_with_running_ids(self, scenes_copy, tmp_path, capsys):
-        """A ground truth with running ids in another order and text ids, with predictions as `predict` writes them."""
+        """Ground truth whose ids are permuted, or strings, is matched with predictions by name."""
         content = json.loads((scenes_copy / "panoptic.json").read_text())
         prediction = tmp_path / "prediction"
         shutil.copytree(scenes_copy / "panoptic", prediction)

@@ -39,7 +39,7 @@ MAY_INCLUDE = {
     "simt": {"common"},
     "ops": {"common"},
     "cpu": {"common", "ops"},
-    "cuda": {"common", "ops", "simt"},  # simt by platform.h and tensor_core.h, where the interpreter compiles kernels
+    "cuda": {"common", "ops", "simt"},  # without nvcc, platform.h and tensor_core.cuh include simt
     "evaluation": set(),
 }
 """For each folder of csrc/, the others that it may include."""

@@ -83,7 +83,7 @@ def run_on_meta(*networks, dtype=torch.bfloat16, **overrides):
     ],
 )
 def test_nothing_is_read(name, overrides, dtype):
-    """Every result is on the device and its shape depends on the settings only."""
+    """Every result is on the device, and its shape depends only on the settings and the sizes of the images."""
     model = random_model(name, **overrides)
     results = run_on_meta(optimize_for_inference(model, DEVICE, dtype), dtype=dtype)
     most = model.config.test.max_detections

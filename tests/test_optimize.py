@@ -20,7 +20,7 @@ from spatialflow.models.optimized.inference import optimize_for_inference
 from spatialflow.ops import PackedConv, stuff_labels
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
-"""Largest errors of the network's outputs, by the dtype of weights and features."""
+"""Tolerances of the network's outputs, relative to their largest value, by the dtype of weights and features."""
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -55,7 +55,7 @@ def test_outputs_equal_the_plain_modules(name, overrides):
 
 
 def test_goldens(large_goldens):
-    """The optimized network reproduces the released numbers, too."""
+    """The optimized network reproduces the recorded outputs, too."""
     arrays = np.load(large_goldens / "forward" / "tiny_b2.npz")
     fast = assert_same_outputs(golden_model(large_goldens, "tiny", "tiny"), torch.from_numpy(arrays["img"]))
     with torch.inference_mode():

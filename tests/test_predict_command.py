@@ -208,7 +208,7 @@ class TestPredict:
 
     @pytest.mark.parametrize("output", ["out", "."])
     def test_images_in_sub_folders(self, photographs, weights, tmp_path, capsys, output):
-        """Without --recursive, images in sub-folders are skipped, and a message counts them; results are no inputs."""
+        """Without --recursive, images in sub-folders are only counted. Results in the input folder are not inputs."""
         for name in ("plain.jpg", "one/plain.jpg", "one/two/dot.png"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes((photographs / name.split("/")[-1]).read_bytes())

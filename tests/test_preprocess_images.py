@@ -53,7 +53,7 @@ class TestPreprocessImages(OpMatrix):
         "one column": sample([(13, 1)], [(20, 2)]),
         "one pixel": sample([(1, 1)], [(1, 1)]),
     }
-    dtypes = (torch.float32,)  # of the result, which does not depend on the images: see test_dtypes
+    dtypes = (torch.float32,)  # of the result; test_dtypes tests the other dtypes
 
     def test_layouts(self, make_sample):
         sample = make_sample()

@@ -67,7 +67,7 @@ def test_permuted_weights():
 
 
 def test_box_outside_the_batch_reads_no_feature():
-    """Result and gradient of the box are zeros, not products of 0 and NaN."""
+    """The result and the gradient of the feature are zeros, not products of 0 and NaN."""
     feature = torch.full((1, 2, 4, 4), NAN, requires_grad=True)
     pooled = reference.roi_align(feature, torch.tensor([[3, 0.0, 0, 2, 2]]), 2)
     (gradient,) = torch.autograd.grad(pooled.sum(), feature)

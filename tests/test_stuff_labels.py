@@ -72,7 +72,7 @@ class TestStuffLabels(OpMatrix):
         assert (chosen >= upsampled.amax(dim=0) - 4e-6).all()
 
     def test_autocast(self, make_sample):
-        """Autocast changes nothing, as labels only depend on comparisons."""
+        """Autocast changes nothing."""
         assert_unchanged_by_autocast(make_sample())
 
     def test_layouts(self, make_sample, dtype):

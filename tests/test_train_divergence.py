@@ -149,7 +149,7 @@ class TestDivergence:
 
     @pytest.mark.parametrize("broken", [15, 30])
     def test_losses_at_the_beginning_are_those_of_ten_steps(self, data, tmp_path, monkeypatch, capsys, broken):
-        """The initial loss is the minimum of the first ten steps, even after more log rows about broken images."""
+        """The initial loss is the minimum of the first ten steps. Log rows about broken images are not steps."""
         for name in ("annotations", "names", "sizes", "image_ids"):
             setattr(data, name, getattr(data, name)[:] * 10)
         trainer = Trainer(small(warmup_iterations=20), data, tmp_path, SINGLE_PROCESS)

@@ -122,7 +122,7 @@ class TestCommand:
         assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == ["000002.jpg", "000003.jpg"]
 
     def test_photographs_in_folders(self, truth, tmp_path, capsys):
-        """Photographs are found by name with folders, or by a unique stem; missing ones are named."""
+        """A photograph's map is found by name with folders, or by a unique stem; a photograph without one is named."""
         content = json.loads((truth / "panoptic.json").read_text())
         for image, name in zip(content["images"], ("a/x.jpg", "b/x.jpg", "b/y.jpg"), strict=True):
             (tmp_path / "photographs" / name).parent.mkdir(parents=True, exist_ok=True)

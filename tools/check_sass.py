@@ -207,8 +207,8 @@ def unlaunchable(library: bytes) -> list[str]:
 
     If a kernel has a restrict-qualified pointer among its template arguments, nvcc gives it different names on host and
     device. A launch then fails with "invalid device function". The host's name of a kernel in an unnamed namespace
-    has an L, for internal linkage, before the name of the kernel. The byte before a name may be data of any value.
-    Names within other names are left out: those of host stubs and of template arguments.
+    has an L, for internal linkage, before the name of the kernel. Names within other names are left out: those of
+    host stubs and of template arguments.
     """
     names = {name.decode() for name in re.findall(rb"(?<!__device_stub_)(?<!adL)_ZN\w+_kernel\w*", library)}
     return sorted(

@@ -28,7 +28,7 @@ def make_steps(backend: str, kind: str, output: Path) -> list[Step]:
     steps = {"first": first_steps, "second": second_steps, "quick": quick_steps}[kind](backend == "cuda", output)
     if backend == "cuda":
         return steps
-    # Other steps run on the CPU kernels: the sizes of benchmarks are too large for the interpreter.
+    # The interpreter runs only steps with these words in the name; the sizes of benchmarks are too large for it.
     interpreted = ("operator", "sanitizer", "check")
     on_cpu = [
         step if any(word in step.name for word in interpreted) else replace(step, backend="cpu") for step in steps

@@ -47,8 +47,7 @@ __attribute__((format(printf, 1, 2))) inline void finding(const char* fields, ..
     fflush(stdout);
 }
 
-// Record that a device function writes before it traps. It is in mapped host memory, which is readable after the
-// context is lost.
+// What `fail` writes before it traps. It is in mapped host memory, which is readable after the context is lost.
 struct Fault {
     int code, block, thread, value;
 };

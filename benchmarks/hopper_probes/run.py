@@ -50,7 +50,7 @@ def run(executable: str, name: str, limit: float) -> list[dict]:
 
 
 def broken_facts(findings: list[dict]) -> list[str]:
-    """Return the facts that these findings do not confirm, of those that kernels and SIMT interpreter rely on."""
+    """Return the facts that kernels and the SIMT interpreter rely on, but that these findings do not confirm."""
     facts = {
         "TMA swizzles by address": [
             finding["fit_xor_by_address"] == finding["pieces"]

@@ -42,7 +42,7 @@ struct PixelBox {
     SPATIALFLOW_HOST_DEVICE int64_t area() const { return x1 < x2 && y1 < y2 ? (x2 - x1) * (y2 - y1) : 0; }
 };
 
-// Truncate toward zero and clamp to [0, size]. Clamping comes first, so that the conversion is defined for any value.
+// Truncate toward zero and clamp to [0, size]. Clamping first makes the conversion defined for all finite values.
 SPATIALFLOW_HOST_DEVICE int64_t merge_pixel_edge(double value, int64_t size) {
     return value <= 0.0 ? 0 : value >= double(size) ? size : static_cast<int64_t>(value);
 }

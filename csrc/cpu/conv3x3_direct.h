@@ -75,8 +75,8 @@ inline void append_strips(
     }
 }
 
-// Copy x + flow of a strip and its halo, (rows + 2, columns + 2, C) with padded pixels. Outside the map the copy is
-// zero.
+// Copy x + flow of a strip and its halo to (rows + 2, columns + 2, C), with pixel stride padded_row(C). Outside the map
+// the copy is zero.
 template <typename scalar_t>
 void copy_strip(
     const ConvLevel<scalar_t>& level, const ConvStrip& strip, int64_t channels,

@@ -110,8 +110,8 @@ void pack_weight(
     });
 }
 
-// Gather the columns (pixel, tap, channel) of taps [tap, tap + count) for a block of output pixels. The columns of a
-// pixel have `row` values.
+// Gather the columns (pixel, tap, channel) of taps [tap, tap + count) for a block of output pixels. `row` is the stride
+// between pixels.
 template <typename scalar_t>
 void gather_block(
     const Sampler<scalar_t>& sampler, int64_t first_pixel, int64_t pixels, int64_t tap, int64_t count, int64_t row,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Sampling for deformable convolution on the CPU, shared by the forward and the backward kernels. A `Sampler` computes
-// the sampling positions of the taps and gathers the columns of a block of pixels.
+// the sampling position of a tap and the samples of its channels.
 #pragma once
 
 #include <algorithm>

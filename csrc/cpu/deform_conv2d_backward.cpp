@@ -99,9 +99,9 @@ inline void scatter_channels(
     }
 }
 
-// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count). Add the gradient of
-// these samples to grad_input (one image, channels-last; null: not requested). Contributions outside the map are added
-// to `discarded`.
+// Compute the sampling gradients of one tap of one pixel over channels [c_begin, c_begin + count). Add this tap's part
+// of the input gradient to grad_input (one image, channels-last; null: not requested). Contributions outside the map
+// are added to `discarded`.
 template <typename scalar_t, typename real_t>
 SamplingGradient<real_t> scatter_tap(
     const Sampler<scalar_t>& sampler, const OutputPixel& pixel, int64_t offset_group, int64_t tap_index,

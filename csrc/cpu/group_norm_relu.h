@@ -3,8 +3,9 @@
 // Helpers of group_norm_relu on the CPU, forward and backward: maps, blocks of pixels, vectors of channels, and values
 // per channel.
 //
-// Each block yields one row of sums. The size of a block depends only on the shape, and rows are added in order, so
-// results do not depend on the number of threads. The upsampling of the forward pass has no sums and no blocks.
+// Each block yields one row of sums. The size of a block depends only on the shape, and rows are added in order.
+// Therefore results do not depend on the number of threads. The upsampling of the forward pass has no sums and no
+// blocks.
 #pragma once
 
 #include "ops/group_norm_relu.h"

@@ -57,8 +57,8 @@ inline vector_t where_active(vector_t before_relu, vector_t gradient) {
     return before_relu <= vector_t{} ? vector_t{} : gradient;  // a NaN input passes the gradient
 }
 
-// Add the sums of g and of g * (x - shift) over a run of pixels, and store g in `masked` unless that is null. Here g is
-// the gradient with respect to the input of ReLU.
+// Add the sums of g and of g * (x - shift) over a run of pixels. Store g in `masked` unless that is null. Here g is the
+// gradient with respect to the input of ReLU.
 template <typename scalar_t, typename gradient_t>
 void add_gradients(
     const scalar_t* input, int64_t input_stride, const gradient_t* gradient, int64_t gradient_stride, int64_t count,

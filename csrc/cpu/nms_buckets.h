@@ -3,8 +3,8 @@
 // Buckets of the boxes that greedy NMS has kept. A candidate is tested against a vector of boxes at a time.
 //
 // There is a bucket per class, or per cell of a grid. A bucket is a chain of blocks. A block has kLanes boxes as a
-// structure of arrays; unused lanes have empty boxes, which suppress nothing. Memory is proportional to the number of
-// kept boxes and used buckets.
+// structure of arrays; unused lanes have empty boxes, which suppress nothing. Memory is linear in the numbers of kept
+// boxes and buckets.
 #pragma once
 
 #include <algorithm>

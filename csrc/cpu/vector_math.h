@@ -21,9 +21,8 @@ struct ScalarMath {
 };
 
 struct VectorMath {
-    // exp(x) for x <= 0, with an error of about one unit in the last place; 0 if the result would be subnormal. Let x =
-    // n ln 2 + r with |r| <= ln 2 / 2. The polynomial is the Taylor series of exp(r) up to r^7, with an error below
-    // 6e-9.
+    // exp(x) for x <= 0, with an error of about one unit in the last place; 0 for x < -87.3. Let x = n ln 2 + r with
+    // |r| <= ln 2 / 2. The polynomial is the Taylor series of exp(r) up to r^7, with an error below 6e-9.
     static Vector<float> exp(Vector<float> x) {
         typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
         const Vector<float> lowest = broadcast(-87.3f);

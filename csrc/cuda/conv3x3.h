@@ -49,11 +49,11 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
     return pointer_cast<const scalar_t>(data<float>(conv.packed) + packed_halves(dtype, in_channels, out_channels));
 }
 
-// Run convolutions that are independent of each other, in one launch if possible. Each algorithm has its own launch. A
-// table that is too small for all convolutions requires more launches. On compute capability 9.0, the convolutions that
-// sm90_conv3x3.cu does not support have another launch, and the last tiles may have one (Sm90Rounds). `active` is a
-// dense bool tensor (N) with a flag for each image, valid for all levels. Results of inactive images are zero for any
-// inputs, and tiles without an active image are skipped.
+// Run convolutions that are independent of each other, in one launch if possible. Each algorithm has its own launch.
+// What does not fit into the table of a launch (ConvTable, Sm90Table) requires more launches. On compute capability
+// 9.0, the convolutions that sm90_conv3x3.cu does not support have another launch, and the last tiles may have one
+// (Sm90Rounds). `active` is a dense bool tensor (N) with a flag for each image, valid for all levels. Results of
+// inactive images are zero for any inputs, and tiles without an active image are skipped.
 void convolve3x3(
     const char* op, std::vector<Convolution> convolutions, Stream stream,
     const std::optional<Tensor>& active = std::nullopt);

@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(4 * kRows, 128 / kRows) deform_conv2d_kernel(
             __syncthreads();
             ColumnItem<scalar_t, kWidth> item;
             ColumnCursor cursor(first_channel, problem.chunk, taps, first + thread_item, kRows, thread_row);
-            // The rows of the weights of these steps are adjacent: if a run has several chunks, one table holds all
-            // taps.
+            // The weights of these steps are adjacent rows: a run has several chunks only if one table holds all taps.
             int weights = (first_channel * problem.taps + first_tap * problem.run + first + thread_weight_row) *
                               problem.packed_outputs +
                           first_output + thread_weight;

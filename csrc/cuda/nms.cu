@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kMergeThreads) nms_merge_kernel(
                 high = middle;
             }
         }
-        merged[first + i + low - from_left] = entry;  // one of i and low is in the right part, from from_left on
+        merged[first + i + low - from_left] = entry;  // either i or low is in the right part, which begins at from_left
     }
 }
 

@@ -25,7 +25,7 @@ struct RoiPyramid {
     CudaRoiLevel<element_t> levels[kMaxRoiLevels];
 };
 
-// Kernel argument: sizes of the problem and the numbers of RoiAlignSettings.
+// Kernel argument: sizes and options of the problem.
 struct RoiProblem {
     int num_levels, num_rois, batch, channels, pooled_height, pooled_width;
     int64_t sampling_ratio;
@@ -136,8 +136,8 @@ __device__ __forceinline__ void add_pairs(
     });
 }
 
-// Call visit(weight, row, column) for each square of 16 x 16 cells of a bin that does not fit in the tables. (row,
-// column) is the first cell of the square. The weights are distributed over the lanes as for `visit_pairs`.
+// Call visit(weight, row, column) for each square of 16 x 16 cells of a bin. (row, column) is the first cell of the
+// square. The weights are distributed over the lanes as for `visit_pairs`.
 template <typename real_t, typename element_t, typename Visit>
 __device__ __forceinline__ void visit_cells(
     Global<const real_t> box, const CudaRoiLevel<element_t>& level, const RoiProblem& problem, int ph, int pw,

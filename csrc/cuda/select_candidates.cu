@@ -7,7 +7,7 @@
 //   best      a few lanes per anchor reduce its logits to the best one. A block writes the keys (descending_key) of 256
 //             anchors and counts the highest 11 bits of each key in the histogram of the level.
 //   select    a block per level and image lists the keys up to the bin of the last kept anchor, in one pass over the
-//             keys, and orders the best of this list (best_chunks.cuh)
+//             keys. Then it orders the best of this list (best_chunks.cuh)
 //
 // For all levels:
 //

@@ -217,7 +217,7 @@ __device__ __forceinline__ void add_focal(
         all_plain &= vectors[v].is_plain();
     }
     if (!all_plain) {
-        // Elements that are not counted as other classes become minus infinity, for which the loss is zero.
+        // Elements of the label's class and of vectors that are not counted become minus infinity, so they add zero.
         scalar_t excluded;
         store(excluded, -std::numeric_limits<real_t>::infinity());
 #pragma unroll

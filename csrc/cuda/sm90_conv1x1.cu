@@ -123,8 +123,8 @@ struct Sm90Conv1x1Block {
 
     // ---- consumers: one or two warpgroups --------------------------------------------------------------------------
 
-    // Operands of a lane that are added to its sums, and the offsets of its results. Of every 64 rows of pixels a lane
-    // has two; of every 32 outputs, eight.
+    // Operands of a lane that are added to its sums, and the offsets of its results. Of every 64 pixels a lane has two;
+    // of every 32 outputs, eight.
     struct LaneOperands {
         int64_t out_offsets[kRowTiles][2];  // of the first outputs; -1 outside the map
         RawChannels<scalar_t, 8> biases[kOutputBlocks], residuals[kRowTiles][2][kOutputBlocks];
@@ -159,7 +159,7 @@ struct Sm90Conv1x1Block {
         }
     }
 
-    // Load the residuals of a lane, and compute the offsets of its results. `lane_row` is its first row of pixels.
+    // Load the residuals of a lane, and compute the offsets of its results. `lane_row` is its first pixel in the tile.
     __device__ __forceinline__ void load_residuals(
         const Tile& tile, int lane_row, int lane, LaneOperands& operands) const {
 #pragma unroll

@@ -83,8 +83,8 @@ struct Sm90Rounds {
     using Large = Sm90Kernel<scalar_t, kOutputs, 4>;
     using Small = Sm90Kernel<scalar_t, kOutputs, 2>;
 
-    // Return the number of tiles in full rounds, without sub-tiles whose outputs would be split between the two
-    // launches. `remainder` returns the convolutions of the other tiles.
+    // Return the number of tiles of the first launch, rounded down so that all outputs of a sub-tile are in one launch.
+    // `remainder` returns the convolutions of the second launch.
     static int64_t whole_rounds(const Sm90Table<scalar_t>& table, Stream stream, Sm90Table<scalar_t>& remainder) {
         const int64_t whole = Large::tiles(table) / multiprocessors(stream) * multiprocessors(stream);
         int64_t tiles = 0;

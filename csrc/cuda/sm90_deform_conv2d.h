@@ -8,9 +8,9 @@
 namespace spatialflow {
 
 // Compute the output on devices of compute capability 9.0a. If the function sets `parts`, it writes partial sums there
-// instead, (parts, pixels * O) in float32; the caller adds the parts and the bias, and applies ReLU. Return false on
-// other devices, and if the kernel does not support the problem. The kernel requires one weight group and more than 64
-// outputs, a multiple of 8. The channels of an offset group must be a multiple of 64. The weight may have at most
+// instead, (parts, pixels * O) in float32. The caller then adds the parts and the bias, and applies ReLU. Return false
+// on other devices, and if the kernel does not support the problem. The kernel requires one weight group and more than
+// 64 outputs, a multiple of 8. The channels of an offset group must be a multiple of 64. The weight may have at most
 // kTableTaps taps.
 template <typename scalar_t>
 bool deform_conv2d_sm90(

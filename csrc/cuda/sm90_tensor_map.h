@@ -8,12 +8,12 @@
 
 namespace spatialflow {
 
-// Compute the strides of (C, W, H, N) for TMA, in elements. Return false unless the strides are nested; TMA is known to
-// support nested strides. A nested stride is a multiple of the previous one, and not less than the extent of the
-// previous dimension. The first is a multiple of 16 bytes. The whole extent must be below 2^39 elements. Sizes begin
-// with the innermost dimension; channels are adjacent 16-bit numbers. The stride of a dimension of size 1 is arbitrary,
-// so it is replaced by that of the next dimension with more elements. If there is none, it is the extent of the
-// previous dimension, rounded up to a multiple of the previous stride (8 for the first).
+// Compute the strides of W, H and N for TMA, in elements, from sizes (C, W, H, N) of a channels-last tensor of 16-bit
+// numbers. The stride of a dimension of size 1 is arbitrary, so it is replaced by that of the next dimension with more
+// elements. If there is none, it is the extent of the previous dimension, rounded up to a multiple of the previous
+// stride (8 for the first). Return false unless each stride is at least the extent of the previous dimension and a
+// multiple of the previous stride (16 bytes for the first). Also return false if the whole extent is 2^39 elements or
+// more. TMA is known to support strides that pass these checks.
 inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&tensor_strides)[3], int64_t (&strides)[3]) {
     int64_t stride = 8, span = sizes[0];  // 8 elements have 16 bytes
     for (int i = 0; i < 3; ++i) {
@@ -62,8 +62,8 @@ inline EncodeTiled encode_tiled() {
     return encode;
 }
 
-// Return whether the device of `stream` can run kKernel and the driver can encode tensor maps. For architectures other than 9.0a the kernel is empty, without
-// static shared memory.
+// Return whether the device of `stream` can run kKernel and the driver can encode tensor maps. For architectures other
+// than 9.0a the kernel is empty, without static shared memory.
 template <auto kKernel>
 inline bool runs_sm90(Stream stream) {
     static DeviceNumbers known;  // 1: false, 2: true

@@ -14,9 +14,9 @@ constexpr int64_t kPackedOutputs = 32;
 // Whether the CPU may choose the algorithm: for "auto" and for the algorithms of tensor cores.
 inline bool allows_any_algorithm(int64_t algorithm) { return algorithm != kConvWinograd && algorithm != kConvDirect; }
 
-// Algorithm that the CPU uses, and for which weights are packed. float64 is always direct, because it is used to check
-// gradients. For other types the result is `algorithm`, unless the CPU may choose. The CPU then chooses Winograd for at
-// least 32 input and 32 output channels, and direct for fewer.
+// Algorithm for which the CPU packs weights. float64 is always direct, because it is used to check gradients. For other
+// types the result is `algorithm`, unless the CPU may choose. The CPU then chooses Winograd for at least 32 input and
+// 32 output channels, and direct for fewer.
 inline int64_t resolve_algorithm(int64_t algorithm, bool is_double, int64_t in_channels, int64_t out_channels) {
     if (is_double) {
         return kConvDirect;

@@ -134,7 +134,7 @@ private:
         BoxPosition box_position;
         uint16_t writer = 0, write_thread = 0;  // actor; thread for reports
         Kind write_kind = kPlain;
-        bool read_by_warps = false;  // several warps have read, while threads track only their own warp
+        bool read_by_warps = false;  // several warps have read; set only before clocks track all actors
     };
 
     // Call check(cell) for all cells until one has a conflict. One cell represents 16 bytes with the same history.

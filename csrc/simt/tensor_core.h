@@ -103,7 +103,7 @@ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)
             for (int i = 0; i < 8; ++i) {
                 left[group + (i / 2 % 2) * 8][pair + i % 2 + (i / 4) * 8] = half_of(slots[lane]->a[i / 2], i % 2);
             }
-            for (int i = 0; i < 4; ++i) {  // b_i: row (k) pair (+ 1 for odd i, + 8 for i >= 2), column group
+            for (int i = 0; i < 4; ++i) {  // b_i: row pair (+ 1 for odd i, + 8 for i >= 2), column group
                 right[group][pair + i % 2 + (i / 2) * 8] = half_of(slots[lane]->b[i / 2], i % 2);
             }
         }
@@ -143,7 +143,7 @@ inline void mma_1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
             for (int i = 0; i < 4; ++i) {  // a_i: row group (+ 8 for odd i), column k (+ 4 for i >= 2)
                 left[group + i % 2 * 8][k + i / 2 * 4] = number(slots[lane]->a[i], "a", lane, i);
             }
-            for (int i = 0; i < 2; ++i) {  // b_i: row (k) k (+ 4 for i = 1), column group
+            for (int i = 0; i < 2; ++i) {  // b_i: row k (+ 4 for i = 1), column group
                 right[group][k + i * 4] = number(slots[lane]->b[i], "b", lane, i);
             }
         }

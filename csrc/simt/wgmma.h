@@ -82,8 +82,8 @@ inline void note_operand(
             seen = number;
             block.report_conflict(block.shadow().read_by_unit(at, by, group, location), at, location);
             const Shadow::BoxPosition place = block.shadow().box_position(at);
-            // In the box, each line_group chunks of a line are adjacent. Consecutive lines are consecutive rows of the
-            // box: eight at a time if K-major, else all lines.
+            // Each group of line_group chunks of a line is contiguous in the box. Consecutive lines are consecutive
+            // rows of the box: eight at a time if K-major, else all lines.
             const int group_begin = chunk / line_group * line_group;
             const int first_line = adjacent_k ? line / 8 * 8 : begin;
             Shadow::BoxPosition& origin = first[static_cast<size_t>(group_begin)];
@@ -164,7 +164,7 @@ inline void add_product(Block& block, unsigned warp, const WarpProduct& product,
     }
 }
 
-// Compute d += a * b for the products of a warp, in order for those with the same sums.
+// Compute the products of a warp, in order for those with the same sums.
 inline void run_products(Block& block, unsigned warp, const std::vector<WarpProduct>& products) {
     std::vector<bool> done(products.size(), false);
     for (size_t first = 0; first < products.size(); ++first) {

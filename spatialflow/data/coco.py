@@ -52,8 +52,8 @@ class CocoPanoptic:
 
     Raises:
         PanopticFormatError: the JSON is absent; it breaks a rule at which training stops (docs/annotations.md); or its
-            `categories` contradict the network's table. A contradiction is that the table has none of the file's ids,
-            or that an id is a thing in one of them and stuff in the other.
+            `categories` contradict the network's table. They do so if the table has none of their ids, or another kind
+            (thing or stuff) for one of them.
     """
 
     def __init__(

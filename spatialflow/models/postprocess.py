@@ -89,7 +89,7 @@ def mask_logits(
 def resized_stuff_logits(
     logits: Tensor, valid_size: tuple[int, int], original_size: tuple[int, int], mirrored: bool = False
 ) -> Tensor:
-    """Resize stuff logits to the original size, at which the logits of several views can be averaged.
+    """Resize stuff logits to the original size, at which the logits of several views can be added.
 
     The steps are 4x upsampling, a crop to the valid image, and a resize to the original size. Both interpolations are
     bilinear with aligned corners. Every step is linear and separable, so one matrix for rows and one for columns do all

@@ -23,11 +23,11 @@ _checking: contextvars.ContextVar[bool] = contextvars.ContextVar("spatialflow_ch
 def checked() -> Iterator[None]:
     """Return a context in which a bad value raises ValueError instead of being ignored.
 
-    Bad values are: a box, anchor, delta, scale factor, offset, mask, score or logit that is not finite; a batch index
-    outside the batch; and a label that is neither a class, background nor ignored. Outside this context the
-    documentation of each operator says what they do, which is the same on every back end and costs no time. Inside it
-    each call waits for the device to check its values, so it is for debugging, not for production. Calls being traced
-    by `torch.compile` are not checked.
+    A box, anchor, delta, scale factor, offset, mask, score or logit is bad if it is not finite. A batch index is bad
+    outside the batch, and a label if it is neither a class, background nor ignored. The documentation of each operator
+    says what bad values do outside this context; this is the same on every back end. Inside the context each call
+    waits for the device to check its values, so use it for debugging, not for production. Calls being traced by
+    `torch.compile` are not checked.
     """
     token = _checking.set(True)
     try:

@@ -3,7 +3,7 @@
 
 The output without bias is linear in `input`, `weight` and `mask`. With a tangent of the offset (`offset_tangent`), the
 operator gives the output's tangent in that direction, which is linear in `offset_tangent`. Therefore the derivatives,
-except those of the bias, are sums of results of the three raw operators. In the terms, one operand is replaced:
+except those of the bias, are sums of results of the three raw operators. In each term, one operand is replaced:
 
 - for the tangent of a result, an operand by its tangent;
 - for the gradient of a gradient, an operand by the cotangent of its gradient.
@@ -90,7 +90,7 @@ def _sum(terms: list[Tensor | None]) -> Tensor | None:
 def _mark_non_finite(operands: _Operands, replacement: Tensor | None) -> Tensor | None:
     """Return a replacement of the mask with NaN where the mask itself is not finite in the type it is used in.
 
-    The operators skip such samples. A factor of 0 instead would turn features that are not finite into NaN.
+    The operators skip samples whose mask is NaN. A mask of 0 would turn features that are not finite into NaN.
     """
     if replacement is None:
         return None

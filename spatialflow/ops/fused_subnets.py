@@ -40,7 +40,7 @@ class SubnetParameters(NamedTuple):
 
 
 class SubnetOutput(NamedTuple):
-    """Final features of the sub-networks; the input levels for an absent sub-network."""
+    """Final features of the sub-networks; for one without stages and flows, the input levels."""
 
     cls: list[Tensor]
     reg: list[Tensor]
@@ -70,8 +70,8 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
 
     Returns:
         `SubnetOutput(cls, reg, stuff, thing)`: lists of maps (N, C', H, W), cls and reg for all levels, stuff and
-        thing for the first `parameters.segmentation_levels`; each channels-last if that level is. For an absent
-        sub-network, the input levels themselves.
+        thing for the first `parameters.segmentation_levels`; each channels-last if that level is. For a
+        sub-network without stages and flows, the input levels themselves.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the list and the stage.

@@ -139,8 +139,8 @@ def _jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tens
 class _Composed:
     """First derivatives composed of torch's operators, which can be differentiated again.
 
-    Features are (N, G, C / G, H, W) here, and numbers per channel (G, C / G, 1, 1), all in float32 (float64 for float64
-    features).
+    Features are (N, G, C / G, H, W) here, and numbers per channel (G, C / G, 1, 1). All are float32, or float64 for
+    float64 features.
     """
 
     def __init__(

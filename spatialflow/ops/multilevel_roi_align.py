@@ -71,7 +71,7 @@ def multilevel_roi_align(
 
     Source: Lin et al., Feature Pyramid Networks (2017), equation 1; level rule and pooling of mmdetection's
     SingleRoIExtractor. torchvision's MultiScaleRoIAlign adds its 1e-6 after the logarithm, and keeps the scales that it
-    inferred from the first image.
+    inferred from the first batch.
     """
     if not are_tensors(*as_list(features), *as_list(boxes)):
         return with_arrays(multilevel_roi_align, locals())

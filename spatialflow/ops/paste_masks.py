@@ -39,7 +39,7 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
         rounding. The result is bool and has no gradient.
 
         Complexity: K * H * W bytes are written. Interpolation is done only for pixels in a box or within half a
-        cell of it, and no floating-point mask of the size of the image is stored.
+        cell of it. No floating-point mask of the size of the image is stored.
 
         Difference from torchvision and detectron2 (`paste_masks_in_image`): logits instead of probabilities. The
         sampling rule is that of detectron2; torchvision enlarges and truncates the boxes and returns floats.

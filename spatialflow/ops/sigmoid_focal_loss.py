@@ -40,7 +40,7 @@ def sigmoid_focal_loss(
             logit that is not finite, or a label outside [-1, C].
 
     Note:
-        The loss is computed in float32 (float64 for float64) from exp(-|logit|): exact and smooth for logits of any
+        The loss is computed in float32 (float64 for float64) and is numerically stable for logits of any
         size. A NaN logit gives NaN in loss and gradient. The loss of an infinite logit is zero if its sign is correct.
         Otherwise it is infinite, or NaN if its weight is 0. Without rows or classes, the result of "none" is empty,
         that of "sum" is 0 and that of "mean" is NaN.

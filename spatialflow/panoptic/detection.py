@@ -106,9 +106,9 @@ def average_precision(
         results: rows of `detection_rows`; those of images outside the ground truth are left out.
 
     Returns:
-        {"box": {...}, "mask": {...}} with `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` (-1 where no object
-        of that size is annotated; all 0 if there are no results). "mask" is present if all results have masks. None
-        without pycocotools.
+        {"box": {...}, "mask": {...}} with `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large`. A value is -1
+        where no object of that size is annotated; all are 0 if there are no results. "mask" is present if all results
+        have masks. None without pycocotools.
 
     Raises:
         PanopticFormatError: no result is of an image of the ground truth, or a mask differs in size from its image.

@@ -75,7 +75,7 @@ def overlay(
 
     Raises:
         ValueError: image or id_map has another shape or dtype, opacity is not a number in [0, 1], a color is not three
-            numbers from 0 to 255, or an id is outside [0, 2^24) in an id_map of a dtype that int32 does not contain.
+            numbers from 0 to 255, or a uint32, int64 or uint64 id_map has an id outside [0, 2^24).
     """
     image = np.asarray(image)
     id_map = as_id_map(id_map, "id_map")

@@ -106,7 +106,7 @@ def _image_problems(
     Args:
         annotation: with its valid segments.
         unusable: ids of its malformed segments.
-        row: the image's entry in `images`, None where it has none.
+        row: the image's entry in the JSON's `images`; None if it has none.
         folder: of the PNGs.
         images: folder of the photographs; None: they are not checked.
     """

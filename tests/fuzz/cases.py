@@ -12,7 +12,7 @@ A case is a dictionary:
     valid      False: one argument was changed so that the call may be invalid; the operator may refuse it
 
 This module does not import torch: strategies run in the supervisor, and the worker builds the tensors they describe.
-Hypothesis shrinks towards smaller numbers and earlier elements of `sampled_from`, so these are the simpler ones.
+Hypothesis shrinks toward smaller numbers and earlier elements of `sampled_from`, so these are the simpler ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Edits of bytes, of PNG chunks, of JPEG segments, and of trees such as JSON.
 
-An edit is [kind, place, value]. `place` is the index of a part, modulo the number of parts, or the position of a byte
-in 1 / 65536 of the file. `value` determines the details of the edit, such as a special value or the number of bytes.
+An edit is [kind, place, value]. `place` is the index of a part, modulo the number of parts, or a position in units of
+1 / 65536 of the file. `value` determines the details of the edit, such as a special value or the number of bytes.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ ACCEPTED = (ImageError, PanopticFormatError, SampleError, CityscapesError, Categ
 REFUSED_WITHOUT_EDITS = {"checkpoint": (4, 5, 6, 7, 9), "setting": range(1 << 16)}
 """Indices of unedited files that a reader may refuse, by kind.
 
-These are checkpoints whose unpickling would make a call (4 to 6), checkpoints without a network (7 and 9), and all
-settings, because some are arbitrary text.
+Unpickling checkpoints 4 to 6 would make a call, and checkpoints 7 and 9 have no network. All settings are included,
+because some are arbitrary text.
 """
 
 

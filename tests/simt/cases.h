@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Main function and helpers of the interpreter's test programs, each with several small kernels (tests/test_simt.py).
+// Command line and helpers of the interpreter's test programs, each with several small kernels (tests/test_simt.py).
 // Usage: `<program> list-clean`, `<program> list-faults`, or `<program> <name>`. The last one prints "ok" and exits
 // with 0, or prints the report and exits with 1.
 #pragma once

@@ -55,7 +55,7 @@ __global__ void arrival_before_read_kernel(Global<int> out) {
     }
 }
 
-// Thread 32 signals a store of thread 0 to thread 64 without having waited for that store.
+// Thread 64 waits for thread 32, which arrives before it has waited for the store of thread 0.
 __global__ void broken_chain_kernel(Global<int> out) {
     SM90_BLOCK(2);
     if (thread == 0) {

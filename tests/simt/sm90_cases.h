@@ -151,7 +151,7 @@ bool is_stopped(Launch launch) {
     return false;
 }
 
-// Stop a block while copies and products are in flight.
+// Read the target of a copy without waiting for it. This fault stops the block while copies and products are in flight.
 __global__ void stopped_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SM90_OPERANDS(3);
     const unsigned c = b + 64 * 128;

@@ -392,8 +392,8 @@ void halo() {
 }
 
 // Accesses that need no further fences. Thread 0 waits for TMA and a barrier follows; then thread 64 stores two bytes
-// into the copied data. The readers, not the writers, execute the proxy fence. At the end each warp stores to the rows
-// of a that only its products read.
+// into the copied data. All threads execute the proxy fence after the second barrier, not before it. At the end each
+// warp stores to the rows of a that only its products read.
 __global__ void orders_kernel(const __grid_constant__ TensorMap map, Global<int> out) {
     SPATIALFLOW_DYNAMIC_SHARED(uint16_t, dynamic);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);

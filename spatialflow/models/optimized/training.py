@@ -131,8 +131,8 @@ def is_faster_on_cuda(out_channels: int) -> bool:
 
 
 MAX_OUTPUTS_ON_CUDA = 64
-"""Largest number of output channels for which `is_faster_on_cuda` is true: one narrow tile of `flow_conv2d`. With 36
-channels, `flow_conv2d` was measured to be faster than cuDNN; with 256, it was not."""
+"""Largest number of output channels for which `is_faster_on_cuda` is true. With 36 channels, `flow_conv2d` was
+measured to be faster than cuDNN; with 256, it was not."""
 
 
 class TrainingStuffHead(StuffHead):

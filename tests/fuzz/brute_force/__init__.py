@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operator of `spatialflow.ops` in plain NumPy loops and float64, written from the docstrings alone.
 
-Each function has the name and the signature of its operator, takes its tensors (any dtype and layout) and returns NumPy
-arrays: float64 (scores of segments: float32), int64 or bool, in the operator's order of fields. It shares no code with
+Each function has the name and the signature of its operator. It takes tensors of any dtype and layout. It returns NumPy
+arrays in the operator's order of fields: float64 (scores of segments: float32), int64 or bool. It shares no code with
 the kernels or with `spatialflow.ops.reference`, and it is for tiny cases only. Shapes and options are not checked. A
 weight must be a tensor, not packed. `algorithm` is accepted and ignored.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 def perturbed_boxes(boxes: Tensor, amount: float = 1e-6) -> list[Tensor]:
     """Return the boxes in float64 and four copies perturbed by about a rounding error of float32.
 
-    The copies are shifted towards larger x and y, shifted towards smaller x and y, enlarged, and shrunk.
+    The copies are shifted toward larger x and y, shifted toward smaller x and y, enlarged, and shrunk.
 
     RoIAlign is discontinuous where a sample crosses the border, a bin gets one more sample, or a RoI changes its level.
     There, a value of the operator is correct if it equals the value for one of these boxes.

@@ -148,7 +148,7 @@ sanitize-threads: $(environment)  ## eight Python threads calling operators and 
 	$(call instrumented_build,thread_sanitized,-DSPATIALFLOW_SANITIZE=thread,spatialflow_cpu_$(SANITIZE_LEVEL))
 	SPATIALFLOW_BACKEND=cpu_thread_sanitized $(with_thread) $(sanitized_tests) tests/test_threads.py
 
-test-simt-sanitize: $(environment)  ## test-simt with AddressSanitizer and UBSan
+test-simt-sanitize: $(environment)  ## most tests of test-simt with AddressSanitizer and UBSan
 	$(call instrumented_build,sanitized,-DSPATIALFLOW_SANITIZE=$(address),spatialflow_simt)
 	SPATIALFLOW_BACKEND=simt_sanitized $(with_address) $(sanitized_tests) \
 	  $(filter-out $(not_sanitized),$(SIMT_TESTS))

@@ -500,7 +500,7 @@ class TestErrors:
             ),
             ({"stride": (1, 1, 1)}, r"stride must be one integer or a pair, got \(1, 1, 1\)"),
             ({"algorithm": "fast"}, "algorithm must be one of 'auto', 'direct', 'tf32', 'tf32x3', got 'fast'$"),
-            ({"algorithm": "winograd"}, "algorithm must be one of .*, which is an algorithm of flow_conv2d only$"),
+            ({"algorithm": "winograd"}, "algorithm must be one of .*, which only flow_conv2d and fused_subnets have$"),
             ({"algorithm": 2}, "algorithm must be one of .*, got 2$"),
         ],
     )

@@ -325,7 +325,7 @@ class TestValues:
         (second,) = torch.autograd.grad(gradient.sum(), weight)
         assert second.isfinite().all()
 
-    def test_infinite_and_subnormal(self):
+    def test_infinity_spreads_to_its_window_only(self):
         x = torch.zeros(1, 2, 5, 5)
         x[0, 0, 2, 2] = float("inf")
         weight = torch.ones(1, 2, 3, 3)

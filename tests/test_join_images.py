@@ -47,7 +47,7 @@ class TestJoin:
     def test_by_id_else_by_name(self, truth, joined):
         assert join_images(listed(truth), listed(self.PREDICTED)) == joined
 
-    def test_equal_running_ids_of_other_images_are_not_joined(self):
+    def test_equal_consecutive_ids_of_other_images_are_not_joined(self):
         truth = [(1, "b.jpg", "b.png"), (2, "a.jpg", "a.png")]
         prediction = [(1, "a.jpg", "a.png"), (2, "b.jpg", "b.png")]
         assert join_images(listed(truth), listed(prediction)) == {1: 2, 2: 1}
@@ -100,13 +100,13 @@ class TestJoin:
         with pytest.raises(PanopticFormatError, match="no prediction for the image with id 7"):
             join_images(listed([(7, "1.jpg", "p.png")]), listed(prediction))
 
-    def test_neither_is_said_with_examples(self):
+    def test_error_has_examples_of_both_lists(self):
         with pytest.raises(PanopticFormatError) as error:
             join_images(listed([(1, "c.jpg", "1.png"), (2, "d.jpg", "2.png")]), listed(self.PREDICTED))
         for part in ("id 1,", "'c.jpg'", "id 2 ('d.jpg')", "id 123 ('000123.jpg')", "id 'street' ('street.jpg')"):
             assert part in str(error.value)
 
-    def test_evaluate_with_running_ids(self, scenes_copy, tmp_path, capsys):
+    def test_evaluate_with_other_ids(self, scenes_copy, tmp_path, capsys):
         """Ground truth whose ids are permuted, or strings, is matched with predictions by name."""
         content = json.loads((scenes_copy / "panoptic.json").read_text())
         prediction = tmp_path / "prediction"

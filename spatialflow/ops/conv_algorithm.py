@@ -27,7 +27,7 @@ def algorithm_code(op: str, algorithm: str, x: Tensor | None = None, without: st
     """
     if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS or algorithm == without:
         names = ", ".join(repr(name) for name in _ALGORITHMS if name != without)
-        reason = ", which is an algorithm of flow_conv2d only" if algorithm == without else ""
+        reason = ", which only flow_conv2d and fused_subnets have" if algorithm == without else ""
         raise ValueError(f"{op}: algorithm must be one of {names}, got {algorithm!r}{reason}")
     if algorithm == "auto" and x is not None and _may_use_tf32(x):
         algorithm = "tf32"

@@ -332,7 +332,7 @@ class _CaseRun:
             return None
         absolute = operator.absolute(arguments)
         sizes = compute(operator.sizes or operator.reference, absolute, True)
-        if operator.places and self.incoming:
+        if operator.has_sampling_points and self.incoming:
             # Gradients w.r.t. sampling points are differences of neighbors, summed over the outputs; this bounds them.
             results = leaves(operator.reference(**absolute))
             largest = max(float(t.detach().abs().nan_to_num().max()) for t in self.incoming if t.numel())

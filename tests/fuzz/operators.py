@@ -39,7 +39,7 @@ class Operator:
         linear: arguments in which the operator is linear; their absolute values give the size of the terms of the sums.
         sizes: function whose results and derivatives for such absolute values are the sizes of the terms. It is given
             if an argument enters both linearly and nonlinearly; None: the reference.
-        places: whether the operator has a gradient with respect to sampling points.
+        has_sampling_points: whether the operator has a gradient with respect to sampling points.
         poisons: the reference multiplies non-finite values by zero, which spreads them further than the operator does.
             Then results that are not finite in the reference are not compared.
         composed: the call consists of torch operators if gradients are required. For expanded tensors their fake
@@ -63,7 +63,7 @@ class Operator:
     nearby_for: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
     sizes: Callable[..., Any] | None = None
-    places: bool = False
+    has_sampling_points: bool = False
     poisons: bool = False
     composed: bool = False
     unstable: Callable[[dict, list[Tensor]], bool] = lambda arguments, tensors: False
@@ -315,7 +315,7 @@ _DEFORM_CONV2D = Operator(
     brute_force.deform_conv2d,
     differentiable=("input", "offset", "weight", "bias", "mask"),
     nearby=_nearby_offsets,
-    places=True,
+    has_sampling_points=True,
     unstable=_is_unstable_deform_conv2d,
     nearby_for=("gradient",),
     linear=("input", "weight", "bias", "mask"),

@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line of this script."""
     parser = argparse.ArgumentParser(description="Peak rates of this GPU: copies and matrix products.")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="receives <device>/card.json (default: printed)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="receives <device>/card.json (default: rates are only printed)"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rates = measure(options.device)

@@ -19,7 +19,7 @@ OPERATORS = sorted(
     str(path) for path in TESTS.glob("test_*.py") if re.search(r"^class .*\(OpMatrix\)", path.read_text(), re.MULTILINE)
 )
 # bfloat16 covers the conversions; gradients have separate kernels.
-QUESTIONS = "(test_reference and (float32 or bfloat16)) or (test_gradient_against_reference and float32)"
+SELECTED_TESTS = "(test_reference and (float32 or bfloat16)) or (test_gradient_against_reference and float32)"
 
 
 @pytest.mark.parametrize("level", _library.cpu_levels()[1:])
@@ -30,7 +30,7 @@ def test_operators_equal_their_references(level):
         [sys.executable, "-c", used], env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=True
     )
     assert loaded.stdout.strip() == f"cpu_{level}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", QUESTIONS, *OPERATORS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTED_TESTS, *OPERATORS]
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 4 * len(OPERATORS)

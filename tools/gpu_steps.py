@@ -29,7 +29,7 @@ def make_steps(backend: str, kind: str, output: Path) -> list[Step]:
     if backend == "cuda":
         return steps
     # The interpreter runs only steps with these words in the name; the sizes of benchmarks are too large for it.
-    interpreted = ("operator", "sanitizer", "check")
+    interpreted = ("operator", "check")
     on_cpu = [
         step if any(word in step.name for word in interpreted) else replace(step, backend="cpu") for step in steps
     ]

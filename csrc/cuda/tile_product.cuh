@@ -97,12 +97,12 @@ public:
     }
 
     // Same interface as the tensor-core version, for a single part.
-    template <int kPart, int kParts, typename Visit>
+    template <int kPartIndex, int kParts, typename Visit>
     __device__ __forceinline__ void for_each_of_part(Visit visit) const {
         static_assert(kParts == 1, "a product in one part");
         for_each(visit);
     }
-    template <int kPart, int kParts>
+    template <int kPartIndex, int kParts>
     __device__ static __forceinline__ int column_of_part(int column) {
         return column;
     }
@@ -208,25 +208,25 @@ public:
             [&](int row, int, int column, const Vec<float, kVisitColumns>& sums) { visit(row, column, sums); });
     }
 
-    // Call visit(row, column, sums) for part kPart of kParts. A part has 1 / kParts of the columns of every warp.
+    // Call visit(row, column, sums) for part kPartIndex of kParts. A part has 1 / kParts of the columns of every warp.
     // Columns are numbered within the part.
-    template <int kPart, int kParts, typename Visit>
+    template <int kPartIndex, int kParts, typename Visit>
     __device__ __forceinline__ void for_each_of_part(Visit visit) const {
         constexpr int kPartVisits = kVisits / kParts;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
             for (int j = 0; j < kPartVisits; ++j) {
-                visit(row(i), warp_column() / kParts + column(j), sums_of(i, kPart * kPartVisits + j));
+                visit(row(i), warp_column() / kParts + column(j), sums_of(i, kPartIndex * kPartVisits + j));
             }
         }
     }
 
     // Index of a column of a part among all columns.
-    template <int kPart, int kParts>
+    template <int kPartIndex, int kParts>
     __device__ static __forceinline__ int column_of_part(int column) {
         constexpr int kAdjacent = kWarpColumns / kParts;
-        return column / kAdjacent * kWarpColumns + kPart * kAdjacent + column % kAdjacent;
+        return column / kAdjacent * kWarpColumns + kPartIndex * kAdjacent + column % kAdjacent;
     }
 
 private:

@@ -164,6 +164,7 @@ inline int64_t check_flow_conv2d_packed(
 
 // Call body(index, maps, bias, algorithm that the weights were packed for) for each of several convolutions. The first
 // reads the first counts[0] tensors of `x`, the second the next counts[1], and so on. An empty bias means no bias.
+// Errors name x as in `spatialflow.ops.flow_conv2d`, where x[i] has all maps of convolution i.
 template <typename Body>
 inline void for_each_in_group(
     const std::vector<Tensor>& x, const std::vector<int64_t>& counts, const std::vector<Tensor>& packed,

@@ -52,12 +52,13 @@ def _require_one_device(op: str, names: list[str], args: tuple[Any, ...]) -> Non
     first: tuple[str, torch.device] | None = None
     for name, value in zip(names, args, strict=True):
         is_list = isinstance(value, (list, tuple))
-        for index, tensor in enumerate(value if is_list else (value,)):
+        for tensor in value if is_list else (value,):
             if not isinstance(tensor, Tensor):
                 continue
-            label = f"{name}[{index}]" if is_list else name
-            first = first or (label, tensor.device)
-            message = f"{op}: {label} must be on the device of {first[0]}, {first[1]}, got {tensor.device}"
+            first = first or (name, tensor.device)
+            checked = f"every tensor of {name}" if is_list else name
+            like = "the first one" if name == first[0] else first[0]
+            message = f"{op}: {checked} must be on the device of {like}, {first[1]}, got {tensor.device}"
             torch._check(tensor.device == first[1], partial(str, message))
 
 

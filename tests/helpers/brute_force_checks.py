@@ -80,7 +80,7 @@ def compare_gradients(name: str, *args: Any, differentiable: tuple[int, ...], **
             return total(*replace(args, [inputs[index]], [tensor]))
 
         expected = brute_force.numeric_gradient(moved, inputs[index])
-        assert np.abs(expected).max() > 0.01, "the case has a gradient to compare"
+        assert np.abs(expected).max() > 0.01, "the case must have a gradient to compare"
         np.testing.assert_allclose(gradient.cpu().numpy(), expected, atol=1e-7, rtol=1e-6)
 
 

@@ -99,13 +99,13 @@ extern "C" __global__ void flow_conv2d(const float* input, const float* flow, co
 """,
     "paste_masks": BILINEAR
     + r"""
-extern "C" __global__ void paste_masks(const float* logits, const float* boxes, unsigned char* output, long long total,
+extern "C" __global__ void paste_masks(const float* probabilities, const float* boxes, unsigned char* output, long long total,
                                        int mask_height, int mask_width, int height, int width, float threshold) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= total) return;
     int x = i % width, y = i / width % height;
     const float* box = boxes + i / width / height * 4;
-    const float* map = logits + i / width / height * mask_height * mask_width;
+    const float* map = probabilities + i / width / height * mask_height * mask_width;
     float my = (y + 0.5f - box[1]) / (box[3] - box[1]) * mask_height - 0.5f;
     float mx = (x + 0.5f - box[0]) / (box[2] - box[0]) * mask_width - 0.5f;
     bool inside = my > -1 && my < mask_height && mx > -1 && mx < mask_width;
@@ -113,7 +113,7 @@ extern "C" __global__ void paste_masks(const float* logits, const float* boxes, 
 }
 """,
 }
-"""Name of a kernel -> its source. `paste_masks` takes probabilities."""
+"""Name of a kernel -> its source."""
 
 
 def launch(name: str, total: int, *arguments: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic panoptic inputs with the statistics of real ones: smooth regions, elliptic things, dozens of segments."""
+"""Synthetic panoptic inputs with the statistics of real ones: smooth regions, elliptic things, about 20 segments."""
 
 import torch
 

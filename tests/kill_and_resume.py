@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare, bit by bit, the weights of a training run that is killed and resumed with an uninterrupted run's.
+"""Check that training, killed and resumed, ends with the weights of an uninterrupted run, bit by bit.
 
 Usage: `python tests/kill_and_resume.py --repeats 10`
 """

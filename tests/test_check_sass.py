@@ -367,7 +367,7 @@ def test_clean_code(tool):
         ("    STS.128 [R20], R", "    LDL R6, [R1]\n    STS.128 [R20], R", {}, ["1 accesses to local", "4.0 instr"]),
         ("    STG.E.128", "    STL.64 [R1+0x8], R12\n    STG.E.128", {}, ["1 accesses to local memory"]),
         ("EXIT", "EXIT", {"stack": 16}, ["16 bytes of stack"]),
-        ("EXIT", "EXIT", {"registers": 41}, ["41 registers, not 40"]),
+        ("EXIT", "EXIT", {"registers": 41}, ["41 registers, more than 40"]),
         ("EXIT", "BRX R4 -0x40", {}, ["indirect branch"]),
         (
             "LDG.E.128 R16, desc[UR4][R4.64]",
@@ -375,8 +375,8 @@ def test_clean_code(tool):
             {},
             ["1 loads below 16 bytes in the main loop, not 0: LDG.E at 0x10", "1 loads in flight"],
         ),
-        ("LDG.E.128", "LDG.E", {}, ["widest global load 4 bytes, not 16", "2 loads below 16 bytes"]),
-        ("STG.E.128", "STG.E.64", {}, ["widest global store 8 bytes, not 16"]),
+        ("LDG.E.128", "LDG.E", {}, ["widest global load 4 bytes, less than 16", "2 loads below 16 bytes"]),
+        ("STG.E.128", "STG.E.64", {}, ["widest global store 8 bytes, less than 16"]),
         ("HMMA.16816.F32.BF16", "FFMA", {}, ["no loop with matrix instructions", "2 of 2 loads with less than 2 HMMA"]),
     ],
 )

@@ -134,20 +134,24 @@ class Facts:
         expect(not self.local, f"{self.local} accesses to local memory")
         expect(not self.kernel.stack, f"{self.kernel.stack} bytes of stack and local memory")
         expect(not self.indirect, "an indirect branch: loops after it are not found")
-        expect(self.kernel.registers <= limit.registers, f"{self.kernel.registers} registers, not {limit.registers}")
-        expect(self.widest_load >= limit.load, f"widest global load {self.widest_load} bytes, not {limit.load}")
-        expect(self.widest_store >= limit.store, f"widest global store {self.widest_store} bytes, not {limit.store}")
+        expect(
+            self.kernel.registers <= limit.registers, f"{self.kernel.registers} registers, more than {limit.registers}"
+        )
+        expect(self.widest_load >= limit.load, f"widest global load {self.widest_load} bytes, less than {limit.load}")
+        expect(
+            self.widest_store >= limit.store, f"widest global store {self.widest_store} bytes, less than {limit.store}"
+        )
         narrow = [load for load in self.loads if load.bytes < limit.load and not self.scope]
         if limit.narrow is not None:
             expect(
                 len(narrow) <= limit.narrow,
-                f"{len(narrow)} loads below {limit.load} bytes in the main loop, not {limit.narrow}: {listed(narrow)}",
+                f"{len(narrow)} loads below {limit.load} bytes in the main loop, more than {limit.narrow}: {listed(narrow)}",
             )
         if limit.per_matrix is not None:
             expect(self.per_matrix > 0, "no loop with matrix instructions")
             expect(
                 self.per_matrix <= limit.per_matrix,
-                f"{self.per_matrix:.1f} instructions for each matrix instruction, not {limit.per_matrix}",
+                f"{self.per_matrix:.1f} instructions for each matrix instruction, more than {limit.per_matrix}",
             )
         data = [load for load in self.loads if load.bytes >= limit.load]
         soon = [load for load in data if load.distance < limit.distance]
@@ -156,7 +160,9 @@ class Facts:
         expect(
             not exposed, f"{len(exposed)} of {len(data)} loads with less than {limit.matrix} HMMA: {listed(exposed)}"
         )
-        expect(self.in_flight >= limit.in_flight, f"{self.in_flight} loads in flight at once, not {limit.in_flight}")
+        expect(
+            self.in_flight >= limit.in_flight, f"{self.in_flight} loads in flight at once, fewer than {limit.in_flight}"
+        )
         return violations
 
 
@@ -231,7 +237,7 @@ def span(values: Iterable[float | None]) -> str:
 def table(kernels: list[Kernel]) -> str:
     """Return a line for each row of the limits; kernels without a row, or with the row "*", are grouped by name."""
     groups: dict[str, list[Facts]] = defaultdict(list)
-    for kernel in sorted(kernels, key=lambda facts: facts.name):
+    for kernel in sorted(kernels, key=lambda kernel: kernel.name):
         limit = limit_of(kernel.name)
         groups[limit.kernel if limit and limit.kernel != "*" else kernel.name.split("<")[0]].append(Facts(kernel))
     lines = [

@@ -79,19 +79,20 @@ def run_operators(device: str) -> int:
         run(lambda *f: ops.multilevel_roi_align(f, rois, 7, (8, 16)), *levels)
         run(lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]), levels[0], offset, weight, bias, mask)
         run(lambda *t: ops.flow_conv2d(*t), levels[0], levels[0] * 0.5, weight, bias)
-        # Compute capability 9.0 has another kernel for 16-bit convolutions of 64 channels and more.
+        # These sizes reach the kernels for compute capability 9.0, where `deform_conv2d` needs more than 64 outputs.
         pyramid = [draw(1, 64, *size, dtype=dtype).to(memory_format=torch.channels_last) for size in ((19, 23), (7, 7))]
         weight64, bias64 = draw(64, 64, 3, 3, dtype=dtype), draw(64, dtype=dtype)
         run(lambda *t: ops.flow_conv2d(*t), pyramid[0], pyramid[0] * 0.5, weight64, bias64)
         pointwise = draw(72, 64, 1, 1, dtype=dtype)
         run(lambda: ops.conv1x1(pyramid[0], pointwise, None, draw(1, 72, 19, 23, dtype=dtype), True))
+        weight72, bias72 = draw(72, 64, 3, 3, dtype=dtype), draw(72, dtype=dtype)
         offset64, mask64 = draw(1, 18, 19, 23), torch.rand(1, 9, 19, 23).to(device)
         run(
             lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]),
             pyramid[0],
             offset64,
-            weight64,
-            bias64,
+            weight72,
+            bias72,
             mask64,
         )
         with torch.no_grad():

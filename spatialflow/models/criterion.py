@@ -170,7 +170,7 @@ class Criterion:
                 (targets.semantic != UNLABELED).sum(),
             ]
         ).float()
-        num_anchors, num_rois, num_pixels = self.average(counts).clamp(min=1e-6)
+        num_positives, num_rois, num_pixels = self.average(counts).clamp(min=1e-6)
         cls, box = self._detection_sums(output, anchors)
         thing = stuff = None
         if things is not None:
@@ -178,7 +178,7 @@ class Criterion:
         if output.stuff_logits is not None:
             stuff = self.stuff_loss(output.stuff_logits, targets.semantic) / num_pixels
             stuff = stuff * self.config.training.stuff_loss_weight
-        return Losses(cls / num_anchors, box / num_anchors, thing, stuff)
+        return Losses(cls / num_positives, box / num_positives, thing, stuff)
 
     def _detection_sums(self, output: NetworkOutput, targets: AnchorTargets) -> tuple[Tensor, Tensor]:
         """Compute the focal and L1 sums over all levels."""

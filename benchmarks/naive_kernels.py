@@ -99,8 +99,9 @@ extern "C" __global__ void flow_conv2d(const float* input, const float* flow, co
 """,
     "paste_masks": BILINEAR
     + r"""
-extern "C" __global__ void paste_masks(const float* probabilities, const float* boxes, unsigned char* output, long long total,
-                                       int mask_height, int mask_width, int height, int width, float threshold) {
+extern "C" __global__ void paste_masks(const float* probabilities, const float* boxes, unsigned char* output,
+                                       long long total, int mask_height, int mask_width, int height, int width,
+                                       float threshold) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= total) return;
     int x = i % width, y = i / width % height;

@@ -373,7 +373,7 @@ def test_clean_code(tool):
             "LDG.E.128 R16, desc[UR4][R4.64]",
             "LDG.E R16, desc[UR4][R4.64]",
             {},
-            ["1 loads below 16 bytes in the main loop, not 0: LDG.E at 0x10", "1 loads in flight"],
+            ["1 loads below 16 bytes in the main loop, more than 0: LDG.E at 0x10", "1 loads in flight"],
         ),
         ("LDG.E.128", "LDG.E", {}, ["widest global load 4 bytes, less than 16", "2 loads below 16 bytes"]),
         ("STG.E.128", "STG.E.64", {}, ["widest global store 8 bytes, less than 16"]),

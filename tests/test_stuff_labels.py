@@ -202,6 +202,16 @@ class TestBadValues:
         with ops.checked(), pytest.raises(ValueError, match=r"stuff_labels: logits must be finite.*\(2, 3, 3\)"):
             ops.stuff_labels(logits, (24, 24), (24, 24))
 
+    def test_infinite_logit(self):
+        """A cell of plus infinity wins between it and the cells before; behind it, the interpolation gives NaN."""
+        logits = torch.zeros(2, 4, 4)
+        logits[0, 1, 1] = float("inf")
+        logits[1] = 1.0
+        expected = torch.ones(16, 16, dtype=torch.uint8)
+        expected[1:5, 1:5] = 0
+        assert torch.equal(ops.stuff_labels(logits, (16, 16), (16, 16)), expected)
+        assert torch.equal(reference.stuff_labels(logits, (16, 16), (16, 16)).to(torch.uint8), expected)
+
     @pytest.mark.parametrize("bad", [float("nan"), -float("inf"), float("inf")])
     def test_no_class_left(self, bad):
         assert not ops.stuff_labels(torch.full((4, 3, 3), bad), (12, 12), (7, 50)).any()

@@ -145,7 +145,8 @@ class Facts:
         if limit.narrow is not None:
             expect(
                 len(narrow) <= limit.narrow,
-                f"{len(narrow)} loads below {limit.load} bytes in the main loop, more than {limit.narrow}: {listed(narrow)}",
+                f"{len(narrow)} loads below {limit.load} bytes in the main loop, more than {limit.narrow}: "
+                + listed(narrow),
             )
         if limit.per_matrix is not None:
             expect(self.per_matrix > 0, "no loop with matrix instructions")

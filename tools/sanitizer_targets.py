@@ -79,7 +79,7 @@ def run_operators(device: str) -> int:
         run(lambda *f: ops.multilevel_roi_align(f, rois, 7, (8, 16)), *levels)
         run(lambda *t: ops.deform_conv2d(*t[:4], padding=1, mask=t[4]), levels[0], offset, weight, bias, mask)
         run(lambda *t: ops.flow_conv2d(*t), levels[0], levels[0] * 0.5, weight, bias)
-        # Compute capability 9.0 has another kernel for 16-bit convolutions of 64 channels and more.
+        # On compute capability 9.0, flow_conv2d has another kernel for 64 channels of a 16-bit type.
         pyramid = [draw(1, 64, *size, dtype=dtype).to(memory_format=torch.channels_last) for size in ((19, 23), (7, 7))]
         weight64, bias64 = draw(64, 64, 3, 3, dtype=dtype), draw(64, dtype=dtype)
         run(lambda *t: ops.flow_conv2d(*t), pyramid[0], pyramid[0] * 0.5, weight64, bias64)

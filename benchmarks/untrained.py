@@ -60,7 +60,7 @@ def untrained_model(config: str, image: Path, overrides: dict[str, Any]) -> Spat
         slope = (high - low) / (best[CONFIDENT - 1] - best[-1])
         adjust(model.box_head.class_logits, slope / deviation, low - slope * (best[-1] + mean / deviation))
         mean, deviation = (output.stuff_logits.mean(dim=(0, 2, 3)), output.stuff_logits.std(dim=(0, 2, 3)))
-        rarity = torch.arange(len(mean)) / 4  # subtracted, so that only the first few classes have pixels
+        rarity = torch.arange(len(mean)) / 4  # subtracted, so that later classes have fewer pixels
         adjust(model.stuff_head.logits, 1 / deviation, -mean / deviation - rarity)
     return model
 

@@ -13,7 +13,7 @@ class Docstrings(griffe.Extension):
     """Render `Example` as `Examples`, and the fields of a NamedTuple as `Attributes`."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Edit the docstring; called once for each module, class and function."""
+        """Edit the docstring of an object; Griffe calls this once for each."""
         if obj.docstring is None:
             return
         obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")

@@ -226,7 +226,7 @@ def address(value):
 
 
 def assert_equal(result, expected):
-    """Assert the same structure and bits, with arrays in place of tensors."""
+    """Assert the same structure and values, with arrays in place of tensors."""
     if isinstance(expected, (list, tuple)):
         assert type(result) is type(expected) and len(result) == len(expected)
         for item, expected_item in zip(result, expected):

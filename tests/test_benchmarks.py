@@ -240,7 +240,7 @@ def test_no_pictures(name, is_there, tmp_path, monkeypatch):
 
 
 def test_throughput(tmp_path, monkeypatch, capsys):
-    """Rates of every stage, alone and overlapped, use the same images; every run repeats at least three times."""
+    """Rates of every stage, alone and overlapped, use the same images; every row has at least three rounds."""
     write_coco(tmp_path / "data", 3, (64, 96))
     (tmp_path / "little.yaml").write_text("base: tiny\ntest: {test_short_edges: [64], test_long_edge: 96}\n")
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of the package are valid and match their names; errors name the bad setting."""
+"""Configurations of the package are valid; errors name the bad setting."""
 
 import dataclasses
 

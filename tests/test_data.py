@@ -40,7 +40,7 @@ IMAGE = {"id": 1, "file_name": "b", "height": 1, "width": 1}
 
 class TestCoco:
     def test_samples(self, fixtures):
-        """Boxes, labels and masks of two COCO images equal those of the detection annotations."""
+        """Boxes, labels and mask areas of two COCO images equal those of the detection annotations."""
         folder = fixtures / "data" / "coco_samples"
         categories = load_categories("coco", 80, 54)
         data = CocoPanoptic(
@@ -243,7 +243,7 @@ class TestSynthetic:
         )
 
     def test_variety(self):
-        """Twenty scenes contain every category, and things that occlude others."""
+        """Twenty scenes contain every category and different numbers of things."""
         scenes = [make_scene((96, 144), 0, i) for i in range(20)]
         assert {s["category_id"] for scene in scenes for s in scene.segments} == {row["id"] for row in CATEGORIES}
         things = [sum(s["category_id"] < 10 for s in scene.segments) for scene in scenes]
@@ -289,7 +289,7 @@ class TestAugment:
             assert abs(rows.min() - y1) <= 1 and abs(rows.max() + 1 - y2) <= 1
 
     def test_resize_flip(self):
-        """Boxes, masks, labels and pixels are transformed together; two flips restore the image."""
+        """Boxes, masks, labels and pixels are transformed together; a flip mirrors image and boxes."""
         out = augment(checker(), self.config, np.random.default_rng(0))
         assert out.valid_size == (96, 160) and out.boxes[0] == pytest.approx([32, 16, 80, 48])
         self.consistent(out)

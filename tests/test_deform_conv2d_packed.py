@@ -106,7 +106,7 @@ def test_offsets_in_16_bits_are_the_same_in_32(dtype):
         assert all(torch.equal(fused[0], result) for result in fused)
         for result in results[1:]:
             for index, (first, tensor) in enumerate(zip(results[0], result, strict=True)):
-                tensor = tensor.to(first.dtype)  # one call rounds gradients of offset and mask to 16 bits
+                tensor = tensor.to(first.dtype)  # the first call has 16-bit gradients of offset and mask
                 if index == 1:  # the input's gradient is summed in any order on CUDA
                     torch.testing.assert_close(first, tensor, rtol=bound(dtype), atol=bound(dtype))
                 else:

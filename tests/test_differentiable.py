@@ -22,7 +22,7 @@ OFFSET = torch.linspace(0.2, 0.6, 288, dtype=torch.float64).reshape(1, 18, 4, 4)
 WEIGHT = torch.linspace(-1, 1, 54, dtype=torch.float64).reshape(3, 2, 3, 3)
 LABELS = torch.tensor([[[0, 3, 4, -1], [1, 2, 3, 4]]])
 
-# Functions of a tensor (1, 2, 4, 4) on which every differentiable argument depends.
+# Functions of a tensor (1, 2, 4, 4) on which every differentiable argument except OFFSET depends.
 FUNCTIONS = {
     "roi_align": lambda op, x: op(x * x, BOXES, 2),
     "flow_conv2d": lambda op, x: op(x, x * 2, WEIGHT * x.sum(), relu=False),

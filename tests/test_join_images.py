@@ -68,7 +68,7 @@ class TestJoin:
         assert join_images(unnamed, listed(truth)) == {1: 1, 2: 2}
 
     def test_equal_names_in_different_folders(self):
-        """The folder decides, as for cameras or cities, whichever file has the longer path."""
+        """The folder, for example of a camera or a city, decides; either file may have the longer path."""
         truth = [(1, "a/x.jpg", "1.png"), (2, "b/x.jpg", "2.png")]
         for names, joined in (
             (("a/x.jpg", "b/x.jpg"), {1: 1, 2: 2}),

@@ -171,7 +171,7 @@ class TestOracles:
     @pytest.mark.parametrize("most", [1, 10, 100, 1000, 100000])
     @pytest.mark.parametrize("levels", [0, 7, 60])  # 0: distinct scores; 7: nearly all tie
     def test_equals_nms_then_top(self, most, levels):
-        """Lazy sorting of chunks changes nothing: more candidates than one chunk holds, with many equal scores."""
+        """With more candidates than one chunk holds, sorting chunk by chunk does not change the result."""
         boxes, scores = random_boxes(1500).float(), torch.rand(1500, 6)
         if levels:
             scores = (scores * levels).floor() / levels

@@ -113,7 +113,7 @@ class TestCases:
             ([A, A], [0.9, 0.8], INF, [0, 1]),
             ([A, [9.0, 9.0, 20.0, 20.0]], [0.9, 0.8], 0.0, [0]),
             ([A, [10.0, 0.0, 20.0, 10.0]], [0.9, 0.8], 0.0, [0, 1]),  # only touching
-            # The middle box is dropped, so it does not suppress the last, which overlaps no other box.
+            # The middle box is dropped, so it does not suppress the last. A does not either: their IoU is 0.11.
             ([A, [4.0, 0.0, 14.0, 10.0], [8.0, 0.0, 18.0, 10.0]], [0.9, 0.8, 0.7], 0.4, [0, 2]),
             ([A, FAR], [0.0, -0.0], 0.5, [0, 1]),  # zeros of either sign are equal
             ([FAR, A], [-0.0, 0.0], 0.5, [0, 1]),

@@ -113,7 +113,7 @@ def part_of_box_head(rank, classes):
 
 
 def losses_of_steps(head, levels):
-    """Yield the losses of two steps; the second has no class loss, as for images without objects."""
+    """Yield the losses of two steps; the second has no class loss."""
     for uses_classes in (True, False):
         classes, deltas = head(*levels)
         loss = sum(level.square().mean() for level in deltas)

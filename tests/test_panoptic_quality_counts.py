@@ -84,7 +84,7 @@ def test_table_of_pairs_overflows():
 
 @pytest.mark.parametrize("pixels", [1, 2, 3, 4, 5, 31, 33, 34, 35, 1023, 8193])
 def test_any_number_of_pixels(pixels):
-    """Maps end inside a vector, and right after the pixels of one block."""
+    """Maps end inside a vector, or one pixel after those of the first block."""
     gt, pred = id_maps(1, pixels, 3, 5)
     assert torch.equal(ops.panoptic_quality_counts(gt, pred, 3, 3), reference.panoptic_quality_counts(gt, pred, 3, 3))
 

@@ -95,7 +95,7 @@ class TestStuffLabels(OpMatrix):
 
 
 def chain(logits: torch.Tensor, valid_size: tuple[int, int], original_size: tuple[int, int]) -> np.ndarray:
-    """Compute labels by the released steps: upsample all logits, argmax, crop, OpenCV's nearest-neighbor resizing."""
+    """Compute labels as the released code: upsample all logits, argmax, crop, OpenCV's nearest-neighbor resizing."""
     enlarged = torch.nn.functional.interpolate(logits[None], scale_factor=4, mode="bilinear", align_corners=True)
     labels = enlarged[0].argmax(dim=0)[: valid_size[0], : valid_size[1]].cpu().numpy().astype(np.uint8)
     return cv2.resize(labels, original_size[::-1], interpolation=cv2.INTER_NEAREST)

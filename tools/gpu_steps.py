@@ -124,7 +124,7 @@ def tests_step(on_gpu: bool, reserved: float, limit: float, selection: str = "")
     """Run the tests of the operators, or the part of `OpMatrix` that the expression `selection` selects."""
     if not on_gpu:
         selection = "test_reference and float32"
-    # `OpMatrix` is in the first test file of each operator.
+    # The `OpMatrix` of an operator is in test_<operator>.py.
     files = [f"tests/test_{op}.py" for op in operators()] if selection else operator_tests()
     command = pytest_command(*(["-k", selection] if selection else []))
     return Step("operator tests", command, files, reserved, limit, pytest_detail, group="tests")

@@ -20,7 +20,7 @@ class Limit:
     store: int = 0  # bytes of the widest global store, at least
     distance: int = 1  # instructions from each data load to its first reader, at least; 1 is the next instruction
     matrix: int = 0  # matrix instructions between each data load and its first reader, at least
-    in_flight: int = 0  # loads of the widest size in the main loop that are in flight at once, at least
+    in_flight: int = 0  # loads of the widest size that are in flight at once, at least
     per_matrix: float | None = None  # instructions of a main loop for each matrix instruction, at most
 
 

@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder of this package, instead of the package itself
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder that contains this package
 from harness import RESULTS, markdown  # noqa: E402
 
 devices = sorted(path for path in RESULTS.iterdir() if path.is_dir())

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(128) shifted_planes_kernel(
 // ------------------------------------------------------------------------------------------------ rows
 
 struct Start {
-    int row;          // first pixel of the tile in units of 128-byte rows
+    int row;          // row of the tile (one pixel, 128 bytes) at which A starts
     int sbo;          // bytes
     int base_offset;  // 1: (start >> 7) & 7, 0: zero
 };
@@ -421,8 +421,8 @@ void probe_rows() {
         const std::vector<uint4> shared_image = dump.host();
         const bf16* shared = reinterpret_cast<const bf16*>(shared_image.data());
 
-        // Count the chunks that fit each of two rules for the position of a 16-byte chunk in its row: exclusive or of
-        // the chunk with the address in units of 128 bytes, or with the row's number in the box.
+        // Count the 16-byte chunks that fit each of two rules. The position in the row is the exclusive or of
+        // the chunk with the address in units of 128 bytes, or with the row of the box.
         int by_address = 0, by_row = 0;
         for (int i = 0; i < HALO * HALO * 8; ++i) {
             const int row = i / 8, chunk = i % 8;

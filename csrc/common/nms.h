@@ -9,8 +9,8 @@
 // The IEEE operations are exactly these, each rounded separately (no fused multiply-add), in float, or in double if
 // boxes or scores are double. So all back ends decide equally, also for a pair whose IoU equals the threshold.
 // max(NaN, 0) is 0.
-// With a threshold >= 0, a box whose area is 0 (reversed, empty or underflowed) or infinite neither suppresses nor is
-// suppressed: the comparison is false. Boxes with a NaN corner are excluded beforehand (`box_is_valid`).
+// With a threshold >= 0, a box whose area is 0 or infinite neither suppresses nor is suppressed: the comparison is
+// false. Boxes with a NaN corner are excluded beforehand (`box_is_valid`).
 #pragma once
 
 #include <cstdint>

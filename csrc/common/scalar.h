@@ -50,7 +50,7 @@ inline float load(float16 value) {
 inline void store(float& target, float value) { target = value; }
 inline void store(double& target, double value) { target = value; }
 inline void store(bfloat16& target, float value) {
-    // Round to nearest even; NaN stays NaN (the rounding carry could turn its payload into infinity).
+    // Round to nearest even; NaN stays NaN (rounding its bits could give infinity or zero).
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     target.bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);

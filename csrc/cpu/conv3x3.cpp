@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Instantiations of the 3x3 convolutions of flow_conv2d and fused_subnets for all types.
+// Instantiations of the 3x3 convolutions of flow_conv2d and fused_subnets.
 #include "cpu/conv3x3_direct.h"
 #include "cpu/conv3x3_tensors.h"
 #include "cpu/conv3x3_winograd.h"

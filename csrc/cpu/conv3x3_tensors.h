@@ -11,11 +11,10 @@ namespace spatialflow {
 
 static_assert(kGemmColumnPadding == kPackedOutputs, "packed weights have one size on every back end");
 
-// Number of columns of a panel of float32. For each algorithm and dtype, it determines the layout of packed weights
-// (packed_tag).
+// See packed_tag.
 constexpr int64_t kPackedColumns = kGemmColumns<float>;
 
-// Dense copy of the bias in the accumulation type.
+// The bias as a contiguous tensor of `dtype`.
 inline std::optional<Tensor> accum_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
     return bias ? std::optional<Tensor>(contiguous_as(*bias, dtype)) : std::nullopt;
 }

@@ -122,7 +122,7 @@ void interpolate_row(
         };
         int64_t cell = -1;
         for (const DoubledCell<real_t>& column : columns) {
-            if (column.low != cell) {  // the next cell: columns ascend by less than half a cell
+            if (column.low != cell) {  // cell + 1: adjacent columns are less than half a cell apart
                 if (cell < 0) {
                     blend(column.low, left);
                 } else {

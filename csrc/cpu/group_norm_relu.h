@@ -3,9 +3,8 @@
 // Helpers of group_norm_relu on the CPU, forward and backward: maps, blocks of pixels, vectors of channels, and values
 // per channel.
 //
-// Each block yields one row of sums. The size of a block depends only on the shape, and rows are added in order.
-// Therefore results do not depend on the number of threads. The upsampling of the forward pass has no sums and no
-// blocks.
+// The size of a block depends only on the shape, and the sums of blocks are added in order. Therefore results do not
+// depend on the number of threads.
 #pragma once
 
 #include "ops/group_norm_relu.h"
@@ -54,7 +53,7 @@ NormMap<scalar_t> dense_map(scalar_t* data, int64_t channels, int64_t height, in
     return {data, height * width * channels, width * channels, channels};
 }
 
-// Blocks of the pixels or rows of every image. Their sums are added in order.
+// Blocks of the pixels or rows of every image.
 struct NormBlocks {
     int64_t count, extent;  // blocks per image; size of a block
 

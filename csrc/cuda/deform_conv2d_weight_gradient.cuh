@@ -4,9 +4,9 @@
 //
 //   grad_weight[k, c, o] = sum over p of columns[p, k, c] * grad_output[p, o]
 //
-// An implicit GEMM over output pixels, with columns gathered into shared memory. A position of a run is a pair of a tap
-// and a channel of the run. A block computes at most 64 positions by 64 to 256 outputs, over a part of the pixels. A
-// second kernel adds the partial sums in order, so results are deterministic.
+// An implicit GEMM over output pixels, with columns gathered into shared memory. A position of a run (see
+// deform_conv2d.cuh) is a pair of a tap and a channel of the run. A block computes at most 64 positions by 64 to 256
+// outputs, over a part of the pixels. A second kernel adds the partial sums in order, so results are deterministic.
 #pragma once
 
 #include <algorithm>

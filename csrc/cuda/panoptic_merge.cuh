@@ -52,7 +52,8 @@ struct MergeOptions {
     int64_t stuff_area_threshold;
 };
 
-// Sum over the block, returned in all threads, with one barrier. Consecutive calls must use different `sums`.
+// Sum over a block of kGreedyThreads threads, returned in all threads, with one barrier. Consecutive calls must use
+// different `sums`.
 __device__ __forceinline__ int block_sum(int value, Shared<unsigned> sums) {
     const unsigned warp_sum = __reduce_add_sync(kAllLanes, static_cast<unsigned>(value));
     if (threadIdx.x % kWarpSize == 0) {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Resize, normalize and pad 8-bit images in one launch on CUDA:
+// Resize, normalize and pad 8-bit images on CUDA, in one launch for every 16 images:
 //
 //   output[n, y, x, c] = (resized(images[n])[y, x, 2 - c] - mean[c]) / std[c], zeros right of and below the image
 //
 // Images (H, W, 3) of any sizes, output channels-last. A thread computes adjacent pixels of a row, 4 in float32 or 8 in
 // a 16-bit type. It stores their 48 bytes in three 16-byte accesses if is_vectorizable, else value by value. Source
-// bytes are read one by one; adjacent threads share cache lines in L1. blockIdx.y is the image. Integers and double
-// without fused multiply-adds make the result equal to that of the CPU bit for bit.
+// bytes are read one by one; adjacent threads share cache lines in L1. blockIdx.y is the image. Without fused
+// multiply-adds, the result is equal to that of the CPU bit for bit.
 #include "common/preprocess_images.h"
 
 #include "cuda/launch.h"

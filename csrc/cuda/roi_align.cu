@@ -242,7 +242,7 @@ struct BinRowPooling {
         }
     }
 
-    // Pool any other bin row: one with more than kMaxRowTaps taps, or any if a bin column of the block has too many taps.
+    // Pool any other bin row: it has more than kMaxRowTaps taps, or a bin column of the block has too many.
     __device__ __forceinline__ void pool_by_cells(int row, Global<const scalar_t> feature, Writer& writer) const {
 #pragma unroll 1
         for (int bin = 0; bin < part.columns; ++bin) {

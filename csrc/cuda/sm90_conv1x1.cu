@@ -5,9 +5,9 @@
 // A matrix product of pixels (pixels, C) and weights (O, C), 64 channels per step. Persistent blocks compute tiles of
 // 64 to 256 pixels by 64 or 128 outputs. One thread loads pixels and weights by TMA, several steps ahead; one or two
 // warpgroups multiply, with equal shares of the pixels. Channels and outputs beyond the last are read as zeros. A tile
-// is a rectangle of pixels. If all pixels of x are at the same distance, as in a channels-last map, they are one row.
-// TMA loads two rows of every eight of the weights at a time. So a lane has eight adjacent outputs of each 32 and
-// stores them as 16 bytes. The residual is loaded into registers during the products. Sums are float32, rounded once.
+// is a rectangle of pixels. If all pixels of x are equally spaced in memory, as in a channels-last map, they are one
+// row. TMA loads two rows of every eight of the weights at a time. So a lane has eight adjacent outputs of each 32 and
+// stores them as 16 bytes. Loads of the residual start before the products. Sums are float32, rounded once.
 #include "cuda/sm90_conv1x1.h"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 //
 // Kernel of the 3x3 convolutions of conv3x3.cu in 16-bit types on compute capability 9.0a, by TMA and wgmma.
 //
-// A block computes tiles of four or two sub-tiles of 8 x 8 pixels by 128 or 64 outputs; sub-tiles are numbered over all
+// A block computes tiles of four or two sub-tiles of 8 x 8 pixels by 128 or 64 outputs. Sub-tiles are numbered over all
 // levels of a convolution. For every 64 channels, sub-tiles with their halo are loaded once for nine taps: 10 x 10
 // pixels of 128 bytes, 128-byte swizzle. The input matrix of tap (dy, dx) starts dy rows and dx pixels after the first
 // pixel of the halo. A stage of weights holds one tap, (64 channels, outputs), with adjacent outputs in the order of

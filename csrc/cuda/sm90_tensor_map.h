@@ -12,8 +12,8 @@ namespace spatialflow {
 // numbers. The stride of a dimension of size 1 is arbitrary, so it is replaced by that of the next dimension with more
 // elements. If there is none, it is the extent of the previous dimension, rounded up to a multiple of the previous
 // stride (8 for the first). Return false unless each stride is at least the extent of the previous dimension and a
-// multiple of the previous stride (16 bytes for the first). Also return false if the whole extent is 2^39 elements or
-// more. TMA is known to support strides that pass these checks.
+// multiple of the previous stride. Also return false if the whole extent is 2^39 elements or more. TMA is known to
+// support strides that pass these checks.
 inline bool nested_strides(const int64_t (&sizes)[4], const int64_t (&tensor_strides)[3], int64_t (&strides)[3]) {
     int64_t stride = 8, span = sizes[0];  // 8 elements have 16 bytes
     for (int i = 0; i < 3; ++i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Argument checks of flow_conv2d, shared by all back ends. Schemas in flow_conv2d.cpp.
+// Argument checks of flow_conv2d, shared by all back ends. Schemas in flow_conv2d.cpp and flow_conv2d_backward.cpp.
 #pragma once
 
 #include "ops/conv_algorithm.h"

@@ -18,7 +18,8 @@ inline void check_paste_masks(
     check_floating(op, "boxes", boxes);
     check_same_device(op, "boxes", boxes, "mask_logits", mask_logits);
     check(height >= 0 && width >= 0, op, ": size must not be negative, got (", height, ", ", width, ")");
-    // Zero, the value outside the box, must be below the threshold, also after the threshold is rounded to float.
+    // The cells around the mask are zero. Zero must be below the threshold, also after the threshold is rounded to
+    // float.
     check(static_cast<float>(threshold) > 0 && threshold <= 1, op, ": threshold must lie in (0, 1], got ", threshold);
 }
 

@@ -25,8 +25,8 @@ namespace simt {
 
 class Block;
 
-// Address of the first byte of a block's shared memory, which is that of its dynamic shared memory. As on a GPU, where
-// reserved and static memory precede the dynamic memory, the address is not a multiple of 1024.
+// Address of a block's shared memory, which begins with the dynamic shared memory. The address is not a multiple of
+// 1024, as on a GPU, where reserved and static memory precede the dynamic memory.
 constexpr int64_t kSharedWindow = 1024 + 128;
 
 enum class Sm90 { kOff, kLate, kEarly };

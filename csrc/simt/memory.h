@@ -40,7 +40,7 @@ public:
 
     T& operator[](const simt::Index& index) const { return *(*this + index.value).checked(1, index.location); }
 
-    // Return a pointer to `count` adjacent elements from here, aligned to their total size (at most 16 bytes).
+    // Return a pointer to `count` adjacent elements, which must be in bounds and aligned to their total size.
     T* checked(int count, simt::SourceLocation location) const {
         const uintptr_t at = address(data_), bytes = sizeof(T) * static_cast<size_t>(count);
         if (__builtin_expect(at < begin_ || at + bytes > end_, 0)) {

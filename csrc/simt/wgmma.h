@@ -82,8 +82,8 @@ inline void note_operand(
             seen = number;
             block.report_conflict(block.shadow().read_by_unit(at, by, group, location), at, location);
             const Shadow::BoxPosition place = block.shadow().box_position(at);
-            // Each group of line_group chunks of a line is contiguous in the box. Consecutive lines are consecutive
-            // rows of the box: eight at a time if K-major, else all lines.
+            // Each group of line_group chunks of a line is contiguous in the box that TMA wrote. Consecutive lines are
+            // consecutive rows of the box: eight at a time if K-major, else all lines.
             const int group_begin = chunk / line_group * line_group;
             const int first_line = adjacent_k ? line / 8 * 8 : begin;
             Shadow::BoxPosition& origin = first[static_cast<size_t>(group_begin)];
@@ -223,8 +223,8 @@ inline void start_product(
         for (unsigned warp = 0; warp < 4; ++warp) {
             WgmmaUnit& unit = wgmma_unit(block, first_warp + warp);
             const int row = static_cast<int>(warp) * 16;
-            // Check one lane of each group with equal known times. An elected lane may have waited for an mbarrier
-            // that the others have not waited for.
+            // Adjacent lanes with equal times in `clocks` need only one check. Times differ if one elected lane has
+            // waited for an mbarrier.
             const unsigned last = (first_warp + warp) * kLanes + kLanes - 1;
             for (unsigned thread = last + 1 - kLanes; thread <= last; ++thread) {
                 if (thread == last || !(block.clocks().have_equal_times(first_warp + warp) ||

@@ -183,7 +183,7 @@ def save_checkpoint(model: nn.Module | Mapping[str, Tensor], path: str | Path) -
 
     Raises:
         ValueError: another suffix.
-        OSError: the file cannot be written (no such folder, disk full, ...).
+        OSError: the file cannot be written (disk full, no permission, ...).
         CheckpointError: a value is not finite; a file at `path` stays as it was.
     """
     path = Path(path)
@@ -220,8 +220,8 @@ def convert(source: str | Path, destination: str | Path, dtype: torch.dtype | No
         Number of tensors written.
 
     Raises:
-        CheckpointError: `source` cannot be read, is not a network of this package or of the released code, or holds
-            values that are not finite or exceed the range of `dtype`.
+        CheckpointError: `source` cannot be read, or is not a network of this package or of the released code; or a
+            value is not finite or exceeds the range of `dtype`.
         ValueError: `destination` has another suffix.
         OSError: `destination` cannot be written.
     """

@@ -111,7 +111,7 @@ class GraphCache:
             if not self._captured:
                 raise
         self._captured.clear()
-        self._pool = None  # torch rejects a pool that no graph uses any more
+        self._pool = None  # torch rejects a pool that no graph uses
         return self._capture(make(), inputs)
 
     def _capture(self, function: Callable[[list[Tensor]], Any], inputs: list[Tensor]) -> _Captured:

@@ -13,8 +13,8 @@ class TrainingLog:
     """Writer of `log.jsonl`, whose rows have a "step" (number of steps done) and a "kind".
 
     The kinds are "step", "evaluation", "problem" (an image that could not be used), "note" and "warning" (divergence).
-    For each rule of annotations, a "note" has the first annotation that breaks it and was used. All numbers are finite,
-    as JSON has no others.
+    A "note" reports an annotation that breaks a rule but is used anyway, once per rule. All numbers are finite, as JSON
+    has no others.
 
     Args:
         folder: of the run.

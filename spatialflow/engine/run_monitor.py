@@ -21,7 +21,7 @@ REMEDIES = "a lower learning_rate, a longer warm-up (warmup_iterations) or gradi
 
 
 class ProblemReporter:
-    """Prints and logs each unusable image once, and the first contradictory annotation of each rule.
+    """Prints and logs each unusable image once, and the first breach of each rule of annotations.
 
     Args:
         log: of the run; None in all processes but the first, which alone reports.

@@ -40,7 +40,7 @@ class _Gradients(NamedTuple):
     mask: Tensor | None
 
 
-Settings = tuple[int, ...]  # (stride, padding, dilation) by height and width, algorithm
+Settings = tuple[int, ...]  # stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, algorithm
 
 
 def _output(operands: _Operands, settings: Settings) -> Tensor:
@@ -90,7 +90,7 @@ def _sum(terms: list[Tensor | None]) -> Tensor | None:
 def _mark_non_finite(operands: _Operands, replacement: Tensor | None) -> Tensor | None:
     """Return a replacement of the mask with NaN where the mask itself is not finite in the type it is used in.
 
-    The operators skip samples whose mask is NaN. A mask of 0 would turn features that are not finite into NaN.
+    The operators skip samples whose mask is not finite, so the derivatives skip them too.
     """
     if replacement is None:
         return None

@@ -79,7 +79,7 @@ def panoptic_merge(
 
     Note:
         Scores, shares and thresholds are compared in float64, where 0.7 of a float32 tensor is below a threshold of
-        0.7. Boxes are truncated towards zero from their dtype; x2 and y2 are exclusive. A kept instance without free
+        0.7. Boxes are truncated toward zero from their dtype; x2 and y2 are exclusive. A kept instance without free
         pixels (`overlap_threshold` of 1) is not a segment, but step 3 may make it one. Rows hold scores in float32.
 
         An instance with a NaN score is ignored; a box with a coordinate that is not finite fills nothing. K, H and W

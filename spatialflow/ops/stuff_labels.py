@@ -33,8 +33,8 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
 
     Note:
         Ties go to the lower class. A class whose interpolated value is NaN is never the best; if all are NaN, the label
-        is 0. A logit that is not finite, including plus infinity, makes every value interpolated from it NaN, even with
-        a weight of 0. For cell c of an axis, those values are at coordinates in [c - 1, c + 1).
+        is 0. A NaN logit makes every value interpolated from it NaN, even with a weight of 0. For cell c of an axis,
+        those values are at coordinates in [c - 1, c + 1). An infinite logit makes them infinite or NaN.
 
         Arithmetic is in float32 (float64 for float64), along y first, with the same roundings on every device. The
         result is integer and has no gradient.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ids of an id map, and the number of pixels and the bounding box of every segment, each in one pass."""
+"""The ids of an id map, and the number of pixels and the bounding box of every segment."""
 
 from typing import NamedTuple
 

@@ -35,7 +35,7 @@ def evaluate_and_report(
         gt_folder: folder of its PNGs; None for the JSON's path without its suffix.
         pred_json: as for `spatialflow.panoptic.evaluate`.
         pred_folder: like gt_folder, for the predictions.
-        output: JSON file for the result, category ids as strings and with the names; None writes none.
+        output: JSON file for the result, with category ids as strings and category names; None writes no file.
         detections: JSON of COCO results; their average precision is printed and added to the result as "detection".
         per_class: also print the table of classes.
         workers: threads; None: one per core.

@@ -32,7 +32,10 @@ Draw = Callable[[st.SearchStrategy], Any]
 
 
 class Limits(NamedTuple):
-    """Largest sizes of tensors; smaller for the interpreter, which is a hundred times slower than the CPU back end."""
+    """Largest sizes of tensors.
+
+    They are smaller for the SIMT interpreter (docs/simt.md), which is a hundred times slower than the CPU back end.
+    """
 
     side: int = 18
     channels: int = 40

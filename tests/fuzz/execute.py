@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Execution of one case in the worker: call the operator and compare it with its reference and other judges.
 
-The supervisor calls `execute`.
+The supervisor starts the worker, which calls `execute`.
 """
 
 from __future__ import annotations

@@ -37,8 +37,7 @@ class Operator:
         nearby: yields the arguments perturbed by a rounding, in float64.
         nearby_for: what depends on such perturbations: "result", "gradient".
         linear: arguments in which the operator is linear; their absolute values give the size of the terms of the sums.
-        sizes: function whose results and derivatives for such absolute values are the sizes of the terms. It is given
-            if an argument enters both linearly and nonlinearly; None: the reference.
+        sizes: function that replaces the reference in the computation of these sizes; None: the reference itself.
         has_sampling_points: whether the operator has a gradient with respect to sampling points.
         poisons: the reference multiplies non-finite values by zero, which spreads them further than the operator does.
             Then results that are not finite in the reference are not compared.

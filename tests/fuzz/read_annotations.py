@@ -63,7 +63,7 @@ def read_photograph(folder: Path, base: int, changes: list) -> int:
 
 
 def read_panoptic(folder: Path, base: int, changes: list) -> int:
-    """Read the file, depending on `base`: ground truth, prediction, drawing, validation or training data."""
+    """Read the file as truth or prediction of `evaluate`, by `visualize`, by `validate`, or as training data."""
     truth = scenes() / "panoptic.json"
     (folder / "edited.json").write_bytes(edited_json(json.loads(truth.read_text()), changes))
     (folder / "edited").symlink_to(scenes() / "panoptic")

@@ -82,7 +82,7 @@ def run_command(*arguments: Any, silent: bool = False) -> tuple[int, str]:
             code = cli.main(list(map(str, arguments)))
     except SystemExit as error:
         code = error.code
-    for warning in shown:  # annotation warnings are printed by the command; others reach this list
+    for warning in shown:  # the command prints each DataWarning; other warnings reach this list
         if not issubclass(warning.category, DeprecationWarning | PendingDeprecationWarning | ImportWarning):
             raise WrongResult(f"a warning with a line of source: {warning.category.__name__}: {warning.message}")
     lines = [line for line in err.getvalue().splitlines() if line.strip()]

@@ -197,8 +197,8 @@ __global__ void registers_kernel() {
 
 void registers() { launch<registers_kernel>(dim3(2), dim3(128), 0, Stream{}); }
 
-// Read the same 16 bytes by all warps at once, for eight such vectors. Each block, also the second one in the same
-// memory, first writes two bytes of the last vector.
+// All warps read the same eight vectors of 16 bytes. Each block first writes two bytes of the last vector separately.
+// The second block runs in the memory of the first.
 __global__ void reused_kernel(Global<int> out) {
     SPATIALFLOW_SHARED(uint16_t, tile, 64);
     SPATIALFLOW_SHARED(uint64_t, barriers, 1);

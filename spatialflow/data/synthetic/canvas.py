@@ -139,7 +139,7 @@ class Brush:
         return np.round(points * 16).astype(np.int32)  # OpenCV's fixed-point coordinates, 4 fractional bits
 
     def polygon(self, points: list[tuple[float, float]], color: Color, texture: float = 0.0) -> None:
-        """Fill a polygon, brighter towards the sun; `texture` is the amplitude of a wavy pattern."""
+        """Fill a polygon, brighter toward the sun; `texture` is the amplitude of a wavy pattern."""
         canvas, corners = self.canvas, self._place(np.array(points))
         left, top = np.maximum(corners.min(axis=0) // 16, 0)
         right, bottom = np.minimum(corners.max(axis=0) // 16 + 2, (canvas.width, canvas.height))

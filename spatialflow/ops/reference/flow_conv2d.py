@@ -39,7 +39,7 @@ def flow_conv2d(
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolve (N, C_in, H, W) to (N, C_out, H, W), including sizes of zero, which `conv2d` refuses."""
+    """Convolve (N, C_in, H, W) to (N, C_out, H, W); any size may be zero."""
     size = (x.shape[0], weight.shape[0], *x.shape[2:])
     if 0 in (*size, x.shape[1]):
         nothing = x.flatten()[:0].sum() + weight.flatten()[:0].sum()  # zero, with zero gradients

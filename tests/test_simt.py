@@ -98,7 +98,7 @@ WGMMA_FAULTS = {
     "one warpgroup releases": "writes to an operand of wgmma without waiting for its group",
     "operand out of bounds": "out of bounds: operand b of wgmma, 16 bytes at byte 82816",
     "operands of the first block": "reads uninitialized shared memory",
-    "outside sums": "sum 32 of 32",
+    "outside sums": "index 32 of 32 accumulators",
     "overwritten by copy": "writes to an operand of wgmma without waiting for its group",
     "overwritten by store": "writes to an operand of wgmma without waiting for its group",
     "released too early": "writes to an operand of wgmma without waiting for its group",

@@ -167,7 +167,8 @@ public:
                                     state_.location.text()));
         }
         if (index.value < 0 || index.value >= kCount) {
-            simt::current_block().fail(index.location, simt::concatenate("sum ", index.value, " of ", kCount));
+            simt::current_block().fail(
+                index.location, simt::concatenate("index ", index.value, " of ", kCount, " accumulators"));
         }
         state_.last_access = simt::current_thread->wgmma_fences;
         return values_[index.value];

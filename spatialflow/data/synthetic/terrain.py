@@ -35,13 +35,13 @@ def _nearness(canvas: Canvas) -> np.ndarray:
 
 def _draw_sky(canvas: Canvas, rng: np.random.Generator, segment: int) -> None:
     """Fill the canvas with a color gradient from the zenith to the horizon, and clouds."""
-    below = np.clip(canvas.rows / canvas.horizon, 0, 1)[..., None]
+    to_horizon = np.clip(canvas.rows / canvas.horizon, 0, 1)[..., None]
     zenith, haze = (
         np.array(vary_color(rng, (215, 150, 90)), np.float32),
         np.array(vary_color(rng, (235, 215, 190), 0.06), np.float32),
     )
     clouds = np.clip(canvas.noise(rng, canvas.unit * 0.45, 5, stretch=2.2) - rng.uniform(-0.1, 0.5), 0, 1)[..., None]
-    sky = zenith + (haze - zenith) * below
+    sky = zenith + (haze - zenith) * to_horizon
     canvas.paint(np.ones(canvas.ids.shape, bool), sky + (np.array((248, 246, 244), np.float32) - sky) * clouds, segment)
 
 

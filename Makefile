@@ -109,7 +109,8 @@ configure = cmake --log-level=WARNING -S . -B build/$(1) -G Ninja -DPython_EXECU
 	-DSPATIALFLOW_SIMT=on -DSPATIALFLOW_CUDA=off
 simt_build = $(call configure,simt) && cmake --build build/simt --target spatialflow_schema spatialflow_simt
 
-# Tests of kernels for compute capability 9.0 run twice more: with copies and products late, and early.
+# Tests of kernels for compute capability 9.0 run twice more: with asynchronous work done late, and done early
+# (docs/simt.md).
 sm90_names := sm90 conv1x1 flow_conv2d flow_conv2d_active fused_subnets deform_conv2d deform_conv2d_packed
 SM90_TESTS ?= $(filter $(sm90_names:%=tests/test_%.py),$(SIMT_TESTS))
 simt_tests = SPATIALFLOW_BACKEND=simt $(pytest)

@@ -180,7 +180,7 @@ def _weight_casts(name: str, args: tuple) -> int:
 
 
 def _other_casts(name: str, args: tuple) -> int:
-    """Count conversions of boxes and scores (few numbers) to float64, and of offsets and masks to float32."""
+    """Count conversions of boxes and scores to float64, and of offsets and masks to float32."""
     if name == "deform_conv2d":
         return _casts([args[1], args[4]], torch.float32, torch.float64)
     indices = {"paste_masks": [1], "panoptic_merge": [1, 3]}.get(name, [])

@@ -272,7 +272,7 @@ def test_arrays_give_arrays(name, monkeypatch):
 # pack_subnets makes a separate call for each convolution, so arrays and tensors may mix in its argument.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "pack_subnets"])
 def test_arrays_and_tensors_do_not_mix(name):
-    """One array among tensors is refused by name; here it replaces the last tensor of each argument in turn."""
+    """An array among tensors raises an error that names it. It replaces the last tensor of each argument in turn."""
     function, arguments = cases()[name]
     names = [key for key, value in arguments.items() if leaves(value)]
     if sum(len(leaves(arguments[key])) for key in names) < 2:

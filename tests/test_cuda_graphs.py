@@ -356,7 +356,7 @@ def test_settings_of_torch_have_separate_graphs(cache, owner, name, value):
 
 
 def test_an_upload_is_waited_for_in_its_own_stream(monkeypatch):
-    """The current stream waits for the stream of the upload, even if another thread replaces it at the same time."""
+    """The current stream waits for the stream of this upload, even if another thread replaces `_uploads` meanwhile."""
     recorder, used, other_stream = Recorder(), [], Recorder.Stream()
     recorder.Stream = lambda device: Recorder.Stream()
 

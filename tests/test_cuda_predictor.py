@@ -55,7 +55,7 @@ def test_maps_are_those_of_the_cpu(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_graphs_replay_what_runs_eagerly(model, dtype):
-    """Results are equal also if sizes alternate, so that graphs share memory, and for new images of a captured size."""
+    """Results are equal for alternating sizes, whose graphs share memory, and for new images of a captured size."""
     eager = spatialflow.Predictor(model, "cuda", dtype, cuda_graph=False, **OPTIONS)
     graphed = spatialflow.Predictor(model, "cuda", dtype, **OPTIONS)
     assert eager.pipeline.graphs is None and graphed.pipeline.graphs is not None

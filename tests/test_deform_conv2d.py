@@ -452,7 +452,7 @@ class TestRawOperators:
     def test_stride_of_a_single_row_or_column_says_nothing(self, size, stride):
         """The stride of a dimension of size 1 is ignored, because torch allows any value.
 
-        The weight gradient on the CPU derives the distance between pixels from the strides. It must not use that one.
+        The weight gradient on the CPU derives the distance between pixels from the other strides.
         """
         input, offset = torch.randn(2, 4, *size), torch.randn(2, 18, *size)
         weight = torch.randn(3, 4, 3, 3, requires_grad=True)

@@ -84,7 +84,7 @@ CALLS = {
 
 @pytest.mark.parametrize("by", ["mode", "subclass"])
 def test_an_override_may_compute_with_gradients(by):
-    """Autograd records computations of an override around an operator that needs no gradient."""
+    """Autograd records what an override computes, although the inputs of the operator need no gradient."""
     factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
 
     def scaled(func, args, kwargs):

@@ -58,7 +58,7 @@ def sample(channels=5, flow_source="reg", segmentation_levels=1, sizes=((7, 9), 
             converted=(0, 1),
             raw=raw,
             resized=tensors,
-            # Only kernels build the schedule, which determines the inputs of each convolution.
+            # The fake kernel does not check the channels between convolutions.
             unpredicted_errors="was packed for other channels|channels of the feature it is added to",
         )
 

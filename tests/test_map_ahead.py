@@ -205,7 +205,7 @@ def test_an_iterator_that_is_open_at_the_end_of_the_process():
     "setting, loaded, expected", [(None, "", "passive"), ("active", "", "active"), (None, "import torch", None)]
 )
 def test_waiting_threads_sleep(setting, loaded, expected):
-    """The variable is set only before torch is loaded, which reads it then; a user's value is kept."""
+    """The variable is set only if torch is not loaded yet; a user's value is kept."""
     code = f"import os; {loaded or 'pass'}; from spatialflow.threads import leave_cores_to_others as f; f(); "
     code += "print(os.environ.get('OMP_WAIT_POLICY'))"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

@@ -202,7 +202,7 @@ class TestOracles:
 
 
 class TestGoldens:
-    """Detections of the released implementation and its rule `inter > threshold * union` for ties at the threshold."""
+    """Detections of the released implementation; a box is suppressed if `inter > threshold * union`."""
 
     cases = ["random", "none_above_thr", "score_equal_thr", "iou_exactly_thr_0p4_and_0p25", "iou_exactly_thr_0p25"]
 

@@ -182,7 +182,7 @@ def test_fixed_shapes_change_no_result(monkeypatch, masks):
     if not masks:
         wanted &= scores >= instance_threshold
     row_flags, convs = [active for active in flags if active is not None], len(network.thing_head.convs)
-    for index in range(convs):  # a convolution runs once for each part of the detections
+    for index in range(convs):  # a convolution runs once for each chunk of RoIs
         assert torch.equal(torch.cat(row_flags[index::convs]), wanted)
     for expected, result in zip(short, fixed):
         count = int(expected.count)

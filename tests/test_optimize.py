@@ -86,7 +86,7 @@ class Recorded(TorchDispatchMode):
 def test_stuff_head_stays_channels_last():
     """Each of six blocks is a convolution and one `group_norm_relu`; only the logits are upsampled separately.
 
-    No layout is copied.
+    No tensor is copied to another layout.
     """
     head = optimize_for_inference(random_model("tiny")).stuff_head
     channels, sizes = head.blocks[0][0].conv.packed.weight.shape[1], ((8, 12), (4, 6), (2, 3))

@@ -311,7 +311,7 @@ def test_leaving_early_ends_the_threads(predictor, files, monkeypatch, leave):
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("place", ["iterable", "decoder", "image", "network"])
 def test_an_error_keeps_no_image(model, monkeypatch, place, batch_size):
-    """Once the caller drops the error, reference counting alone frees all images, and batches on a GPU."""
+    """Once the caller drops the error, reference counting alone frees all images."""
     predictor, references = Predictor(model, batch_size=batch_size, **SETTINGS), []
     predictor._transfers = Later([])
     kinds = {"iterable": KeyError, "decoder": MemoryError, "image": spatialflow.ImageError, "network": ValueError}

@@ -117,7 +117,7 @@ def test_masks_of_the_map_alone_give_the_same_map(model, threshold, flip, monkey
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(model, predictor, dtype):
-    """With 16-bit weights and features, void area and best score are nearly equal, and results have the same types."""
+    """With 16-bit weights and features, void area and best score are close to those of float32; types are equal."""
     low = spatialflow.Predictor(model, dtype=dtype, stuff_area_threshold=40, **SHORT)
     assert next(low.pipeline.networks[0].buffers()).dtype == dtype
     result, expected = low(picture(90, 130)), predictor(picture(90, 130))

@@ -5,8 +5,9 @@
     tar xf gpu.tgz && cd spatialflow && python3 tools/gpu_check.py --pack results.tgz     # on the machine with the GPU
 
 The archive contains the files that git tracks except benchmarks/results, and the compiled libraries except that of the
-SIMT interpreter. It also has the Hopper probes if they are built, and wheels of packages that the machine may lack, for
-Python 3.12 and for the Python that packs. The archive has at most 40 MB. Its `commit.txt` has the commit.
+SIMT interpreter. It also has the Hopper probes if they are built, and wheels of packages that the machine may lack. The
+wheels are for Python 3.12 and for the Python that packs. The archive has at most 40 MB. Its `commit.txt` has the
+commit.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def results_of(folder: Path, commit: str | None) -> list[Path]:
 
 
 def roofline(folder: Path, commit: str | None) -> str:
-    """Compare forward kernels with the time of their bytes and operations at this GPU's peak rates."""
+    """Compare forward kernels with the time of their bytes and operations at this GPU's measured rates."""
     rates = read_json(folder / "card.json").get("rates")
     if not rates:
         return ""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators whose kernels ncu profiles in `make gpu-check`, each at the size of one case of its benchmark.
 
+export SPATIALFLOW_BACKEND=cuda
 ncu --clock-control none -k regex:roi_align_kernel -c 1 python tools/profile_targets.py multilevel_roi_align
 """
 

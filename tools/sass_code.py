@@ -301,7 +301,7 @@ class Kernel:
     def _jumps_over(self, positions: list[int], block: int, successor: int) -> bool:
         """Tell whether an edge jumps forward over some of `positions` to a block that the skipped code also reaches.
 
-        This is true of the jump around an `if`. It is false of the jump to an `else`: both branches are paths.
+        This is true of the jump around an `if`. The skipped code does not reach an `else`, so a jump to it is followed.
         """
         end, target = self.blocks[block][1], self.blocks[successor][0]
         if not any(end <= at < target for at in positions):

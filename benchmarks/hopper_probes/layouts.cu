@@ -421,8 +421,8 @@ void probe_rows() {
         const std::vector<uint4> shared_image = dump.host();
         const bf16* shared = reinterpret_cast<const bf16*>(shared_image.data());
 
-        // Count the 16-byte chunks that fit each of two rules. The position in the row is the exclusive or of
-        // the chunk with the address in units of 128 bytes, or with the row of the box.
+        // Count the 16-byte chunks that fit each of two rules. A chunk's position in its row is the exclusive or of
+        // its number with the address in units of 128 bytes, or with the row of the box.
         int by_address = 0, by_row = 0;
         for (int i = 0; i < HALO * HALO * 8; ++i) {
             const int row = i / 8, chunk = i % 8;

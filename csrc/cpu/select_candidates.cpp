@@ -96,8 +96,8 @@ void score_anchors(
     }
 }
 
-// Select the anchors of every level that has too many. kept[image * problem.rows + candidate] is the index of an anchor
-// in its level.
+// Select the best anchors of every level that has more anchors than are kept. Element image * problem.rows + candidate
+// of the result is the index of an anchor in its level.
 template <typename scalar_t>
 std::vector<uint32_t> selected_rows(const CandidateProblem<scalar_t>& problem) {
     using real_t = accum_t<scalar_t>;

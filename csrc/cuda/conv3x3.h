@@ -13,7 +13,7 @@ namespace spatialflow {
 
 // Offset of the 16-bit weights in packed float32 weights, in floats. Packed weights are 9 * C * O floats (O padded),
 // then the weights in float16 and in bfloat16. The rows of both 16-bit copies have the order of packed_position. Zeros
-// up to packed_conv_size and the tag follow.
+// follow up to packed_conv_size, then the tag (packed_tag).
 inline int64_t packed_halves(ScalarType dtype, int64_t in_channels, int64_t out_channels) {
     const int64_t floats = 9 * packed_tap_size(in_channels, out_channels);
     return dtype == ScalarType::Half ? floats : floats + floats / 2;
@@ -53,7 +53,7 @@ inline Global<const scalar_t> kernel_weights(const Convolution& conv) {
 // What does not fit into the table of a launch (ConvTable, Sm90Table) requires more launches. On compute capability
 // 9.0, the convolutions that sm90_conv3x3.cu does not support have another launch, and the last tiles may have one
 // (Sm90Rounds). `active` is a dense bool tensor (N) with a flag for each image, valid for all levels. Results of
-// inactive images are zero for any inputs, and tiles without an active image are skipped.
+// inactive images are zero for any inputs. A tile without an active image is set to zero without being computed.
 void convolve3x3(
     const char* op, std::vector<Convolution> convolutions, Stream stream,
     const std::optional<Tensor>& active = std::nullopt);

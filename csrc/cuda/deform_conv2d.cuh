@@ -412,8 +412,8 @@ Tensor pack_deform_weight(
     const char* op, const Tensor& weight, const DeformConvShape& shape, int64_t run, int64_t algorithm, int64_t tag,
     Stream stream);
 
-// Return offset and mask in the dtype of sums, with the sigmoid of the mask if `mask_sigmoid`. It takes at most one
-// launch if both have one dtype, whose accum_dtype is `accum`.
+// Return offset and mask in the dtype `accum`, with the sigmoid of the mask if `mask_sigmoid`. This takes at most one
+// launch if both have the same dtype and its accum_dtype is `accum`.
 std::pair<Tensor, std::optional<Tensor>> sample_operands(
     const char* op, const DeformConvShape& shape, ScalarType accum, const Tensor& offset,
     const std::optional<Tensor>& mask, bool mask_sigmoid, Stream stream);

@@ -7,10 +7,10 @@
 //                         in ascending order within each corner; value is the bilinear weight of the corner
 //
 // This is the transpose of the forward pass: an implicit GEMM over input cells, with `spread` gathered into shared
-// memory. A block computes 64 cells by 64 to 256 channels of a run. A reader of a cell is an output pixel whose sample
-// reads it. First, a counting sort builds lists of output pixels by the top left cell of their samples. Each slice
-// (image, offset group, tap) has its lists, which are then sorted. The readers of a cell are in four lists: those of
-// the cell and of its left, upper and upper left neighbors.
+// memory. A block computes 64 cells by 64 to 256 channels of a run (see deform_conv2d.cuh). A reader of a cell is an
+// output pixel whose sample reads it. First, a counting sort builds lists of output pixels by the top left cell of
+// their samples. Each slice (image, offset group, tap) has its lists, which are then sorted. The readers of a cell are
+// in four lists: those of the cell and of its left, upper and upper left neighbors.
 #pragma once
 
 #include "cuda/deform_conv2d.cuh"

@@ -138,7 +138,8 @@ __device__ __forceinline__ bool has_pixels(const Words& words) {
     return (words[0] | words[1] | words[2] | words[3]) != 0;
 }
 
-// Area and range of nonzero words of an instance. They are kept as loaded, so that only their first use waits for them.
+// Area and range of nonzero words of an instance. The members are the loaded values, so that only their first use waits
+// for the loads.
 struct MergeSpan {
     int area = 0, words_from = 0, end_word = 0;
 

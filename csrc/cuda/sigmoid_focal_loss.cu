@@ -132,7 +132,7 @@ __device__ __forceinline__ accum_t<value_t> at_label(const Vec<value_t, kWidth>&
     value_t selected = values[0];
 #pragma unroll
     for (unsigned i = 1; i < kWidth; ++i) {
-        const value_t value = values[i];  // selects a value, not an address
+        const value_t value = values[i];  // so that the next line selects a value, not an address
         selected = label == i ? value : selected;
     }
     return load(selected);

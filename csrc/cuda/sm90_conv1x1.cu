@@ -240,8 +240,8 @@ struct Sm90Conv1x1Block {
         }
     }
 
-    // Add bias and residual to eight adjacent sums, round the results, and apply ReLU. Pair i of the eight outputs is
-    // in the columns of box i of the weights.
+    // Add bias and residual to the sums of eight adjacent outputs, round the results, and apply ReLU. Pair i of the
+    // eight outputs is in the columns of box i of the weights.
     __device__ __forceinline__ Vec<unsigned, 4> results(
         const WgmmaSums<Config::kOutputs / 2>& sums, int half, int block, const RawChannels<scalar_t, 8>& bias,
         const RawChannels<scalar_t, 8>& residual) const {

@@ -5,7 +5,7 @@
 // A block computes tiles of four or two sub-tiles of 8 x 8 pixels by 128 or 64 outputs. Sub-tiles are numbered over all
 // levels of a convolution. For every 64 channels, sub-tiles with their halo are loaded once for nine taps: 10 x 10
 // pixels of 128 bytes, 128-byte swizzle. The input matrix of tap (dy, dx) starts dy rows and dx pixels after the first
-// pixel of the halo. A stage of weights holds one tap, (64 channels, outputs), with adjacent outputs in the order of
+// pixel of the halo. A stage of weights holds one tap, (64 channels, outputs), with the outputs in the order of
 // packed_position. Warp 0 loads inputs and flows, warp 1 weights. Warps 2 and 3 add the flow to the inputs in shared
 // memory, with one rounding. Two warpgroups multiply, half of the sub-tiles each. A lane has eight adjacent outputs of
 // each 32 (packed_position) and stores them as 16 bytes.

@@ -9,8 +9,8 @@
 namespace spatialflow {
 
 // Compute the strides of W, H and N for TMA, in elements, from sizes (C, W, H, N) of a channels-last tensor of 16-bit
-// numbers. The stride of a dimension of size 1 is arbitrary, so it is replaced by that of the next dimension with more
-// elements. If there is none, it is the extent of the previous dimension, rounded up to a multiple of the previous
+// numbers. The stride of a dimension of size 1 is arbitrary, so it is replaced by that of the next dimension of size 2
+// or more. If there is none, it is the extent of the previous dimension, rounded up to a multiple of the previous
 // stride (8 for the first). Return false unless each stride is at least the extent of the previous dimension and a
 // multiple of the previous stride. Also return false if the whole extent is 2^39 elements or more. TMA is known to
 // support strides that pass these checks.

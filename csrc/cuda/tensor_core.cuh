@@ -201,9 +201,9 @@ __device__ __forceinline__ void multiply_add(
 __device__ __forceinline__ void multiply_add(float (&d)[4], const Fragment<Tf32, 4>& a, const Fragment<Tf32, 2>& b) {
     mma_1688(d, a.words, b.words);
 }
-// Compute d += a * b for Tf32x3. The product low * low is negligible. Tensor cores truncate sums, which loses more
-// precision in a long sum than the operands do. So each call adds only its three products on tensor cores. Their sum
-// is added to `d` in float32, rounded to nearest.
+// Compute d += a * b for Tf32x3. The product low * low is negligible. Tensor cores truncate sums. In a long sum this
+// loses more precision than truncating the operands. So each call adds only its three products on tensor cores. Their
+// sum is added to `d` in float32, rounded to nearest.
 __device__ __forceinline__ void multiply_add(
     float (&d)[4], const Fragment<Tf32x3, 4>& a, const Fragment<Tf32x3, 2>& b) {
     float sum[4];

@@ -307,8 +307,8 @@ private:
 };
 
 // Sum over `depth` in steps of kStep, with double buffering. begin(k, buffer) starts the loads of the step at k, by
-// cp.async or into registers. finish(buffer) stores the registers to shared memory; multiply(buffer) uses the loaded
-// tiles. The function ends with a barrier after the last use of the buffers.
+// cp.async or into registers. finish(buffer) stores the registers to shared memory, and applies prepared() to copied
+// items. multiply(buffer) uses the tiles. The function ends with a barrier after the last use of the buffers.
 template <int kStep, typename Begin, typename Multiply, typename Finish>
 __device__ __forceinline__ void run_steps(int depth, Begin begin, Multiply multiply, Finish finish) {
     begin(0, 0);

@@ -138,7 +138,7 @@ inline void check_active(const char* op, const std::optional<Tensor>& active, co
     }
 }
 
-// Check the arguments for `x` with at least one level. Return the algorithm that the weights were packed for.
+// Check the arguments. The caller ensures that `x` is not empty. Return the algorithm that the weights were packed for.
 inline int64_t check_flow_conv2d_packed(
     const std::vector<Tensor>& x, const std::vector<Tensor>& flow, const Tensor& packed,
     const std::optional<Tensor>& bias, int64_t out_channels, int64_t algorithm,
@@ -164,7 +164,6 @@ inline int64_t check_flow_conv2d_packed(
 
 // Call body(index, maps, bias, algorithm that the weights were packed for) for each of several convolutions. The first
 // reads the first counts[0] tensors of `x`, the second the next counts[1], and so on. An empty bias means no bias.
-// Errors name x as in `spatialflow.ops.flow_conv2d`, where x[i] has all maps of convolution i.
 template <typename Body>
 inline void for_each_in_group(
     const std::vector<Tensor>& x, const std::vector<int64_t>& counts, const std::vector<Tensor>& packed,
@@ -183,7 +182,7 @@ inline void for_each_in_group(
         check_algorithm(op, algorithms[i]);
         const std::vector<Tensor> maps(next, next + counts[i]);
         next += counts[i];
-        const std::string name = "x[" + std::to_string(i) + "]";
+        const std::string name = "x[" + std::to_string(i) + "]";  // in Python, x[i] has all maps of convolution i
         check_dtype(op, name.c_str(), maps[0], x[0].scalar_type());
         check_same_device(op, name.c_str(), maps[0], "x[0]", x[0]);
         const std::optional<Tensor> bias = biases[i].numel() == 0 ? std::nullopt : std::make_optional(biases[i]);

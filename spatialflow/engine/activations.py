@@ -37,9 +37,9 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
 
     Note:
         The map of class c is sum_k w[c, k] f[k], the features weighted by the classifier's weights. For a convolutional
-        classifier these are the logits without the bias. Levels are resized to the image by bilinear interpolation
-        before the maximum is taken. The paper does not say how its maps are normalized; here each is scaled from its
-        minimum to its maximum.
+        classifier these are the logits without the bias. For things, the maximum over classes and anchors of each
+        level is resized to the image by bilinear interpolation. The paper does not say how its maps are normalized;
+        here each is scaled from its minimum to its maximum.
 
     Source: Zhou et al., Learning Deep Features for Discriminative Localization (2016), equation 2.
     """

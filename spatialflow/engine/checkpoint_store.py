@@ -182,7 +182,7 @@ class CheckpointStore:
 
 
 def run_identity(config: Config, data: DataSet) -> dict[str, Any]:
-    """Collect the settings and a hash of the images of a run, with which those in a checkpoint are compared.
+    """Return the settings of a run and a hash of its images, for comparison with those in a checkpoint.
 
     Args:
         config: configuration of the run; its name is not part of the identity.

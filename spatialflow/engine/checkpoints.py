@@ -220,7 +220,7 @@ def convert(source: str | Path, destination: str | Path, dtype: torch.dtype | No
         Number of tensors written.
 
     Raises:
-        CheckpointError: `source` cannot be read, or is not a network of this package or of the released code; or a
+        CheckpointError: `source` cannot be read, or is not a network of this package or of the released code. Or a
             value is not finite or exceeds the range of `dtype`.
         ValueError: `destination` has another suffix.
         OSError: `destination` cannot be written.

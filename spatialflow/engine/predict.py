@@ -269,8 +269,8 @@ class Predictor:
 
         Worker threads decode the next images while the network runs. On a GPU the next batch is queued before the host
         waits for the previous one. The iterable is read in the caller's thread, at most
-        `2 * DECODERS[device] + (PATIENCE + 3) * batch_size` images ahead. So the memory is bounded, and the iterable
-        may be infinite.
+        `2 * DECODERS[device] + (2 * PATIENCE + 1) * batch_size` images ahead. So the memory is bounded, and the
+        iterable may be infinite.
 
         Args:
             images: paths or (H, W, 3) uint8 BGR arrays. An iterator may reuse the array that it yielded.

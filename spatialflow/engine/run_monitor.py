@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings of a training run: images and annotations that cannot be used, and divergence."""
+"""Warnings of a training run: unusable images, annotations that break a rule, and divergence."""
 
 import itertools
 import sys

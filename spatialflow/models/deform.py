@@ -20,7 +20,7 @@ def split_offsets(prediction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FlowOffsetDeformConv2d(nn.Conv2d):
-    """Deformable convolution with offsets and mask logits that another convolution, a flow, has predicted.
+    """Deformable convolution with offsets and mask logits that another convolution has predicted.
 
     (N, C, H, W), (N, 27, H', W') -> (N, O, H', W').
     """

@@ -96,7 +96,7 @@ def resized_stuff_logits(
     three. No map of the size of the network's input is made.
 
     Args:
-        logits: (C, H/4, W/4) of one image.
+        logits: (C, h, w) of one image, at a quarter of network scale.
         valid_size: (H, W) at network scale, without padding.
         original_size: (H, W) of the result.
         mirrored: whether the network saw the image mirrored; the result is mirrored back.

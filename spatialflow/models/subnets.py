@@ -48,7 +48,7 @@ class Subnets(nn.Module):
         detection_stages: stages of cls and reg.
         stuff_stages: stages of stuff, at most detection_stages.
         thing_stages: stages of thing.
-        flow_source: "reg" or "cls"; None: no flows into detection, stuff and thing.
+        flow_source: "reg" or "cls"; None: no flows except the semantic flow.
         flow_to_detection: flow from the source into the other detection sub-network.
         flow_to_stuff: flow from the source into stuff.
         flow_to_thing: flow from the source into thing.

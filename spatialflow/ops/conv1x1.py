@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1x1 convolution with bias, sum and ReLU in one kernel, without gradients; private to the package.
+"""1x1 convolution with bias, residual and ReLU in one kernel, without gradients; private to the package.
 
 `spatialflow/models/optimized/conv.py` uses it. `conv1x1(x, weight, bias, residual, relu)` computes
 relu(conv2d(x, weight) + bias + residual). Sums are in float32 (float64 for float64) and rounded once:

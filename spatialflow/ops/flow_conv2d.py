@@ -132,8 +132,8 @@ def flow_conv2d(  # type: ignore[misc]  # a list[list[Tensor]] is not a list[Ten
         RuntimeError: a shape, dtype or device that does not fit, naming the argument; packed weights in the order of
             another instruction set, device, dtype or version.
         ValueError: an unknown `algorithm`; `x` and `flow` of different structure; a bias beside a `PackedConv`;
-            `active` without a `PackedConv`; or a list of weights that are not packed, with a `flow`, or with another
-            number of entries in `x`.
+            `active` without a `PackedConv`. With a list of weights: a weight that is not packed, a `flow`, a `bias`,
+            `active`, or another number of entries in `x`.
 
     Note:
         Sums are in float32 (float64 for float64). On the CPU x + flow is not rounded to 16 bits; on CUDA it is, as

@@ -15,8 +15,8 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
     """Count the pixels that each ground-truth segment shares with each predicted segment.
 
     The area of a segment is the sum over its row or column. Row and column 0 hold the overlap with void. The table is
-    all that panoptic quality needs of the pixels. `panoptic_merge` returns maps with such ids. For maps with any ids,
-    `spatialflow.panoptic.evaluate` counts without torch.
+    all that panoptic quality needs of the pixels. Ids are numbered from 1, as in the result of `panoptic_merge`. For
+    maps with any ids, `spatialflow.panoptic.evaluate` counts without torch.
 
     Args:
         gt_map: (H, W) int32 ids, 0 = void, 1 .. gt_segments.

@@ -74,8 +74,8 @@ def overlay(
         (H, W, 3) uint8, BGR. The same arguments give the same picture.
 
     Raises:
-        ValueError: image or id_map has another shape or dtype, opacity is not a number in [0, 1], a color is not three
-            numbers from 0 to 255, or a uint32, int64 or uint64 id_map has an id outside [0, 2^24).
+        ValueError: image or id_map has another shape or dtype, opacity is not a number in [0, 1], or a color is not
+            three numbers from 0 to 255. Also if a uint32, int64 or uint64 id_map has an id outside [0, 2^24).
     """
     image = np.asarray(image)
     id_map = as_id_map(id_map, "id_map")
@@ -207,8 +207,8 @@ def _label(text: str, size: int, width: int, height: int) -> _Label | None:
 def _draw_labels(picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[int, str]], palette: np.ndarray) -> None:
     """Write a label at each segment, the largest segment first.
 
-    Segments of fewer than `size * size` pixels have no label. A label is left out if it is larger than the picture, or
-    if it would cover an earlier label at all of the five positions that are tried.
+    Segments of fewer than `size * size` pixels have no label. Five positions are tried for a label. It is left out if
+    it would cover an earlier label at all of them, or if it is larger than the picture.
     """
     import cv2
 

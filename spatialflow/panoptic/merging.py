@@ -52,8 +52,8 @@ def merge(
         boxes: (K, 4) x1, y1, x2, y2 in pixels; None skips the step that fills boxes.
         stuff: (H, W) integers, stuff label of every pixel, or None: no stuff.
         thing_categories: category id of each thing label; None: a label is its category id.
-        stuff_categories: category id of each stuff label, None for one that stays void ("other", things). Labels that
-            are not listed are void. None: a label is its category id, and negative labels are void.
+        stuff_categories: category id of each stuff label, None for one that stays void. Labels that are not listed are
+            void. None: a label is its category id, and negative labels are void.
         void_label: stuff label that is void regardless of stuff_categories.
         score_threshold: instances and boxes below it are left out.
         overlap_threshold: an instance with a larger share of its pixels already taken is dropped.

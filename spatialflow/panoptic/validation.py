@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation of a panoptic data set, JSON, PNGs and photographs, by the rules of `rules`. Torch is not imported."""
+"""Validation of the JSON, PNGs and photographs of a panoptic data set by the rules of `rules`, without torch."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -166,10 +166,9 @@ def _is_unstable_deform_conv2d(arguments: dict, tensors: list[Tensor]) -> bool:
 
 
 def _is_unstable_norm(arguments: dict, tensors: list[Tensor]) -> bool:
-    """Tell whether arguments make results of a norm unspecified, because squares of deviations overflow.
+    """Tell whether results of a norm are unspecified: squares of deviations may overflow, or factors are infinite.
 
-    It is unspecified whether infinite parameters give infinity or NaN in their channel, and infinite gradients in their
-    group.
+    Infinite parameters give infinity or NaN in their channel, infinite gradients in their group.
     """
     gradients = tensors[len(leaves(arguments)) :]
     factors = leaves([arguments["weight"], arguments["bias"], gradients])

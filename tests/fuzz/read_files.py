@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Execution of a case of the file fuzzer: an edited file is read in the worker, as by a user's command.
 
-`fuzz.execute` calls `execute`. A reader may return a correct result or raise an exception of `ACCEPTED`. A command may
-exit with 0, or with 1 or 2 and messages of one line each. Anything else is a difference: a traceback, a RuntimeWarning
-or ResourceWarning, more than `MEMORY_LIMIT_MB` of memory, or execution of code from the file. Any other exception
-reaches the supervisor.
+`fuzz.execute` calls `execute`. A reader may return a correct result or raise an exception of `ACCEPTED`; unexpected
+exceptions reach the supervisor. A command may exit with 0, or with 1 or 2 and messages of one line each. Anything else
+is a difference: a traceback, a RuntimeWarning or ResourceWarning, more than `MEMORY_LIMIT_MB` of memory, or execution
+of code from the file.
 """
 
 from __future__ import annotations

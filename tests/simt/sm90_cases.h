@@ -79,7 +79,7 @@ TensorMap map_of(std::vector<T>& values, int64_t columns, int64_t rows, int box_
 inline uint64_t a_at(unsigned address) { return matrix_descriptor(address, 16, 1024); }
 inline uint64_t b_at(unsigned address) { return matrix_descriptor(address, 64 * 128, 1024); }
 
-// Start d = a (64 x 16) * b (16 x 64) for descriptors of a and b. A report names the line of the caller.
+// Start sums = a (64 x 16) * b (16 x 64) for descriptors of a and b. A report names the line of the caller.
 inline void multiply(
     WgmmaSums<32>& sums, uint64_t a, uint64_t b, simt::SourceLocation location = simt::SourceLocation::current()) {
     wgmma_fence(location);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Kernels for compute capability 9.0 with one planted fault each: wgmma (tests/test_simt.py).
+// Kernels for compute capability 9.0 with one planted fault each in the use of wgmma (tests/test_simt.py).
 // A report names the line with the comment "line: <case>".
 #include "sm90_cases.h"
 

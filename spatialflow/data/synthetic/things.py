@@ -141,7 +141,7 @@ _KINDS = (
     _Kind("person", _draw_person, 0.34, frozenset({"grass", "field", "road"}), 0.65, 5, 0.95),
     _Kind("boat", _draw_boat, 0.34, frozenset({"water"}), 0.8, 3, 0.9),
 )
-"""The things that stand on the ground. The order decides which random numbers a scene uses."""
+"""The things that stand on the ground. Another order would give other scenes for the same seed."""
 
 
 def _color(channels: Iterable[float]) -> Color:

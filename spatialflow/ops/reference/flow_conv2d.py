@@ -21,7 +21,7 @@ def flow_conv2d(
 ) -> Tensor | list[Tensor]:
     """Compute `spatialflow.ops.flow_conv2d` level by level; `algorithm` is accepted and ignored.
 
-    `active` works with any weight.
+    `active` does not require a `PackedConv`.
     """
     if not isinstance(x, Tensor):
         flows = [None] * len(x) if flow is None else flow

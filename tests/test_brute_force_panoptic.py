@@ -130,7 +130,7 @@ class TestStuffLabels:
 
     @pytest.mark.parametrize("bad", [NAN, INF, -INF])
     def test_logits_that_are_not_finite(self, bad: float) -> None:
-        """A non-finite value cannot be the argmax, in its cell or in pixels that interpolate it."""
+        """NaN and minus infinity lose in all pixels that read them; plus infinity wins where no NaN results."""
         logits = random(3, 4, 4)
         logits[0] += 3
         logits[0, 1, 2] = bad

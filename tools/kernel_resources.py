@@ -128,7 +128,11 @@ def main() -> None:
     ]
     table = [
         f"sm_{tabled}; ranges over the instantiations (dtypes, access widths).",
-        *(["The list below summarizes the same kernels on other architectures.", "", *ranges] if other_architectures else []),
+        *(
+            ["The list below summarizes the same kernels on other architectures.", "", *ranges]
+            if other_architectures
+            else []
+        ),
         "",
         "| file | kernel | instantiations | registers | static shared bytes | stack bytes | spilled bytes |",
         "|---|---|---|---|---|---|---|",

@@ -111,7 +111,7 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar=("SHORT", "LONG"),
         help="resize images so that the short edge has SHORT pixels, or the long edge LONG pixels if that is "
-        "smaller; LONG is optional (default: the configuration's)",
+        "smaller; without LONG, it is SHORT * 1333 / 800 (default of the option: sizes of the configuration)",
     )
     add(
         "--short-edges",
@@ -119,7 +119,7 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="SHORT",
         help="test-time augmentation: process every image with each of these short edges (pixels) and combine the "
-        "results (default: the configuration's)",
+        "results; with a long edge of at most 1333 / 800 of the largest (default: the configuration's)",
     )
     add(
         "--flip",

@@ -6,14 +6,15 @@
 #   BASE_PYTHON=...  interpreter that .venv is made from (default: python3)
 #   TORCH=...        torch of .venv, 2.11 or later, with pip's options: TORCH="torch --index-url ..."
 #   WORKERS=...      processes that run tests side by side (default: 2); 0: pytest itself runs them
-#   LEVELS=...       CPU levels to build, e.g. x86-64-v3 (default: all)
-#   SPATIALFLOW_CUDA=on|off|auto, CMAKE_CUDA_ARCHITECTURES=...   CUDA library (default: where nvcc is found, for 90a)
+#   LEVELS=...       CPU levels to build, e.g. x86-64-v3 (default: SPATIALFLOW_CPU_LEVELS, otherwise all)
+#   SPATIALFLOW_CUDA=on|off|auto   CUDA library (default: where nvcc is found)
+#   CMAKE_CUDA_ARCHITECTURES=... or TORCH_CUDA_ARCH_LIST=...   its GPUs (default: those of this machine, otherwise 9.0)
 BASE_PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := $(CURDIR)/.venv
 PYTHON ?= $(VENV)/bin/python
 WORKERS ?= 2
-LEVELS ?=
+LEVELS ?= $(SPATIALFLOW_CPU_LEVELS)
 OPS ?=
 TESTS ?= tests
 CONFIG ?=
@@ -23,7 +24,12 @@ WEIGHTS ?=
 export PATH := $(VENV)/bin:$(PATH)
 export SPATIALFLOW_CPU_LEVELS := $(LEVELS)
 export SPATIALFLOW_CUDA ?= auto
-export CMAKE_CUDA_ARCHITECTURES ?= 90a-real
+ifeq ($(CMAKE_CUDA_ARCHITECTURES)$(TORCH_CUDA_ARCH_LIST),)
+gpus := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | \
+	sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2-real/p' | sed 's/^90-/90a-/' | sort -u | paste -sd ';' -)
+export CMAKE_CUDA_ARCHITECTURES := $(or $(gpus),90a-real)
+test-sass: export CMAKE_CUDA_ARCHITECTURES := 90a-real
+endif
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 packages := $(VENV)/packages
@@ -189,7 +195,7 @@ bench: build  ## time every operator against its baselines; OPS="roi_align nms" 
 # The libraries are not compiled here; those built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
 BACKEND ?= cuda
 ARGS ?=
-gpu-check:  ## accuracy and speed on a GPU, under 8 minutes; ARGS="--second" goes on; exit code 77 without a GPU
+gpu-check:  ## accuracy and speed on a GPU, under 8 minutes; ARGS="--second" goes on; without a GPU, error 77
 	$(if $(wildcard $(PYTHON)),$(PYTHON),$(BASE_PYTHON)) tools/gpu_check.py --backend $(BACKEND) $(ARGS)
 
 gpu-check-dry: build  ## every step of both runs of gpu-check without a GPU, on the interpreter and the CPU

@@ -92,7 +92,7 @@ def test_settings_of_the_optimizer_are_those_of_the_configuration(data, tmp_path
 
 
 def test_interrupted_evaluation_is_repeated(data, tmp_path, monkeypatch):
-    """If the last evaluation was interrupted, the next run evaluates and saves the weights, once."""
+    """If the last evaluation was interrupted, the next run evaluates; a further run does not."""
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that compute-sanitizer checks in `make gpu-check`: every operator at small sizes, or a planted fault.
 
+export SPATIALFLOW_BACKEND=cuda    # otherwise the operators run on the CPU
 compute-sanitizer --tool racecheck python tools/sanitizer_targets.py operators
 compute-sanitizer --tool racecheck python tools/sanitizer_targets.py planted-racecheck    # must be reported
 """

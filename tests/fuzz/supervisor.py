@@ -5,7 +5,7 @@ A case is any value that JSON can hold. The function that executes a case is nam
 imports this function, so that its imports cannot affect the supervisor:
 
     with Supervisor("fuzz.execute:execute") as supervisor:
-        outcome = supervisor.run({"op": "nms", "seed": 3})
+        outcome = supervisor.run(case)  # as in fuzz.cases
 
 Requests and answers are JSON lines over two pipes. Standard output and error of the worker go to a file, whose end is
 part of the message if the worker ends or hangs.

@@ -99,7 +99,8 @@ test-wheel: $(environment)  ## source distribution, wheel from it, and tests of 
 	cd build/wheel && export PATH="$$PWD/environment/bin:$$PATH" && \
 	  pip install -q $(TORCH) && pip wheel -q --no-deps -w . *.tar.gz && \
 	  pip install -q *.whl $(call requirements,test) && \
-	  tar xf *.tar.gz --strip-components 1 --wildcards '*/tests' && pytest $(addprefix tests/,$(WHEEL_TESTS))
+	  tar xf *.tar.gz --strip-components 1 --wildcards '*/tests' && pytest $(addprefix tests/,$(WHEEL_TESTS)) && \
+	  spatialflow benchmark group_norm_relu --seconds 0.01
 
 # torchvision that fits the installed torch; pip would otherwise replace torch.
 test-migration: build  ## compare with torchvision, which is installed for it (docs/migration.md)

@@ -63,7 +63,11 @@ class CMakeBuild(build_ext):
 
 setup(
     # The mapping of benchmarks/ into the package cannot be expressed beside `packages.find` in pyproject.toml.
-    packages=[*find_packages(include=["spatialflow", "spatialflow.*"]), "spatialflow.benchmarks"],
+    packages=[
+        *find_packages(include=["spatialflow", "spatialflow.*"]),
+        "spatialflow.benchmarks",
+        "spatialflow.benchmarks.harness",
+    ],
     package_dir={"spatialflow.benchmarks": "benchmarks"},
     ext_modules=[Extension("spatialflow._evaluation", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -4,6 +4,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -51,3 +52,15 @@ def test_data_files_are_shipped():
     listing = subprocess.run(["git", "ls-files", "spatialflow"], cwd=ROOT, capture_output=True, text=True, check=True)
     names = [name.removeprefix("spatialflow/") for name in listing.stdout.splitlines() if not name.endswith(".py")]
     assert names and [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not in a git checkout")
+def test_modules_are_shipped(tmp_path):
+    """An installed package has every module of `spatialflow`, and the benchmarks except the Hopper probes."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")}
+    command = ["git", "ls-files", "spatialflow/*.py", "benchmarks/*.py"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = {re.sub("^benchmarks", "spatialflow/benchmarks", name) for name in listed if "hopper_probes" not in name}
+    assert built == names and "spatialflow/benchmarks/harness/timing.py" in names

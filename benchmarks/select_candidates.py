@@ -82,7 +82,7 @@ BENCHMARK = Benchmark(
     providers={
         "spatialflow": ops.select_candidates,
         "torch": Provider(torch_steps, prepared),
-        "torch.compile": compiled(oracle),
+        "torch.compile": compiled(torch_steps, prepared),
     },
     oracle=oracle,
     compare=best_score_error,

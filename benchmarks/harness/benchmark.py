@@ -67,11 +67,17 @@ class Provider:
     lowered: tuple[int, ...] = ()
 
 
-def compiled(function: Callable[..., Any]) -> Provider:
-    """Return a provider that runs the function through torch.compile; on CUDA only, where Triton compiles the code."""
+def compiled(function: Callable[..., Any], prepared: Callable[..., tuple] | None = None) -> Provider:
+    """Return a provider that runs the function through torch.compile; on CUDA only, where Triton compiles the code.
+
+    Args:
+        function: what is timed.
+        prepared: inputs -> arguments of the function, not timed; None: the inputs themselves.
+    """
 
     def prepare(*inputs: Any, **options: Any) -> tuple:
-        return torch.compile(partial(function, **options), dynamic=False), *inputs
+        arguments = inputs if prepared is None else prepared(*inputs)
+        return torch.compile(partial(function, **options), dynamic=False), *arguments
 
     return Provider(lambda call, *inputs: call(*inputs), prepare, only_cuda=True)
 

@@ -303,7 +303,7 @@ __device__ __forceinline__ void pin(float (&d)[Count]) {
 
 enum Swizzle : uint64_t { SWIZZLE_NONE = 0, SWIZZLE_128 = 1 };
 
-// Encode the descriptor of a matrix in shared memory for wgmma; offsets are in bytes.
+// Encode the descriptor of a matrix in shared memory for wgmma. lbo and sbo are in bytes, base_offset in 128 bytes.
 __host__ __device__ __forceinline__ uint64_t
 matrix_descriptor(unsigned start, unsigned lbo, unsigned sbo, Swizzle swizzle, unsigned base_offset = 0) {
     return uint64_t((start & 0x3ffff) >> 4) | uint64_t(lbo >> 4) << 16 | uint64_t(sbo >> 4) << 32 |

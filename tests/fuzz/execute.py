@@ -130,7 +130,7 @@ class _CaseRun:
 
     def _compare_with_brute_force(self, outputs: list[Tensor]) -> None:
         operator, plain = self.operator, map_tensors(Tensor.detach, self.arguments)
-        if not operator.affordable(plain) or operator.unstable(plain, self.tensors):
+        if operator.unstable(plain, self.tensors):
             return
 
         def brute_results(arguments: dict) -> list[Tensor]:
@@ -264,7 +264,7 @@ class _CaseRun:
         """
         operator = self.operator
         plain = map_tensors(Tensor.detach, self.arguments)
-        if not operator.affordable(plain) or operator.unstable(plain, [*self.tensors, *self.incoming]):
+        if operator.unstable(plain, [*self.tensors, *self.incoming]):
             self.report["skipped"].append(what)
             return
         reference_arguments = plain if operator.exact else map_tensors(_to_float64, plain)

@@ -48,7 +48,6 @@ class Operator:
             compared.
         excused: (arguments, result) -> bools: elements of an integer result that are right although the brute force
             gives another number.
-        affordable: whether the reference is fast enough for these arguments.
         layered: layers round their results to the dtype of the features, so errors are larger than those of sums.
         unpredicted_errors: pattern of errors that the operator raises and its fake kernel does not.
     """
@@ -67,7 +66,6 @@ class Operator:
     composed: bool = False
     unstable: Callable[[dict, list[Tensor]], bool] = lambda arguments, tensors: False
     excused: Callable[[dict, Tensor], Tensor] | None = None
-    affordable: Callable[[dict], bool] = lambda arguments: True
     layered: bool = False
     unpredicted_errors: str = "$^"
 
@@ -98,13 +96,6 @@ def _shifted(boxes: Tensor, by: float, first: int, signs: tuple[int, int]) -> Te
 def _nearby_boxes(arguments: dict, epsilon: float) -> Iterator[dict]:
     for signs in ((1, 1), (-1, -1), (1, -1), (-1, 1)):
         yield arguments | {"boxes": _shifted(arguments["boxes"], 16 * epsilon, arguments["boxes"].shape[1] - 4, signs)}
-
-
-def _moderate(arguments: dict, scale: float) -> bool:
-    """Tell whether the grids of adaptive sampling are small; the reference stores every point."""
-    boxes = arguments["boxes"]
-    extent = torch.where(boxes.isfinite(), boxes, 0)[:, -4:].double().abs()
-    return arguments["sampling_ratio"] > 0 or boxes.numel() == 0 or float(extent.max()) * scale < 1e4
 
 
 def _nearby_offsets(arguments: dict, epsilon: float) -> Iterator[dict]:
@@ -334,7 +325,7 @@ _FUSED_SUBNETS = Operator(
 )
 
 
-def _roi_align(name: str, features: str, scale_of: Callable[[dict], float]) -> Operator:
+def _roi_align(name: str, features: str) -> Operator:
     """Return a RoIAlign operator with its judges; `features` is the name of its differentiable argument."""
     return Operator(
         getattr(ops, name),
@@ -345,12 +336,11 @@ def _roi_align(name: str, features: str, scale_of: Callable[[dict], float]) -> O
         nearby_for=("result", "gradient"),
         linear=(features,),
         poisons=True,
-        affordable=lambda arguments: _moderate(arguments, scale_of(arguments)),
     )
 
 
 OPERATORS: dict[str, Operator] = {
-    "roi_align": _roi_align("roi_align", "input", lambda arguments: arguments["spatial_scale"]),
+    "roi_align": _roi_align("roi_align", "input"),
     "flow_conv2d": _FLOW_CONV2D,
     "pack_conv3x3": replace(_FLOW_CONV2D, call=_flow_conv2d_packed),
     "group_norm_relu": Operator(
@@ -364,9 +354,7 @@ OPERATORS: dict[str, Operator] = {
         sizes=_sizes_of_norm,
         unstable=_is_unstable_norm,
     ),
-    "multilevel_roi_align": _roi_align(
-        "multilevel_roi_align", "features", lambda arguments: 1 / min(arguments["strides"])
-    ),
+    "multilevel_roi_align": _roi_align("multilevel_roi_align", "features"),
     "nms": Operator(ops.nms, reference.nms, brute_force.nms, exact=True),
     "batched_nms": Operator(ops.batched_nms, reference.batched_nms, brute_force.batched_nms, exact=True),
     "multiclass_nms": Operator(ops.multiclass_nms, reference.multiclass_nms, brute_force.multiclass_nms, exact=True),

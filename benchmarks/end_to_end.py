@@ -9,8 +9,11 @@ truth. The maps are not equal bit by bit: rounding decides ties of the stuff cla
 With ground truth (`--annotations`), PQ is reported too.
 
 Without weights (`--checkpoint`), an untrained network is adjusted so that later stages have as much work as in a
-trained one. The numbers of detections and segments are printed. On a GPU, the stage times of spatialflow are those of
-queuing the kernels; only "merge" waits for the device. With CUDA_LAUNCH_BLOCKING=1 they are those of execution.
+trained one. The numbers of detections and segments are printed.
+
+On a GPU, spatialflow replays a CUDA graph, whose time is in the stage "backbone + FPN", and stage times are those of
+queuing; only "merge" waits for the device. `--no-cuda-graph` divides the graph into stages, and with
+CUDA_LAUNCH_BLOCKING=1 their times are those of execution.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ STAGE_OF = {
     "stuff": "stuff labels",
     "merge": "merge",
 }
-"""Stage of `PanopticResult.times` -> stage of the table; "network" is divided into three stages by hooks."""
+"""Stage of `PanopticResult.times` -> stage of the table; "network" is divided into three stages by hooks, except in
+a CUDA graph."""
 
 
 class Pipeline(Protocol):

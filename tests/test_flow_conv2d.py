@@ -332,6 +332,18 @@ class TestValues:
         result = ops.flow_conv2d(x, None, weight, algorithm="direct")
         assert result[0, 0, 1:4, 1:4].isinf().all() and not result[0, 0, 0].any()
 
+    def test_level_without_gradient(self):
+        """A level that a loss does not depend on adds nothing to the gradients of weights, even if it is not finite."""
+        x = [torch.randn(1, 2, 4, 5, requires_grad=True), torch.full((1, 2, 3, 3), float("nan"), requires_grad=True)]
+        flow = [torch.randn(1, 2, 4, 5), torch.randn(1, 2, 3, 3)]
+        weight, bias = torch.randn(3, 2, 3, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+        result = ops.flow_conv2d(x, flow, weight, bias)[0]
+        grads = torch.autograd.grad(result.sum(), (*x, weight, bias))
+        expected = ops.flow_conv2d(x[:1], flow[:1], weight, bias)[0]
+        first, *rest = torch.autograd.grad(expected.sum(), (x[0], weight, bias))
+        assert not grads[1].any()
+        assert all(torch.equal(*pair) for pair in zip(grads, (first, grads[1], *rest), strict=True))
+
     def test_relu_gradient_at_zero(self):
         """The gradient at a result of exactly zero is zero, as for torch.relu."""
         x = torch.zeros(1, 1, 3, 3, requires_grad=True)

@@ -50,7 +50,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     saved = [weight, *x, *flow, *(output if ctx.relu else ())]
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
-    ctx.set_materialize_grads(False)  # otherwise absent gradients would be zeros, and 0 * NaN is NaN
+    ctx.set_materialize_grads(False)  # absent gradients stay None, so that their levels are left out
 
 
 def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -66,18 +66,20 @@ def _any_needed(needs: Any) -> bool:
 def _backward(ctx: Any, needs: Any, *grad_outputs: Any) -> tuple[Any, ...]:
     weight, x, flow, outputs = _saved(ctx)
     gradients = list(grad_outputs[0]) if isinstance(grad_outputs[0], (list, tuple)) else list(grad_outputs)
-    if all(gradient is None for gradient in gradients):
+    # Levels without a gradient add nothing to sums: zeros times values that are not finite would be NaN.
+    used = [level for level, gradient in enumerate(gradients) if gradient is not None]
+    if not used:
         return (None,) * 6
-    gradients = [
-        level.new_zeros((level.shape[0], weight.shape[0], *level.shape[2:])) if gradient is None else gradient
-        for gradient, level in zip(gradients, x, strict=True)
-    ]
-    gradients = _relu_gradient(gradients, outputs) if ctx.relu else gradients
+    gradients = [gradients[level] for level in used]
+    used_x, used_flow, used_outputs = ([levels[i] for i in used] if levels else [] for levels in (x, flow, outputs))
+    gradients = _relu_gradient(gradients, used_outputs) if ctx.relu else gradients
     grad_x = grad_weight = grad_bias = None
     if _any_needed(needs[0]) or _any_needed(needs[1]):
-        grad_x = list(differentiable_flow_conv2d(gradients, [], _rotated(weight), None, False, ctx.algorithm))
+        grad_used = differentiable_flow_conv2d(gradients, [], _rotated(weight), None, False, ctx.algorithm)
+        by_level = dict(zip(used, grad_used, strict=True))
+        grad_x = [by_level[i] if i in by_level else torch.zeros_like(level) for i, level in enumerate(x)]
     if needs[2]:
-        grad_weight = _flow_conv2d_weight_gradient(x, flow, gradients, ctx.algorithm)
+        grad_weight = _flow_conv2d_weight_gradient(used_x, used_flow, gradients, ctx.algorithm)
     if needs[3]:
         grad_bias = _bias_gradient(gradients)
     return grad_x, grad_x if ctx.flows else None, grad_weight, grad_bias, None, None

@@ -34,21 +34,22 @@ def map_ahead(
 ) -> Generator[Future[Result], None, None]:
     """Call a function for every item in worker threads, and yield the futures in the order of the items.
 
-    Items are taken from the iterable in the caller's thread. Before each yield, items are taken until `ahead` calls
-    are queued, running or not yet yielded. So the threads have work while the caller uses a result.
+    Items are taken from the iterable in the caller's thread. Before each yield, items are taken until `ahead`
+    futures wait to be yielded. So the threads have work while the caller uses a result.
 
     Args:
         function: called once per item. Its exception is the future's, with the traceback of the thread.
         items: may be endless. An exception of the iterable is raised after the results of the items before it.
         threads: number of worker threads.
-        ahead: largest number of calls that are queued, running, or done and not yet yielded; at least 1.
+        ahead: largest number of futures that wait to be yielded; at least 1. A future that is yielded before its call
+            is done no longer counts.
 
     Yields:
         A future per item, which may not be done yet.
 
     Note:
         When the iterator ends or is closed, it waits for the calls that are running, and its threads end. Closing
-        cancels calls that are still queued. An iterator without references is closed; `contextlib.closing` closes one
+        cancels queued calls whose futures were not yielded. An iterator without references is closed; `contextlib.closing` closes one
         at a defined place.
     """
     source, waiting = iter(items), deque[Future[Result]]()

@@ -58,9 +58,9 @@ FAULTS = (
     ),
     Fault(
         "gradient wrong for one dtype",
-        "spatialflow/ops/flow_conv2d.py",
-        "grad_bias = _sum_pixels(gradients)",
-        "grad_bias = _sum_pixels(gradients) * (0.5 if weight.dtype == torch.bfloat16 else 1)",
+        "spatialflow/ops/flow_conv2d_backward.py",
+        "grad_bias = _bias_gradient(gradients)",
+        "grad_bias = _bias_gradient(gradients) * (0.5 if weight.dtype == torch.bfloat16 else 1)",
         "flow_conv2d",
     ),
     Fault(

@@ -12,7 +12,8 @@ All providers compute the same result from the same inputs. The harness treats a
 
 On CUDA a call has two times, each measured after the L2 cache is overwritten. `median_ms` is the time of a call: from
 the call to its completion, by the host's clock. `kernel_ms` is the work of the GPU alone: the replay of a CUDA graph.
-If a provider cannot be captured in a graph, `kernel_ms` is the sum of its kernels by the profiler, without gaps.
+A provider with `waits` cannot be captured in a graph: its `kernel_ms` is the sum of its kernels by the profiler,
+without gaps.
 
 `python benchmarks/harness` prints the saved results as Markdown tables, grouped by device.
 """

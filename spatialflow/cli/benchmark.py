@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the scripts of the chosen operators; return the exit code."""
     folder = _benchmark_folder()
-    scripts = [path for path in folder.glob("*.py")]
-    available = sorted(path.stem for path in scripts if '__name__ == "__main__"' in path.read_text(encoding="utf-8"))
+    scripts = [path for path in folder.glob("*.py") if "main(BENCHMARK)" in path.read_text(encoding="utf-8")]
+    available = sorted(path.stem for path in scripts)  # other scripts have other options
     if options.list:
         print("\n".join(available))
         return 0

@@ -49,8 +49,8 @@ def map_ahead(
 
     Note:
         When the iterator ends or is closed, it waits for the calls that are running, and its threads end. Closing
-        cancels queued calls whose futures were not yielded. An iterator without references is closed; `contextlib.closing` closes one
-        at a defined place.
+        cancels queued calls whose futures were not yielded. An iterator without references is closed;
+        `contextlib.closing` closes one at a defined place.
     """
     source, waiting = iter(items), deque[Future[Result]]()
     error: BaseException | None = None

@@ -33,7 +33,7 @@ from harness import environment, require_positive, results_path, write_text
 from pipeline_options import add_pipeline_options, find_images, load_model
 
 from spatialflow import Predictor
-from spatialflow.cli.common import InputImage
+from spatialflow.cli.input_images import InputImage
 from spatialflow.cli.prediction_folder import PredictionFolder, writers
 from spatialflow.engine.predict import DECODERS, Outcome
 from spatialflow.images import read_image

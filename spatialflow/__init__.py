@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # the names that `__getattr__` resolves, for type checkers an
         pretrained_model,
         save_checkpoint,
     )
-    from spatialflow.engine.predict import PanopticResult, Predictor
+    from spatialflow.engine.predict import Predictor
+    from spatialflow.engine.result import PanopticResult
     from spatialflow.images import ImageError
     from spatialflow.models.build import build_model
     from spatialflow.models.optimized.inference import optimize_for_inference
@@ -37,7 +38,7 @@ _MODULE_BY_NAME = {
     "CheckpointError": "spatialflow.engine.checkpoints",
     "ConfigError": "spatialflow.config",
     "ImageError": "spatialflow.images",
-    "PanopticResult": "spatialflow.engine.predict",
+    "PanopticResult": "spatialflow.engine.result",
     "Predictor": "spatialflow.engine.predict",
     "build_model": "spatialflow.models.build",
     "list_configs": "spatialflow.config",

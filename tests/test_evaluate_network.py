@@ -13,7 +13,8 @@ from spatialflow.data.coco import CocoPanoptic
 from spatialflow.engine.checkpoints import load_checkpoint, save_checkpoint
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.evaluate import evaluate_network
-from spatialflow.engine.predict import Outcome, PanopticResult
+from spatialflow.engine.predict import Outcome
+from spatialflow.engine.result import PanopticResult
 from spatialflow.models.build import build_model
 from spatialflow.panoptic.detection import (
     _is_rle,

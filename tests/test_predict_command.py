@@ -19,7 +19,7 @@ from helpers.command_line import FAST, error_messages
 import spatialflow
 from spatialflow import images
 from spatialflow.cli import prediction_folder
-from spatialflow.cli.common import resolve_images
+from spatialflow.cli.input_images import resolve_images
 from spatialflow.cli.main import main
 from spatialflow.cli.prediction_folder import MAX_UNWRITTEN, PredictionFolder
 from spatialflow.engine import predict

@@ -18,7 +18,7 @@ import pytest
 from helpers.scenes import CATEGORIES, contents, make_scene
 
 from spatialflow.cli import prediction_folder
-from spatialflow.cli.common import InputImage
+from spatialflow.cli.input_images import InputImage
 from spatialflow.cli.prediction_folder import MAX_UNWRITTEN, PredictionFolder, writers
 from spatialflow.engine.predict import Outcome
 from spatialflow.panoptic import PanopticFormatError, formats, journal, overlay, writer

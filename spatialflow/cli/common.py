@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that several commands use: error output, path arguments, and loading of networks."""
+"""Functions that several commands use: error output, path arguments, and panoptic folders."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ import contextlib
 import logging
 import os
 import sys
-import textwrap
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from spatialflow.models.spatialflow import SpatialFlow
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -27,27 +22,9 @@ class CommandError(Exception):
     """Ends a command with one message for the user and exit code 2."""
 
 
-def configs_paragraph() -> str:
-    """List the configurations of the package, except those of the paper's ablations and of tests, as a paragraph."""
-    names = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
-    listed = [name for name in names if not name.startswith("tiny")]
-    return textwrap.fill(f"Configurations of the package: {', '.join(listed)}.", 116)
-
-
 def add_path(parser: argparse.ArgumentParser, name: str, metavar: str, help: str, **options: Any) -> None:
     """Add an argument that is one path or, by `options` of `add_argument`, several."""
     parser.add_argument(name, type=path_argument, metavar=metavar, help=help, **options)
-
-
-def add_ema_option(parser: argparse.ArgumentParser, file: str = "--checkpoint") -> None:
-    """Add the option `--ema`, which applies to the checkpoint of the argument `file`."""
-    parser.add_argument("--ema", action="store_true", help=f"use the moving average (EMA) of the weights in {file}")
-
-
-def check_ema(ema: bool, has_checkpoint: bool) -> None:
-    """Raise CommandError if `--ema` is given without a checkpoint."""
-    if ema and not has_checkpoint:
-        raise CommandError("--ema needs --checkpoint")
 
 
 def add_workers_option(parser: argparse.ArgumentParser) -> None:
@@ -93,113 +70,6 @@ def show_log() -> None:
     logger.setLevel(logging.INFO)
     if not logger.handlers:
         logger.addHandler(_ErrorHandler())
-
-
-class InputImage(NamedTuple):
-    """An input image of a command."""
-
-    path: Path
-    name: str  # path relative to the folder argument, with "/", or name of the file argument; names the output files
-
-
-def resolve_images(
-    paths: Sequence[Path], recursive: bool = False, results: Collection[Path] = ()
-) -> tuple[list[InputImage], list[str]]:
-    """List the images that files and folders contain.
-
-    A folder contributes its images. It also contributes those in its sub-folders if `recursive` is set or if it has no
-    image itself, such as Cityscapes' folder of cities. In both cases symbolic links to folders are followed.
-
-    Args:
-        paths: files and folders.
-        recursive: include sub-folders.
-        results: files and folders that the command writes, which are not inputs.
-
-    Returns:
-        The images, and messages about folders without images or that cannot be read; the messages are also printed.
-
-    Raises:
-        CommandError: two images would have the same output files, as their names differ at most in the suffix.
-    """
-    failed: list[str] = []
-    outputs = {os.path.realpath(result) for result in results}
-    images: dict[str, InputImage] = {}
-    for path in paths:
-        is_folder = os.path.isdir(path)
-        for image in (
-            _images_of_folder(path, recursive, outputs, failed) if is_folder else [InputImage(path, path.name)]
-        ):
-            previous = images.setdefault(without_suffix(image.name), image)
-            if previous != image and previous.path.resolve() != image.path.resolve():
-                raise CommandError(
-                    f"{image.path}: has the same name as {previous.path}, and output files are named by it; use two "
-                    f"output folders, or pass their common parent folder with --recursive"
-                )
-    for text in failed:
-        print_error(text)
-    return list(images.values()), failed
-
-
-def _images_of_folder(folder: Path, recursive: bool, outputs: set[str], failed: list[str]) -> list[InputImage]:
-    """List the images of one folder as described in `resolve_images`, and print how sub-folders are treated."""
-    images = [] if recursive else list(_images_below(folder, outputs))
-    direct = [image for image in images if "/" not in image.name]
-    if direct:
-        if len(direct) < len(images):
-            print_error(
-                f"{folder}: {len(images) - len(direct)} images in its sub-folders are left out; --recursive "
-                f"includes them"
-            )
-        return direct
-    images = list(_images_below(folder, outputs, failed))
-    if images and not recursive:
-        counts = Counter(image.name.split("/")[0] for image in images)
-        largest = ", ".join(f"{name}: {count}" for name, count in counts.most_common(3))
-        print_error(
-            f"{folder}: holds no image itself; its sub-folders hold {len(images)} ({largest}"
-            f"{', ...' * (len(counts) > 3)})"
-        )
-    if not images:
-        failed.append(f"{folder}: holds no image file")
-    return images
-
-
-def without_suffix(name: str) -> str:
-    """Remove the suffix of an image's path; the result has "/" as separator."""
-    path = PurePosixPath(name)
-    return path.as_posix().removesuffix(path.suffix)
-
-
-def _images_below(
-    folder: Path, outputs: set[str], failed: list[str] | None = None, prefix: str = "", parents: tuple[str, ...] = ()
-) -> Iterator[InputImage]:
-    """List the images in a folder and its sub-folders in the order of their paths.
-
-    Args:
-        folder: the folder.
-        outputs: real paths of files and folders that are not inputs.
-        failed: receives a message about each folder that cannot be read. None: such folders are skipped silently, and
-            links to folders are not followed.
-        prefix: start of the images' names.
-        parents: real paths of the folders above, to which a link may lead back.
-    """
-    real_path = os.path.realpath(folder)
-    if real_path in outputs or real_path in parents:
-        return
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        if failed is not None:
-            failed.append(f"{folder}: cannot be read: {error.strerror}")
-        return
-    for path in paths:
-        name, is_link = f"{prefix}{path.name}", os.path.islink(path)
-        if os.path.isdir(path):
-            if failed is not None or not is_link:
-                yield from _images_below(path, outputs, failed, f"{name}/", (*parents, real_path))
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            if (os.path.realpath(path) if is_link else f"{real_path}/{path.name}") not in outputs:
-                yield InputImage(path, name)
 
 
 def panoptic_json(path: Path) -> Path:
@@ -303,42 +173,3 @@ def format_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: cannot be written: {error.strerror}"
     return str(error)
-
-
-def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any], ema: bool = False) -> SpatialFlow:
-    """Build the network of `--config` with the weights of `--checkpoint`.
-
-    Without a checkpoint the network has the weights that come with the package, or random weights if there are none.
-    """
-    import torch
-
-    from spatialflow.config import ConfigError
-    from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint, packaged_weights
-    from spatialflow.models.build import build_model
-
-    torch.manual_seed(0)
-    try:
-        model = build_model(config, **overrides).eval()
-        checkpoint = checkpoint or packaged_weights(config)
-        if checkpoint is None:
-            print_error("no --checkpoint: the weights are random, and so are the results")
-            return model
-        load_checkpoint(model, checkpoint, ema)
-        return model
-    except (ConfigError, CheckpointError) as error:
-        raise CommandError(str(error)) from None
-
-
-def load_models(
-    configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any], ema: bool = False
-) -> list[SpatialFlow]:
-    """Build the networks of an ensemble; `configs` has one configuration for all checkpoints, or one for each."""
-    check_ema(ema, bool(checkpoints))
-    count = max(len(configs), len(checkpoints))
-    config_per_model = list(configs) * count if len(configs) == 1 else configs
-    files: Sequence[Path | None] = checkpoints or [None] * count
-    if len(config_per_model) != len(files):
-        raise CommandError(
-            f"give one --config for all of the {len(files)} --checkpoint, or one for each, got {len(configs)}"
-        )
-    return [load_model(config, file, overrides, ema) for config, file in zip(config_per_model, files, strict=True)]

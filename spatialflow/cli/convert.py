@@ -5,13 +5,8 @@ from __future__ import annotations
 
 import argparse
 
-from spatialflow.cli.common import (
-    add_ema_option,
-    add_path,
-    as_command_errors,
-    check_output,
-    path_in_oserror,
-)
+from spatialflow.cli.common import add_path, as_command_errors, check_output, path_in_oserror
+from spatialflow.cli.networks import add_ema_option
 
 SUMMARY = "rewrite a released checkpoint with the parameter names of this package"
 DESCRIPTION = "Rewrite a released checkpoint with the parameter names of this package."

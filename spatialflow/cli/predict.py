@@ -11,18 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import spatialflow
-from spatialflow.cli.common import (
-    CommandError,
-    InputImage,
-    add_ema_option,
-    add_path,
-    configs_paragraph,
-    format_error,
-    load_models,
-    print_error,
-    resolve_images,
-    set_threads,
-)
+from spatialflow.cli.common import CommandError, add_path, format_error, print_error, set_threads
+from spatialflow.cli.input_images import InputImage, resolve_images
+from spatialflow.cli.networks import add_ema_option, configs_paragraph, load_models
 from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
 from spatialflow.threads import leave_cores_to_others
 

@@ -12,13 +12,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialflow.cli.common import CommandError, InputImage, as_command_errors, path_in_oserror, without_suffix
+from spatialflow.cli.common import CommandError, as_command_errors, path_in_oserror
+from spatialflow.cli.input_images import InputImage, without_suffix
 from spatialflow.threads import available_cores, map_ahead
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from spatialflow.engine.predict import Outcome, PanopticResult
+    from spatialflow.engine.predict import Outcome
+    from spatialflow.engine.result import PanopticResult
 
 WRITERS = {"cpu": 1, "cuda": 8}
 """Largest number of threads that write files, by type of device. On the CPU the network needs the cores."""
@@ -220,7 +222,7 @@ def writers(kind: str) -> int:
 
 def _image_ids(images: Sequence[InputImage]) -> dict[str, int | str]:
     """Map image names to ids: `image_id_of`, or the name without suffix if several images would share that id."""
-    from spatialflow.engine.predict import image_id_of
+    from spatialflow.engine.result import image_id_of
 
     ids = {image.name: image_id_of(image.name) for image in images}
     count = Counter(ids.values())

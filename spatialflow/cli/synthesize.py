@@ -5,12 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from spatialflow.cli.common import (
-    CommandError,
-    add_path,
-    as_command_errors,
-    path_in_oserror,
-)
+from spatialflow.cli.common import CommandError, add_path, as_command_errors, path_in_oserror
 
 SUMMARY = "draw landscapes with exact panoptic ground truth"
 DESCRIPTION = "Draw synthetic landscapes and their exact ground truth in the COCO panoptic format."

@@ -9,16 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from spatialflow.cli.common import (
-    CommandError,
-    add_ema_option,
-    add_path,
-    check_count,
-    check_ema,
-    configs_paragraph,
-    print_error,
-    set_threads,
-)
+from spatialflow.cli.common import CommandError, add_path, check_count, print_error, set_threads
+from spatialflow.cli.networks import add_ema_option, check_ema, configs_paragraph
 
 if TYPE_CHECKING:
     from spatialflow.config import Config, ModelConfig

@@ -10,20 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from spatialflow.cli.common import (
     CommandError,
-    InputImage,
-    add_ema_option,
     add_path,
     as_command_errors,
-    check_ema,
     format_error,
-    load_model,
     panoptic_json,
     path_in_oserror,
     png_folder,
     print_error,
-    resolve_images,
-    without_suffix,
 )
+from spatialflow.cli.input_images import InputImage, resolve_images, without_suffix
+from spatialflow.cli.networks import add_ema_option, check_ema, load_model
 
 if TYPE_CHECKING:
     import numpy as np

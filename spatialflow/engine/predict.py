@@ -337,6 +337,7 @@ class Predictor:
             self.categories,
             item.name,
             item.times,
+            item.pixels,
         )
 
 

@@ -53,6 +53,43 @@ def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
     return np.vstack(rows[:-1])
 
 
+def thumbnails(pictures: Iterable[tuple[str, np.ndarray]], columns: int, cell: int = 320) -> np.ndarray:
+    """Arrange pictures in lines of equal cells, each below its title.
+
+    Args:
+        pictures: one or more pairs of a title and (H, W, 3) uint8 BGR, of any sizes. They are read one by one and
+            scaled to fit a square cell.
+        columns: pictures in a line.
+        cell: width of a cell in pixels.
+
+    Returns:
+        (H', columns * cell + gaps, 3) uint8 BGR.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    import cv2
+
+    cells = []
+    for title, picture in pictures:
+        height, width = picture.shape[:2]
+        scale = cell / max(width, height)
+        size = (max(round(width * scale), 1), max(round(height * scale), 1))
+        small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        line = np.hstack([small, _blank(size[1], cell - size[0])])
+        cells.append(np.vstack([_line(title, cell), line]))
+    if not cells:
+        raise ValueError("pictures must be one or more, got none")
+    rows = []
+    for begin in range(0, len(cells), columns):
+        row = cells[begin : begin + columns]
+        row += [_blank(row[0].shape[0], cell)] * (min(columns, len(cells)) - len(row))
+        height = max(part.shape[0] for part in row)
+        parts = [np.vstack([part, _blank(height - part.shape[0], cell)]) for part in row]
+        rows.append(np.hstack([piece for part in parts for piece in (part, _blank(height, _GAP))][:-1]))
+    return contact_sheet(rows)
+
+
 def html_page(title: str, pictures: Iterable[tuple[str, str]]) -> str:
     """Make an HTML page of pictures, each given as (caption, path relative to the page)."""
     figures = "\n".join(

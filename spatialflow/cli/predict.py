@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import spatialflow
-from spatialflow.cli.common import CommandError, add_path, format_error, print_error, set_threads
+from spatialflow.cli.common import CommandError, add_path, as_command_errors, format_error, print_error, set_threads
+from spatialflow.cli.drawing_options import DEFAULT_STYLE, add_drawing_options, drawing_style, write_contact_sheet
 from spatialflow.cli.input_images import InputImage, resolve_images
 from spatialflow.cli.networks import add_ema_option, configs_paragraph, load_models
 from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
@@ -34,6 +35,7 @@ EXAMPLES = (
     "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
     "predict photos --recursive --config demo --output out",
     "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
+    "predict photos --config demo --output out --opacity 0.3 --legend --contact-sheet 16",
 )
 
 
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_input_options(parser)
     _add_device_options(parser)
     _add_inference_options(parser)
+    add_drawing_options(parser)
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +144,7 @@ def run(options: argparse.Namespace) -> int:
     leave_cores_to_others()
     from spatialflow.panoptic.detection import has_pycocotools
 
+    style = _drawing_style(options)
     results = [options.output / name for name in RESULTS]
     images, failed = resolve_images(options.images, options.recursive, results)
     if not images:
@@ -155,6 +159,7 @@ def run(options: argparse.Namespace) -> int:
         predictor.categories.as_coco(),
         settings,
         overlays=not options.no_overlay,
+        style=style,
         detections=options.detections,
         resume=not options.restart,
     )
@@ -216,7 +221,9 @@ def _report(
     times: dict[str, float],
     elapsed: float,
 ) -> None:
-    """Print times and counts of a run with `new` images that took `elapsed` seconds."""
+    """Print times and counts of a run with `new` images that took `elapsed` seconds, and write the contact sheet."""
+    from spatialflow.images import ImageError
+
     if new:
         stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in times.items())
         print(
@@ -224,6 +231,9 @@ def _report(
             f"overlapped {elapsed / new * 1e3:.1f} ms"
         )
     done = len(output.done)
+    if done and options.contact_sheet is not None:
+        with as_command_errors(ImageError):
+            write_contact_sheet(options.output, output.overlays_done(), options.contact_sheet)
     if done:
         print(
             f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
@@ -236,6 +246,17 @@ def _report(
             f"{options.output}: {output.left_out} more images were done by the interrupted run; "
             f"panoptic.json does not list them, and the journal keeps them"
         )
+
+
+def _drawing_style(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the style of overlays; without overlays, none, and CommandError for an option that needs them."""
+    style = drawing_style(options)
+    if not options.no_overlay:
+        return style
+    if options.contact_sheet is not None or style != DEFAULT_STYLE:
+        names = "--opacity, --no-labels, --no-outlines, --legend and --contact-sheet"
+        raise CommandError(f"{names} are for overlay pictures, which --no-overlay excludes")
+    return {}
 
 
 def _make_predictor(options: argparse.Namespace) -> tuple[Predictor, dict[str, Any]]:
@@ -276,6 +297,7 @@ def _settings(options: argparse.Namespace, models: Sequence[SpatialFlow]) -> dic
         "overlays": not options.no_overlay,
         "models": len(models),
     }
+    settings |= {f"overlay {field}": value for field, value in _drawing_style(options).items()}
     for number, model in enumerate(models, 1):
         prefix = f"model {number}: " if len(models) > 1 else ""
         for section in (model.config.model, model.config.test, model.config.data):

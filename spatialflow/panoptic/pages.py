@@ -44,6 +44,14 @@ def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_widt
     return np.vstack([_line(heading, row.shape[1]), row]) if heading else row
 
 
+def with_equal_heights(panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Pad pictures (H, W, 3) uint8 at the bottom to the height of the highest one, such as one with a legend."""
+    height = max(panel.shape[0] for panel in panels.values())
+    return {
+        title: np.vstack([panel, _blank(height - panel.shape[0], panel.shape[1])]) for title, panel in panels.items()
+    }
+
+
 def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Stack one or more pictures (H, W, 3) uint8 vertically, padded at the right to the widest."""
     width = max(picture.shape[1] for picture in pictures)

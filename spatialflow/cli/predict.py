@@ -249,14 +249,12 @@ def _report(
 
 
 def _drawing_style(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the style of overlays; without overlays, none, and CommandError for an option that needs them."""
+    """Return the style of overlays; raise CommandError for an option that needs them if there are none."""
     style = drawing_style(options)
-    if not options.no_overlay:
-        return style
-    if options.contact_sheet is not None or style != DEFAULT_STYLE:
+    if options.no_overlay and (options.contact_sheet is not None or style != DEFAULT_STYLE):
         names = "--opacity, --no-labels, --no-outlines, --legend and --contact-sheet"
         raise CommandError(f"{names} are for overlay pictures, which --no-overlay excludes")
-    return {}
+    return style
 
 
 def _make_predictor(options: argparse.Namespace) -> tuple[Predictor, dict[str, Any]]:

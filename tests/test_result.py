@@ -3,9 +3,11 @@
 
 import io
 import json
+import shutil
 import threading
 import types
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -195,7 +197,7 @@ class TestSave:
 
     def test_a_name_gives_folders_and_ids(self, tmp_path):
         """Arrays have names by `name`; equal stems in two folders get different ids."""
-        for name in ("a/000007.jpg", "b/000007.jpg", "frankfurt_leftImg8bit.png"):
+        for name in ("a/000007.jpg", Path("b/000007.jpg"), "frankfurt_leftImg8bit.png"):
             make_result(name="image 0").save(tmp_path, name=name)
         content = read_panoptic_json(tmp_path / "panoptic.json")
         assert [row["id"] for row in content["images"]] == [7, "b/000007", "frankfurt"]
@@ -242,11 +244,25 @@ class TestSave:
 
         make_result().save(tmp_path)
         with monkeypatch.context() as context, pytest.raises(OSError, match="No space left"):
-            context.setattr("spatialflow.panoptic.result_folder.write_json", fail)
+            context.setattr("spatialflow.panoptic.result_folder.atomic_write", fail)
             make_result(name="new.jpg").save(tmp_path)
         assert [path.name for path in (tmp_path / "panoptic").iterdir()] == ["street.png"]
         make_result(name="new.jpg").save(tmp_path)
         assert len(read_panoptic_json(tmp_path / "panoptic.json")["images"]) == 2
+
+    def test_changes_by_others_are_seen(self, tmp_path):
+        """A JSON that is not the one written last is read anew; so is one of a folder that was removed."""
+        make_result(name="a.jpg").save(tmp_path)
+        kept = (tmp_path / "panoptic.json").read_text()
+        make_result(name="b.jpg").save(tmp_path)
+        (tmp_path / "panoptic.json").write_text(kept)
+        (tmp_path / "panoptic" / "b.png").unlink()
+        make_result(name="c.jpg").save(tmp_path)
+        content = read_panoptic_json(tmp_path / "panoptic.json", with_categories=True)
+        assert [row["file_name"] for row in content["images"]] == ["a.jpg", "c.jpg"]
+        shutil.rmtree(tmp_path)
+        make_result(name="d.jpg").save(tmp_path)
+        assert len(read_panoptic_json(tmp_path / "panoptic.json")["images"]) == 1
 
     def test_threads_share_a_folder(self, tmp_path):
         results = [make_result(name=f"{i}.jpg") for i in range(12)]

@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
         if pictures:  # after an interrupt, the page shows the pictures drawn before it
             with as_command_errors(ImageError):
                 if options.contact_sheet is not None:
-                    shown = [(picture.name, picture.path) for picture in pictures]
+                    shown = [("", picture.path) for picture in pictures]  # a picture has its name in it
                     write_contact_sheet(options.output, shown, options.contact_sheet, cell=960)
                 _write_pages(pictures, options.output, options.sheet)
     for folder in folders.values():

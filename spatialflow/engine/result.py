@@ -132,13 +132,13 @@ class PanopticResult:
             for segment in self.segments
         ]
 
-    def save(self, folder: str | Path, name: str | None = None) -> Path:
+    def save(self, folder: str | Path, name: str | Path | None = None) -> Path:
         """Add the result to a folder that `spatialflow evaluate` and `spatialflow visualize` read.
 
         The files are `panoptic.json` (COCO panoptic format, all results saved in the folder), `panoptic/<stem>.png`
         (segment ids, which are colors of the categories) and `overlays/<stem>.jpg` (not without `image`). A result of
-        the same name is replaced, with a warning. The JSON is written anew at each call. For many thousand images,
-        `PanopticWriter` writes it once.
+        the same name is replaced, with a warning. The JSON is written anew at each call; `PanopticWriter` writes it
+        once for many images.
 
         Args:
             folder: created if it is absent.
@@ -153,7 +153,7 @@ class PanopticResult:
                 inside the folder.
             OSError: a file cannot be written; no part of it is left behind.
         """
-        name = self.image_name if name is None else name
+        name = self.image_name if name is None else str(name)
         picture = None if self.image is None else self.overlay()
         table = self.categories.as_coco()
         return add_to_folder(folder, image_id_of(name), name, self.id_map, self.segments, table, picture)

@@ -62,11 +62,11 @@ def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def thumbnails(pictures: Iterable[tuple[str, np.ndarray]], columns: int, cell: int = 320) -> np.ndarray:
-    """Arrange pictures in lines of equal cells, each below its title.
+    """Arrange pictures in lines of cells of one width, each below its title.
 
     Args:
-        pictures: one or more pairs of a title and (H, W, 3) uint8 BGR, of any sizes. They are read one by one and
-            scaled to fit a square cell.
+        pictures: one or more pairs of a title, which may be empty, and (H, W, 3) uint8 BGR, of any sizes. They are
+            read one by one and scaled to fit a square cell.
         columns: pictures in a line.
         cell: width of a cell in pixels.
 
@@ -85,7 +85,7 @@ def thumbnails(pictures: Iterable[tuple[str, np.ndarray]], columns: int, cell: i
         size = (max(round(width * scale), 1), max(round(height * scale), 1))
         small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         line = np.hstack([small, _blank(size[1], cell - size[0])])
-        cells.append(np.vstack([_line(title, cell), line]))
+        cells.append(np.vstack([_line(title, cell), line]) if title else line)
     if not cells:
         raise ValueError("pictures must be one or more, got none")
     rows = []

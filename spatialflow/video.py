@@ -66,7 +66,7 @@ class Video:
             raise VideoError(f"{self.name}: {problem}")
         rate, count = (self._capture.get(key) for key in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
         self.rate = rate if 0 < rate < 1000 else USUAL_RATE
-        self.count = int(count) if count > 0 and not self._is_camera else None
+        self.count = int(count) if 0 < count < 2**31 and not self._is_camera else None
 
     def positions(self, every: int = 1, limit: int | None = None) -> Iterator[int]:
         """Go through the video; at each position `decode` returns the frame.

@@ -73,14 +73,15 @@ class TestFolders:
         """The folder is refused as an argument, by one message for all its files, and is left out below another."""
         data = write_coco(tmp_path / "data", count=2)
         maps = data / "panoptic"
-        message = f"{maps}: holds the segment ids of {data}/panoptic.json, not photographs; the photographs are in {data}/images"
+        reason = f"holds the segment ids of {data}/panoptic.json, not photographs"
+        message = f"{maps}: {reason}; the photographs are in {data}/images"
         for arguments in ([maps], sorted(maps.iterdir())):
             with resolve_images(arguments) as inputs:
                 assert inputs.images == [] and inputs.failed == [message]
             assert error_messages(capsys) == [message]
-        assert names_of(data) == ["images/0.png", "images/1.png"] or len(names_of(data)) == 2
-        messages = error_messages(capsys)
-        assert f"{maps}: is left out: " in messages[0] and not any("panoptic/" in name for name in names_of(data))
+        found = names_of(data)
+        assert len(found) == 2 and all(name.startswith("images/") for name in found)
+        assert error_messages(capsys)[0].startswith(f"{maps}: is left out: holds the segment ids of ")
 
     def test_a_json_of_another_name(self, tmp_path, capsys):
         data = write_coco(tmp_path / "data", count=1)
@@ -267,7 +268,7 @@ class TestUrls:
             ("/redirect", "redirects more than 5 times"),
             (
                 "/redirect?to=file:///etc/hostname",
-                "redirects to file:///etc/hostname, and only http and https are read",
+                "redirects to file:///etc/hostname, and only http and https",
             ),
             ("/redirect?to=ftp://127.0.0.1/a.png", "redirects to ftp://127.0.0.1/a.png, and only http and https"),
         ],

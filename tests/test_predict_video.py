@@ -22,7 +22,7 @@ COUNT, SIZE = 10, (80, 60)
 
 def picture(number):
     """Return a picture whose mean increases with the number."""
-    return np.full((SIZE[1], SIZE[0], 3), 20 * number, np.uint8)
+    return np.full((SIZE[1], SIZE[0], 3), 20 * number % 240, np.uint8)
 
 
 def write_video(path, count=COUNT, code="mp4v", rate=10):
@@ -46,7 +46,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def command(weights):
-    return ["predict", "--checkpoint", str(weights), *FAST]
+    return ["predict", "--checkpoint", str(weights), *FAST, "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -213,18 +213,16 @@ class TestPredict:
 
     def test_a_truncated_video(self, command, photographs, tmp_path, capsys):
         """The frames before the damage stay; other inputs are done."""
-        path = write_video(tmp_path / "long.avi", 60, "MJPG", rate=30)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
+        path = write_video(tmp_path / "long.avi", 60, "MJPG")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         output = tmp_path / "out"
         arguments = [str(path), str(photographs / "dot.png"), "--every", "8", "--output", str(output)]
         assert main([*command, *arguments]) == 1
         (message,) = error_messages(capsys)
-        assert message.startswith(f"{path}: ends at frame 1") and message.endswith(
-            "of 60: is truncated or damaged there"
-        )
+        assert message == f"{path}: ends at frame 20 of 60: is truncated or damaged there"
         names = [image["file_name"] for image in read_panoptic_json(output / "panoptic.json")["images"]]
-        assert names == ["dot.png", "long/000000.png", "long/000008.png"]
-        assert len(frames_of(output / "overlays" / "long.mp4")[1]) == 2
+        assert names == ["dot.png", "long/000000.png", "long/000008.png", "long/000016.png"]
+        assert len(frames_of(output / "overlays" / "long.mp4")[1]) == 3
 
     def test_no_video(self, command, tmp_path, capsys):
         (tmp_path / "a.mp4").write_bytes(b"text")

@@ -53,6 +53,10 @@ class InputImage(NamedTuple):
         """Path of the output files without suffix."""
         return self.output or without_suffix(self.name)
 
+    def named(self, message: str) -> str:
+        """Put what the user named in the place of a temporary file in a message."""
+        return message.replace(str(self.path), self.source) if self.source and self.path.name else message
+
     def frame(self, number: int) -> InputImage:
         """Return a frame of this video; frames are numbered from 0."""
         return InputImage(
@@ -114,8 +118,8 @@ def resolve_images(
         found = search.files()
         for text in search.failed:
             print_error(text)
-        videos = [file for file in found if file.path.suffix.lower() in VIDEO_SUFFIXES]
-        images = _with_outputs(_with_unique_names([file for file in found if file not in videos]))
+        videos = [file for file in found if _is_video(file.path.name)]
+        images = _with_outputs(_with_unique_names([file for file in found if not _is_video(file.path.name)]))
         yield Inputs(images, _with_free_stems(_with_outputs(_with_unique_names(videos)), images), search.failed)
 
 
@@ -131,7 +135,7 @@ class _Search:
     def __init__(self, recursive: bool, outputs: set[str], workspace: Path) -> None:
         self._recursive, self._outputs, self._workspace = recursive, outputs, workspace
         self._found: list[InputImage] = []  # a URL has the path "" until it is downloaded
-        self._refused: set[Path] = set()
+        self._reasons: dict[Path, str | None] = {}  # why the files of a folder are refused
         self.failed: list[str] = []
 
     def add(self, argument: str, in_list: bool = False) -> None:
@@ -170,12 +174,15 @@ class _Search:
         return list(unique.values())
 
     def _add_file(self, path: Path, name: str) -> None:
-        reason = label_folder(path.parent) if path.suffix.lower() in (".png", ".jpg") and path.exists() else None
-        if reason is None:
+        folder = path.parent
+        if folder not in self._reasons:
+            may_be_label = path.suffix.lower() in (".png", ".jpg") and os.path.exists(path)
+            reason = label_folder(folder) if may_be_label else None
+            self._reasons[folder] = reason
+            if reason is not None:
+                self.failed.append(f"{folder}: {reason}")
+        if self._reasons[folder] is None:
             self._found.append(InputImage(path, name))
-        elif path.parent not in self._refused:
-            self._refused.add(path.parent)
-            self.failed.append(f"{path.parent}: {reason}")
 
     def _add_standard_input(self) -> None:
         if sys.stdin.isatty():
@@ -210,7 +217,7 @@ class _Search:
         skipped = Counter[str]()
         for match in files:
             kind = _kind(match)
-            if kind is None or match.lower().endswith(VIDEO_SUFFIXES):
+            if kind is None or _is_video(match):
                 self._add_file(Path(match), Path(os.path.relpath(match, fixed)).as_posix())
             else:
                 skipped[kind] += 1
@@ -308,6 +315,10 @@ class _Scan:
                 yield InputImage(path, name)
             else:
                 skipped[kind] += 1
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(VIDEO_SUFFIXES)
 
 
 def _kind(name: str) -> str | None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import mmap
 import os
@@ -45,12 +44,7 @@ def label_folder(folder: Path) -> str | None:
     Returns:
         What the folder is, and where the photographs are if they can be found; None for any other folder.
     """
-    return _describe(os.path.realpath(folder), str(folder.parent))
-
-
-@functools.lru_cache(maxsize=4096)
-def _describe(real_path: str, shown_parent: str) -> str | None:
-    folder = Path(real_path)
+    shown_parent, folder = folder.parent, Path(os.path.realpath(folder))
     for part in (folder, *islice(folder.parents, 3)):
         if part.name in RESULTS and _is_result(part.parent / "panoptic.json"):
             kind = "maps" if part.name == RESULTS[0] else "pictures"
@@ -60,8 +54,7 @@ def _describe(real_path: str, shown_parent: str) -> str | None:
         return None
     for path in sorted(folder.parent.glob("*.json"), key=lambda path: path.stem != folder.name)[:20]:
         if _is_map(first, path):
-            shown = Path(shown_parent, path.name)
-            return f"holds the segment ids of {shown}, not photographs" + _place(path, folder)
+            return f"holds the segment ids of {shown_parent / path.name}, not photographs" + _place(path, folder)
     return None
 
 
@@ -122,7 +115,7 @@ def _place(json_path: Path, folder: Path) -> str:
     parent = json_path.parent
     places = [(parent / path).parent for path in paths if os.path.isfile(parent / path)]
     for base in (parent, parent.parent):
-        folders = (base, *islice((path for path in sorted(base.iterdir()) if path.is_dir()), 100))
+        folders = (base, *islice((path for path in sorted(base.glob("*")) if os.path.isdir(path)), 100))
         places += [
             place for place in folders if place != folder and any(os.path.isfile(place / name) for name in names)
         ]

@@ -236,7 +236,7 @@ def _print_earlier_results(options: argparse.Namespace, output: PredictionFolder
         print_error(
             f"{folder}: {done} of {len(output.images)} images were done by an interrupted run, which this run continues"
         )
-    elif output.replaces_results:
+    elif output.replaces_results or output.earlier:
         names = {image.name for image in output.images}
         removed = sorted(output.earlier - names)
         listed = ", ".join(removed[:3]) + ", ..." * (len(removed) > 3)

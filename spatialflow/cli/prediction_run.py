@@ -114,7 +114,7 @@ class PredictionRun:
         if self._limit is not None and (total is None or self._limit < total):
             total = self._limit
         with (
-            _bar(source.name, "frame", total) as bar,
+            _bar(video.name, "frame", total) as bar,
             contextlib.closing(self._predictor.outcomes(frames())) as outcomes,
             contextlib.closing(
                 self._output.add_all(frames_with_outcome(), outcomes, writers(self._predictor.device.type))
@@ -142,8 +142,7 @@ class PredictionRun:
         """Print a message; it names what the user named, not a temporary file."""
         from tqdm import tqdm
 
-        text = format_error(error)
-        self.failed.append(text.replace(str(image.path), image.source) if image.source and image.path.name else text)
+        self.failed.append(image.named(format_error(error)))
         with tqdm.external_write_mode(file=sys.stderr):
             print_error(self.failed[-1])
 

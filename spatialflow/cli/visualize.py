@@ -175,7 +175,7 @@ def _draw_all(
             try:
                 pictures.append(_draw(image, folders, model, output))
             except (ImageError, PanopticFormatError, OSError) as error:
-                failed.append(format_error(error))
+                failed.append(image.named(format_error(error)))
                 print_error(failed[-1])
             except CategoryError as error:  # of the configuration; the same for every picture
                 raise CommandError(str(error)) from None

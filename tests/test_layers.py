@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "files": set(),
     "threads": set(),
     "images": {"errors"},
+    "video": {"images"},
     "config": set(),
     "ops": {"_library", "deprecated"},
     "panoptic": GROUND | {"_evaluation", "ops"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "data": GROUND | {"config", "panoptic"},
     "engine": GROUND | {"config", "ops", "panoptic", "models", "data"},
     "": {"_library"},  # spatialflow/__init__.py when it is imported; its names are resolved on first use
-    "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine"},
+    "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine", "video"},
 }
 """For each module or package of `spatialflow`, the others that it may import, inside functions too."""
 

@@ -29,6 +29,7 @@ ChannelOrder: TypeAlias = Literal["bgr", "rgb"]
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _COUNTS = (1, 3, 4)  # gray, color, color with transparency
+_NUMPY_DTYPES = (torch.uint8, torch.float32, torch.float64)
 
 
 class Source(NamedTuple):
@@ -85,8 +86,7 @@ def make_sources(images: Iterable[Image], order: ChannelOrder | None) -> Iterato
     """Number and name images, in the caller's thread.
 
     Images that may change in the next step of an iterator are converted here, so that it may reuse their memory. So are
-    images of Pillow, which several threads must not load, and CUDA tensors, whose values belong to the current stream.
-    Others are converted where they are used, by `pixels_of`.
+    those that need this thread. Others are converted where they are used, by `pixels_of`.
 
     Args:
         images: paths, images of Pillow, arrays and tensors.
@@ -101,8 +101,7 @@ def make_sources(images: Iterable[Image], order: ChannelOrder | None) -> Iterato
         if sign is not None:
             may_warn = False
             _warn_of_order(source.name, sign)
-        waits = stays and not _is_pillow_image(image) and not (isinstance(image, Tensor) and image.is_cuda)
-        yield source if waits or is_path(image) else _convert(source)
+        yield source if is_path(image) or (stays and _suits_any_thread(image)) else _convert(source)
 
 
 def pixels_of(source: Source) -> np.ndarray:
@@ -133,6 +132,17 @@ def _convert(source: Source) -> Source:
         if isinstance(source.image, np.ndarray) and np.may_share_memory(pixels, source.image):
             pixels = pixels.copy()
     return source._replace(image=pixels, order="bgr")
+
+
+def _suits_any_thread(image: Image) -> bool:
+    """Tell whether `pixels_of` may be called in any thread.
+
+    Several threads must not load one image of Pillow. The values of a tensor on a GPU belong to the caller's stream.
+    Torch converts 16-bit tensors, with a team of OpenMP threads per thread that calls it.
+    """
+    if isinstance(image, Tensor):
+        return image.device.type == "cpu" and image.dtype in _NUMPY_DTYPES
+    return not _is_pillow_image(image)
 
 
 def _is_pillow_image(image: Any) -> TypeGuard[PIL.Image.Image]:
@@ -200,17 +210,18 @@ def _pixels_of_tensor(image: Tensor, name: str) -> np.ndarray:
         raise ImageError(f"{name}: has no pixels, got shape {shape}")
     if image.layout != torch.strided or image.device.type == "meta":
         raise ImageError(f"{name}: must be a dense tensor with values, got {image.layout} on {image.device}")
-    if image.dtype not in (torch.uint8, torch.float32, torch.float64):
-        image = image.float()  # NumPy lacks bfloat16
-    # NumPy's functions use one thread. Torch's would start further threads in every worker thread.
+    if image.dtype not in _NUMPY_DTYPES:
+        image = image.float()
     pixels = image.numpy(force=True)
     if pixels.dtype != np.uint8:
         _check_range(pixels, name)
         pixels = np.rint(pixels * 255).astype(np.uint8)
     if pixels.ndim == 2 or len(pixels) == 1:
         return cv2.cvtColor(pixels.reshape(shape[-2:]), cv2.COLOR_GRAY2BGR)
-    conversion = cv2.COLOR_RGB2BGR if len(pixels) == 3 else cv2.COLOR_RGBA2BGR
-    return cv2.cvtColor(np.ascontiguousarray(pixels.transpose(1, 2, 0)), conversion)
+    interleaved = pixels[:3].transpose(1, 2, 0)
+    if interleaved.flags.c_contiguous:  # the tensor is a view of such an array
+        return cv2.cvtColor(interleaved, cv2.COLOR_RGB2BGR)
+    return cv2.merge([np.ascontiguousarray(pixels[channel]) for channel in (2, 1, 0)])
 
 
 def _check_range(values: np.ndarray, name: str) -> None:

@@ -46,15 +46,16 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         ImageError: the file is absent, is not an image, is truncated or damaged, or needs a library that is missing.
     """
+    path = os.fsdecode(path)
     try:
         content = Path(path).read_bytes()
     except IsADirectoryError as error:
-        example = f"sorted(Path({os.fspath(path)!r}).glob('*.jpg'))"
+        example = f"sorted(Path({path!r}).glob('*.jpg'))"
         raise ImageError(f"{path}: cannot be read: {error.strerror}; give its files, such as {example}") from None
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # the name contains a zero byte
-        raise ImageError(f"{str(path)!r}: is not a file name: {error}") from None
+        raise ImageError(f"{path!r}: is not a file name: {error}") from None
     if not content:
         raise ImageError(f"{path}: is empty")
     if Path(path).suffix.lower() in RAW_SUFFIXES:
@@ -66,11 +67,14 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     if image is None and _lacks_only_the_end_marker(content):
         warnings.warn(f"{path}: has no end marker, but all pixels", ImageWarning, stacklevel=2)
         image = decode_image(path, content.rstrip(b"\xff") + _JPEG_END)
-    if image is None and _has_known_header(content):
-        raise ImageError(f"{path}: is truncated or damaged")
-    if image is None:
+    if image is not None:
+        return image
+    kind = _format_by_header(content)
+    if kind is None:
         raise ImageError(f"{path}: is not an image of a known format, or is damaged")
-    return image
+    if kind in _OPENCV_FORMATS:
+        raise ImageError(f"{path}: is truncated or damaged")
+    raise ImageError(f"{path}: is a file of the format {kind}, which is not read; convert it to PNG")
 
 
 def convert_pillow_image(image: PIL.Image.Image, name: str) -> np.ndarray:
@@ -102,6 +106,8 @@ def convert_pillow_image(image: PIL.Image.Image, name: str) -> np.ndarray:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode == "La":  # premultiplied, which Pillow converts to one mode only
         image = image.convert("LA")
+    elif image.mode == "P" and "transparency" in image.info:  # Pillow warns of a direct conversion
+        image = image.convert("RGBA")
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     rgb = rgb if turn is None else rgb.transpose(turn)
     return cv2.cvtColor(np.asarray(rgb), cv2.COLOR_RGB2BGR)
@@ -127,7 +133,7 @@ def _orientation(image: PIL.Image.Image) -> PIL.Image.Transpose | None:
     }.get(value)
 
 
-def _read_with_pillow(path: str | os.PathLike[str], content: bytes, kind: str) -> np.ndarray:
+def _read_with_pillow(path: str, content: bytes, kind: str) -> np.ndarray:
     """Decode a file of a format that `pillow_format` names, to (H, W, 3) uint8 BGR.
 
     OpenCV does not apply the orientation of AVIF, and cannot decode HEIC. For AVIF and JPEG 2000 it is used where
@@ -140,7 +146,7 @@ def _read_with_pillow(path: str | os.PathLike[str], content: bytes, kind: str) -
             plugin = importlib.import_module(FORMAT_LIBRARIES[kind].module)
         except ImportError:
             raise ImageError(f"{path}: {FORMAT_LIBRARIES[kind].advice}") from None
-        if kind == "HEIF":  # the other library registers itself
+        if kind == "HEIF" and kind not in Image.OPEN:  # the other library registers itself
             plugin.register_heif_opener()
     feature = {"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(kind)
     if feature is not None and feature not in features.get_supported():
@@ -205,6 +211,9 @@ def decode_image(path: str | os.PathLike[str], content: bytes, flags: int = cv2.
         raise ImageError(f"{path}: cannot be decoded: {error.err}") from None
 
 
+_OPENCV_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "PPM", "SUN")
+"""Formats that OpenCV decodes, by Pillow's names."""
+
 _PNG_BEGIN, _JPEG_BEGIN, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 
 
@@ -242,11 +251,12 @@ def _decode_with_pillow(content: bytes) -> np.ndarray | None:
         return None
 
 
-def _has_known_header(content: bytes) -> bool:
+def _format_by_header(content: bytes) -> str | None:
+    """Return Pillow's name of the format; None for an unknown one."""
     from PIL import Image
 
     try:
-        Image.open(io.BytesIO(content)).close()
+        with Image.open(io.BytesIO(content)) as image:
+            return image.format
     except Exception:
-        return False
-    return True
+        return None

@@ -160,6 +160,13 @@ def test_raw_files_are_not_read_as_their_thumbnail(tmp_path):
         read_image(tmp_path / "a.NEF")
 
 
+@pytest.mark.parametrize("kind", ["TGA", "PCX", "ICO"])
+def test_formats_that_are_not_read_are_named(tmp_path, kind):
+    (tmp_path / "a.bin").write_bytes(encode(kind))
+    with pytest.raises(ImageError, match=f"a.bin: is a file of the format {kind}, which is not read; convert it"):
+        read_image(tmp_path / "a.bin")
+
+
 def test_suffixes_are_known_without_the_libraries():
     code = (
         f"import sys, {image_formats.__name__}; sys.exit(any(name in sys.modules for name in ('cv2', 'PIL', 'torch')))"

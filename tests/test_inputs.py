@@ -22,7 +22,9 @@ SETTINGS = dict(test_short_edges=[32], test_long_edge=48, stuff_area_threshold=2
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model("tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)  # a map of several segments, which depends on the order of the channels
+        return random_model("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,19 @@ def test_mixture_of_kinds_and_sizes(predictor, file):
             assert np.array_equal(result.id_map, single.id_map) and result.segments == single.segments
 
 
+def test_columns_of_paths(predictor, file, expected):
+    for column in (np.array([str(file)] * 2), np.array([file, picture()[..., 0]], object)):
+        for results in (predictor(column), list(predictor.stream(column))):
+            assert len(results) == 2 and np.array_equal(results[0].id_map, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_on_a_gpu(predictor, expected):
+    for tensor in (chw_of(picture()).cuda(), float_of(picture()).cuda()):
+        for many in ([tensor], iter([tensor]), tensor[None]):
+            assert np.array_equal(predictor(many)[0].id_map, expected)
+
+
 def test_names(predictor, file, tmp_path):
     opened = Image.open(file)
     images = [file, SomePath(file), opened, opened.copy(), picture(), chw_of(picture())]
@@ -186,6 +201,24 @@ def test_exif_orientation_is_that_of_the_file(predictor, tmp_path, orientation, 
         of_file, of_image = predictor.outcomes([path, image])
     assert np.array_equal(of_image.pixels, of_file.pixels)
     assert of_image.pixels.shape[:2] == ((40, 24) if orientation >= 5 else (24, 40))
+
+
+@pytest.mark.parametrize(
+    "mode", ["RGB of 16 bits", "gray of 16 bits", "1", "L", "LA", "P", "P with transparency", "RGBA"]
+)
+def test_modes_of_pil_are_those_of_the_file(predictor, tmp_path, mode, recwarn):
+    path = tmp_path / "a.png"
+    if mode.endswith("16 bits"):
+        deep = np.random.default_rng(0).integers(0, 65536, (32, 48, 3), dtype=np.uint16)
+        cv2.imwrite(str(path), deep if mode.startswith("RGB") else deep[..., 0])
+    else:
+        image, options = Image.fromarray(picture()), {}
+        if mode.endswith("transparency"):
+            options = {"transparency": bytes(range(256))}
+        image.convert(mode.split()[0]).save(path, **options)
+    with Image.open(path) as image:
+        of_file, of_image = predictor.outcomes([path, image])
+    assert np.array_equal(of_image.pixels, of_file.pixels) and not recwarn
 
 
 def test_damaged_exif_is_ignored(predictor):

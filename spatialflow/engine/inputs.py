@@ -57,6 +57,8 @@ def is_path(image: Any) -> TypeGuard[str | os.PathLike[str]]:
 
 def is_one_image(images: Any) -> bool:
     """Tell whether `images` is one image, and not an iterable of images."""
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OU":  # of paths or images, such as a column of a table
+        return False
     if isinstance(images, (np.ndarray, Tensor)):
         return images.ndim != 4
     return is_path(images) or _is_pillow_image(images)
@@ -69,7 +71,7 @@ def check_images(images: Iterable[Image]) -> None:
         raise TypeError(f"{rule}, got one path, {str(images)!r}; call the Predictor")
     if _is_pillow_image(images):
         raise TypeError(f"{rule}, got one PIL image; call the Predictor")
-    if isinstance(images, (np.ndarray, Tensor)) and images.ndim != 4:
+    if isinstance(images, (np.ndarray, Tensor)) and is_one_image(images):
         kind = "tensor" if isinstance(images, Tensor) else "array"
         raise TypeError(f"{rule}, got one {kind} of shape {tuple(images.shape)}; call the Predictor")
     if isinstance(images, (bytes, bytearray, memoryview)):

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GROUND = {"_library", "deprecated", "errors", "files", "images", "structures", "threads"}
+GROUND = {"_library", "deprecated", "errors", "files", "image_formats", "images", "structures", "threads"}
 """Modules that every sub-package except `config` and `ops` may import."""
 
 MAY_IMPORT = {
@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "structures": set(),
     "files": set(),
     "threads": set(),
-    "images": {"errors"},
+    "image_formats": set(),
+    "images": {"errors", "image_formats"},
     "video": {"images"},
     "config": set(),
     "ops": {"_library", "deprecated"},

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import spatialflow
 from spatialflow.cli.common import CommandError, add_path, as_command_errors, format_error, print_error, set_threads
-from spatialflow.cli.drawing_options import DEFAULT_STYLE, add_drawing_options, drawing_style, write_contact_sheet
+from spatialflow.cli.drawing_options import (
+    CONTACT_SHEET,
+    DEFAULT_STYLE,
+    add_drawing_options,
+    drawing_style,
+    write_contact_sheet,
+)
 from spatialflow.cli.input_images import InputImage, resolve_images
 from spatialflow.cli.networks import add_ema_option, configs_paragraph, load_models
 from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
@@ -145,7 +151,7 @@ def run(options: argparse.Namespace) -> int:
     from spatialflow.panoptic.detection import has_pycocotools
 
     style = _drawing_style(options)
-    results = [options.output / name for name in RESULTS]
+    results = [options.output / name for name in (*RESULTS, CONTACT_SHEET)]
     images, failed = resolve_images(options.images, options.recursive, results)
     if not images:
         print_error("no image to predict")

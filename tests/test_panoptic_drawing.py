@@ -141,6 +141,9 @@ def test_a_pil_image_is_rgb():
     for mode in ("RGB", "RGBA"):
         photograph = Image.fromarray(image[..., ::-1].copy()).convert(mode)
         np.testing.assert_array_equal(overlay(photograph, id_map, segments, CATEGORIES), expected)
+    rotated = Image.fromarray(image[..., ::-1].copy()).rotate(90, expand=True)
+    rotated.getexif()[0x0112] = 6  # shown turned by 90 degrees to the right
+    np.testing.assert_array_equal(overlay(rotated, id_map, segments, CATEGORIES), expected)
 
 
 class TestLegend:

@@ -28,7 +28,7 @@ def overlay(
     """Draw a panoptic result over its photograph.
 
     Args:
-        image: (H, W, 3) uint8, BGR as OpenCV reads it; or a PIL image.
+        image: (H, W, 3) uint8, BGR as OpenCV reads it; or a PIL image, whose EXIF orientation is applied.
         id_map: (H, W) integer segment ids. Pixels whose id is not in `segments`, such as void, keep the photograph,
             except under a label.
         segments: mappings with `id`, `category_id` and optionally `isthing` and `score`. A `score` that `float()` does
@@ -88,11 +88,11 @@ def overlay(
 
 
 def _as_bgr(image: Any) -> np.ndarray:
-    """Convert a PIL image to a BGR array, and check an array."""
-    from PIL import Image
+    """Convert a PIL image to a BGR array, upright by its EXIF orientation, and check an array."""
+    from PIL import Image, ImageOps
 
     if isinstance(image, Image.Image):
-        return np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
+        return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[..., ::-1])
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")

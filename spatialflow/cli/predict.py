@@ -205,11 +205,11 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
         videos=[video for video, _ in videos],
         is_live=has_camera,
     )
-    _print_earlier_results(options, output)
     process = PredictionRun(predictor, output, inputs.failed, options.every, options.frames)
     begin = time.perf_counter()
     try:
         with output:
+            _print_earlier_results(options, output)
             process.predict_images()
             for video, camera in videos:
                 process.predict_video(video, camera)

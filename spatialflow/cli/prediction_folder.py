@@ -197,9 +197,8 @@ class PredictionFolder:
         return {row["image"]["file_name"]: row["image"]["id"] for row in self._writer.rows()}
 
     def has_other_detections(self) -> bool:
-        """Tell whether the folder has a `detections.json` that this run neither writes nor deletes."""
-        is_deleted = self._removes_earlier and (self._earlier.settings or {}).get("detections", False)
-        return not self._detections and not is_deleted and os.path.isfile(self._root / "detections.json")
+        """Tell whether the folder, once entered, has a `detections.json` that this run does not write."""
+        return not self._detections and os.path.isfile(self._root / "detections.json")
 
     def other_images(self) -> list[str]:
         """List the images of `earlier` that are no inputs of this run, nor frames of its videos."""

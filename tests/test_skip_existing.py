@@ -197,19 +197,34 @@ class TestKept:
         assert predict(photos / "a.bmp", photos / "a.png", "--skip-existing") == (0, 0)
         assert sorted(os.listdir(out / "panoptic")) == ["a.bmp.png", "a.png"]
 
+    def test_another_photograph_of_the_same_name(self, photographs, photos, predict, out, tmp_path):
+        """It does not replace the result of the first one, in any number of runs."""
+        other = tmp_path / "other" / "a.png"
+        other.parent.mkdir()
+        other.write_bytes((photographs / "dot.png").read_bytes())
+        assert predict(photos / "a.png") == (0, 1)
+        for count in (1, 0):
+            assert predict(other, "--skip-existing") == (0, count)
+            assert names_of(out) == ["other/a.png", "a.png"]
+            assert (out / "panoptic" / "other" / "a.png").is_file() and (out / "panoptic" / "a.png").is_file()
+
     def test_no_earlier_results(self, photos, predict, capsys):
         assert predict(photos, "--skip-existing") == (0, 3)
         assert error_messages(capsys) == []
 
-    def test_a_video(self, predict, out, tmp_path):
+    def test_a_video(self, predict, out, tmp_path, capsys):
         from test_predict_video import write_video
 
         clip = write_video(tmp_path / "clip.mp4", 4)
         assert predict(clip, "--frames", "2") == (0, 2)
         assert predict(clip, "--skip-existing") == (0, 2)
+        assert error_messages(capsys) == [f"{out}: 2 frames have results, which are kept"]
         assert names_of(out) == [f"clip/00000{number}.png" for number in range(4)]
         write_video(clip, 3, rate=5)
         assert predict(clip, "--skip-existing") == (0, 3)  # the video changed
         assert names_of(out) == [f"clip/00000{number}.png" for number in range(3)]
         assert sorted(os.listdir(out / "panoptic" / "clip")) == [f"00000{number}.png" for number in range(3)]
         assert predict(clip, "--skip-existing", "--every", "2") == (2, 0)
+        capsys.readouterr()
+        assert predict(clip) == (0, 3)
+        assert error_messages(capsys) == [f"{out}: holds the results of an earlier run, which this one replaces"]

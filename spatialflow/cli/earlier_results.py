@@ -47,12 +47,13 @@ class EarlierResults:
         files = earlier_files(self._json, RESULT_INFO)[0]
         if self._json in files:
             self._read_json()
-        run = self._content.get("run", {})
+        run = self._content.get("run")
+        run = run if isinstance(run, dict) else {}
         self.settings: dict[str, Any] | None = run.get("settings")
         self.videos: list[str] = [name for name in run.get("videos", []) if _is_inside(name)]
         self.has_contact_sheet: bool = run.get("contact_sheet", False)
         self.stamps: dict[str, Any] = run.get("photographs", {})
-        images = {image["id"]: image for image in self._content["images"]}
+        images = {image.get("id"): image for image in self._content["images"] if "file_name" in image}
         self._pairs = [
             (images[row["image_id"]], row)
             for row in self._content["annotations"]

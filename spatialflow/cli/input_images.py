@@ -57,6 +57,11 @@ class InputImage(NamedTuple):
         """Put what the user named in the place of a temporary file in a message."""
         return message.replace(str(self.path), self.source) if self.source and self.path.name else message
 
+    def with_longer_name(self) -> InputImage:
+        """Put one more parent folder in front of the name; "other" where there is none."""
+        parts, length = _parts(self), self.name.count("/") + 2
+        return self._replace(name="/".join(parts[-length:]) if length <= len(parts) else f"other/{self.name}")
+
     def frame(self, number: int) -> InputImage:
         """Return a frame of this video; frames are numbered from 0."""
         return InputImage(
@@ -350,14 +355,8 @@ def without_suffix(name: str) -> str:
 def _with_unique_names(files: Sequence[InputImage]) -> list[InputImage]:
     """Put parent folders in front of names that coincide, as many as make them differ."""
     files = list(files)
-    parts = [_parts(file) for file in files]
     while repeated := {name for name, count in Counter(file.name for file in files).items() if count > 1}:
-        for index, file in enumerate(files):
-            if file.name in repeated:
-                length = file.name.count("/") + 2
-                files[index] = file._replace(name="/".join(parts[index][-length:]))
-                if length > len(parts[index]):  # a URL and a file with all the same folders
-                    files[index] = files[index]._replace(name=f"{index}/{files[index].name}")
+        files = [file.with_longer_name() if file.name in repeated else file for file in files]
     return files
 
 

@@ -210,14 +210,14 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
         detections=options.detections,
         resume=not options.restart and not has_camera,
         keep=options.skip_existing,
-        videos=inputs.videos,
+        videos=[video for video, _ in videos],
         is_live=has_camera,
     )
-    _print_earlier_results(options, output)
     process = PredictionRun(predictor, output, inputs.failed, options.every, options.frames)
     begin = time.perf_counter()
     try:
         with output:
+            _print_earlier_results(options, output)
             process.predict_images()
             for video, camera in videos:
                 process.predict_video(video, camera)
@@ -232,23 +232,21 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
 
 def _print_earlier_results(options: argparse.Namespace, output: PredictionFolder) -> None:
     """Print what happens to the results that are in the output folder."""
-    done, folder = len(output.done), options.output
+    folder, others = options.output, output.other_images()
+    counts = [f"{len(output.done)} of {len(output.images)} images"] if output.images or not output.frames_done else []
+    counts += [f"{output.frames_done} frames"] if output.frames_done else []
+    done = " and ".join(counts)
     if options.skip_existing:
-        others = len(output.earlier) - done
         if output.earlier:
-            rest = f"; it has {others} results of other images, which are kept too" if others else ""
-            print_error(f"{folder}: {done} of {len(output.images)} images have results, which are kept{rest}")
+            rest = f"; it has {len(others)} results of other images, which are kept too" if others else ""
+            print_error(f"{folder}: {done} have results, which are kept{rest}")
         if output.changed:
             print_error(f"{folder}: {output.changed} images changed since, or lack a file, and are predicted again")
-    elif done:
-        print_error(
-            f"{folder}: {done} of {len(output.images)} images were done by an interrupted run, which this run continues"
-        )
+    elif output.done or output.frames_done:
+        print_error(f"{folder}: {done} were done by an interrupted run, which this run continues")
     elif output.replaces_results or output.earlier:
-        names = {image.name for image in output.images}
-        removed = sorted(output.earlier - names)
-        listed = ", ".join(removed[:3]) + ", ..." * (len(removed) > 3)
-        rest = f"; those of {len(removed)} images that are no inputs now are removed: {listed}" if removed else ""
+        listed = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        rest = f"; those of {len(others)} images that are no inputs now are removed: {listed}" if others else ""
         print_error(f"{folder}: holds the results of an earlier run, which this one replaces{rest}")
     if not options.detections and output.has_other_detections():
         print_error(f"{folder}/detections.json: is not a result of this run, and stays")

@@ -63,7 +63,8 @@ class PredictionFolder:
 
     Attributes:
         images: the inputs, with output files that differ from those of kept results.
-        done: names of images that are done.
+        done: names of images that are done, and of frames once they are reached.
+        frames_done: number of frames of `videos` that earlier runs did.
         earlier: names of images of an earlier run: all that `keep` keeps, or all that are deleted.
 
     Raises:
@@ -96,6 +97,7 @@ class PredictionFolder:
         self.earlier, self.overlay_videos = set[str](), list[str]()
         self._changed: dict[str, str] = {}  # PNG by image name
         self._style, self._contact_sheet = dict(style or {}), contact_sheet
+        self._frame_prefixes = tuple(f"{video.stem}/" for video in videos)
         self.left_out = 0
         self._active_writes = 0
         self._write_ended = threading.Condition()
@@ -124,6 +126,8 @@ class PredictionFolder:
             raise CommandError(str(error)) from None
         except OSError as error:
             raise CommandError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        names = [row["image"]["file_name"] for row in self._writer.rows()] if videos else []
+        self.frames_done = sum(name.startswith(self._frame_prefixes) for name in names)
         self._ids = _image_ids(self.images, self._ids_of_others())
         self.done = [image.name for image in self.images if self._is_done(image)]
 
@@ -164,10 +168,14 @@ class PredictionFolder:
                 f"{self._root}: holds results of {different}; --skip-existing keeps only results of the same settings, "
                 f"so use another --output, or leave out --skip-existing, which replaces them"
             )
+        listed = {row["image"]["file_name"]: row for row in self._writer.rows()}
+        earlier = {row["image"]["file_name"]: row for row in self._earlier.rows()} | listed
+        for index, renamed in enumerate(self.images):
+            while renamed.name in earlier and _is_of_another_file(earlier[renamed.name]["path"], renamed):
+                renamed = renamed.with_longer_name()
+            self.images[index] = renamed
         inputs = {image.name: image for image in self.images}
-        listed = {row["image"]["file_name"] for row in self._writer.rows()}
-        for row in self._earlier.rows():
-            name = row["image"]["file_name"]
+        for name, row in earlier.items():
             if name in listed:
                 continue
             image = inputs.get(name) or next((v for v in videos if name.startswith(f"{v.stem}/")), None)
@@ -196,9 +204,13 @@ class PredictionFolder:
         return {row["image"]["file_name"]: row["image"]["id"] for row in self._writer.rows()}
 
     def has_other_detections(self) -> bool:
-        """Tell whether the folder has a `detections.json` that this run neither writes nor deletes."""
-        is_deleted = self._removes_earlier and (self._earlier.settings or {}).get("detections", False)
-        return not self._detections and not is_deleted and os.path.isfile(self._root / "detections.json")
+        """Tell whether the folder, once entered, has a `detections.json` that this run does not write."""
+        return not self._detections and os.path.isfile(self._root / "detections.json")
+
+    def other_images(self) -> list[str]:
+        """List the images of `earlier` that are no inputs of this run, nor frames of its videos."""
+        names = {image.name for image in self.images}
+        return sorted(name for name in self.earlier if name not in names and not name.startswith(self._frame_prefixes))
 
     @property
     def changed(self) -> int:
@@ -378,6 +390,13 @@ class PredictionFolder:
         has_sheet = self._contact_sheet is not None or (self._earlier.has_contact_sheet and not self._removes_earlier)
         run = {"settings": self._settings, "videos": self.overlay_videos, "photographs": stamps}
         return run | {"contact_sheet": has_sheet}
+
+
+def _is_of_another_file(path: str | None, image: InputImage) -> bool:
+    """Tell whether a result is that of another photograph, which still exists at `path`."""
+    if path is None or image.source or not os.path.exists(path) or not os.path.exists(image.path):
+        return False
+    return not os.path.samefile(path, image.path)
 
 
 def writers(kind: str) -> int:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from spatialflow.config import DataConfig
 from spatialflow.data.augment import TrainingSample, augment
+from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError
 from spatialflow.panoptic.rules import Problem
 from spatialflow.structures import UNLABELED, GroundTruth
@@ -22,6 +23,7 @@ class DataSet(Protocol):
 
     names: list[str]
     sizes: list[tuple[int, int]]
+    categories: Categories
 
     def __len__(self) -> int: ...
 

@@ -2,6 +2,7 @@
 """Reading of weights from files of this package, of mmdetection and of common trainers, under this package's names."""
 
 import logging
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,13 +139,16 @@ def read_weights(path: str | Path, ema: bool = False) -> Weights:
     try:
         with open(path, "rb") as file:
             head = file.read(9)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        content, entries = _read_safetensors(path)  # first, as the length of its header may begin like a torch file
+    elif head[:2] == b"PK" or head[:1] == b"\x80":
         content = read_torch(path)
         entries = _texts(content)
     elif head[8:9] == b"{":
-        content, entries = _read_safetensors(path)
+        raise CheckpointError(f"{path}: is damaged: it ends within the header")
     else:
         raise CheckpointError(f"{path}: is neither a safetensors nor a torch file")
     notes: list[str] = []

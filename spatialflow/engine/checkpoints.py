@@ -16,6 +16,7 @@ from spatialflow.engine.checkpoint_reader import read_state as read_state
 from spatialflow.engine.description import Description, describe
 from spatialflow.engine.model_files import convert as convert
 from spatialflow.engine.model_files import load_model as load_model
+from spatialflow.engine.model_files import locate_weights as locate_weights
 from spatialflow.engine.model_files import packaged_weights as packaged_weights
 from spatialflow.engine.model_files import pretrained_model as pretrained_model
 from spatialflow.engine.weights import check_network, fill, write_weights
@@ -62,7 +63,7 @@ def load_matching(model: nn.Module, path: str | Path, may_differ: Sequence[str],
 
     Args:
         model: from `build_model`.
-        path: a whole network's weights.
+        path: a whole network's weights: a file, the folder of a run, or packaged weights.
         may_differ: names of layers that the file may lack or have in another shape.
         ema: read the moving average of the weights.
 
@@ -72,6 +73,7 @@ def load_matching(model: nn.Module, path: str | Path, may_differ: Sequence[str],
     Raises:
         CheckpointError: as `load_checkpoint`, for all other layers.
     """
+    path = locate_weights(path)
     model_state = model.state_dict()
     state = {
         name: value

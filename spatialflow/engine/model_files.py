@@ -126,7 +126,12 @@ def load_model(
         CategoryError: the file has no categories, and those of `config` cannot be read or do not fit.
     """
     file = read_model_file(source, ema)
-    return build_network(file, config, overrides)
+    network = build_network(file, config, overrides)
+    if file.description.config is None:
+        logger.info(
+            "%s: holds no configuration; %s makes a file that needs no other", file.path, _conversion(file.path)
+        )
+    return network
 
 
 def pretrained_model(config: str = "demo") -> SpatialFlow:
@@ -155,8 +160,6 @@ def build_network(file: ModelFile, config: str | Path | Config | None, overrides
             f"{path}: holds no configuration; give its name once, to write it into the file ({_conversion(path)}), or "
             f"with every use (--config NAME, in Python config=NAME)"
         )
-    if description.config is None:
-        logger.info("%s: holds no configuration; %s makes a file that needs no other", path, _conversion(path))
     settings = load_config(base, **overrides)
     check_agreement(description, settings, path, has_config=config is not None or "categories" in _fields(overrides))
     network = build_model(settings)
@@ -202,10 +205,13 @@ def check_agreement(description: Description, config: Config, path: Path, has_co
     model = config.model
     try:
         given = load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
-    except CategoryError:
+    except CategoryError as error:
         if is_own_table:  # for example a JSON that was there in training alone
             return
-        raise
+        raise CheckpointError(
+            f"categories: the weights of {path} have {description.categories}, and {config.data.categories!r} was "
+            f"given: {error}"
+        ) from None
     if not given.same_classes(description.categories):
         raise CheckpointError(
             f"categories: the weights of {path} have {description.categories}, and {config.data.categories!r} with "

@@ -68,7 +68,7 @@ def locate_weights(source: str | Path) -> Path:
     similar = difflib.get_close_matches(text, names + _neighbors(path), n=2)
     hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
     raise CheckpointError(
-        f"{text:.200}: is neither a file, nor the folder of a run, nor packaged weights ({', '.join(names)}){hint}"
+        f"{text:.200}: there is no such file, folder of a run or packaged weights ({', '.join(names)}){hint}"
     )
 
 

@@ -19,6 +19,7 @@ from helpers.scenes import contents
 
 import spatialflow
 from spatialflow import images
+from spatialflow.cli import info
 from spatialflow.cli.main import main
 from spatialflow.engine import predict
 from spatialflow.panoptic import read_panoptic_json
@@ -337,6 +338,24 @@ def test_synthesize_leaves_the_ground_truth_of_what_is_done(tmp_path, monkeypatc
     assert main(["synthesize", str(tmp_path), "--count", "4", "--size", "48", "64"]) == 143
     content = read_panoptic_json(tmp_path / "panoptic.json", with_categories=True)
     assert [image["file_name"] for image in content["images"]] == ["000001.jpg", "000002.jpg"]
+
+
+def test_an_interrupt_where_python_raises_no_exception(monkeypatch, capsys):
+    """Python prints and forgets an exception in `__del__` or in a callback of an import; the command still ends."""
+
+    class Interrupted:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)  # the exception comes here
+
+    def run(_):
+        Interrupted()
+        time.sleep(30)
+
+    monkeypatch.setattr(info, "run", run)
+    begin = time.monotonic()
+    assert main(["info"]) == 130 and time.monotonic() - begin < 20
+    assert capsys.readouterr().err == "spatialflow: interrupted\n"
 
 
 def test_an_interrupt_before_the_command_line_is_imported():

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the script; return the exit code."""
     try:
-        from argcomplete import shellcode
+        from argcomplete.shell_integration import shellcode
     except ImportError:
         raise CommandError("completion needs the package argcomplete: pip install argcomplete") from None
     print(shellcode(["spatialflow"], shell=options.shell))

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "data": GROUND | {"config", "panoptic"},
     "engine": GROUND | {"config", "ops", "panoptic", "models", "data"},
     "": {"_library"},  # spatialflow/__init__.py when it is imported; its names are resolved on first use
+    "__main__": {"cli"},
     "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine", "video"},
 }
 """For each module or package of `spatialflow`, the others that it may import, inside functions too."""

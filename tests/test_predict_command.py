@@ -351,7 +351,7 @@ class TestPredict:
 
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
-        assert error_messages(capsys) == ["no --checkpoint: the weights are random, and so are the results"]
+        assert error_messages(capsys) == ["no --model: the weights are random, and so are the results"]
         assert not (tmp_path / "overlays").exists()
 
     @pytest.mark.parametrize(
@@ -362,9 +362,12 @@ class TestPredict:
                 "config: must be a path ending in .yaml or one of .*tiny.*'no_such_config'",
             ),
             (["--config", "no_such_file.yaml"], "no such file: no_such_file.yaml"),
-            (["--checkpoint", "no_such.pth"], "no_such.pth: cannot be read: No such file"),
+            (
+                ["--checkpoint", "no_such.pth"],
+                "no_such.pth: there is no such file, folder of a run",
+            ),
             (["--checkpoint", __file__], "neither a safetensors nor a torch file"),
-            (["--set", "num_things=7"], "does not fit the model: .* of the wrong shape"),
+            (["--set", "num_things=7"], "num_things: the weights of .* have 20, and 7 was given"),
             (["--set", "nonsense=1"], "nonsense"),
             (["--set", "score_threshold"], "settings have the form FIELD=VALUE, got 'score_threshold'"),
             (["--score", "nan"], "instance_score_threshold"),

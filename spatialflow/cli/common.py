@@ -73,12 +73,17 @@ def show_log() -> None:
 
 
 def panoptic_json(path: Path) -> Path:
-    """Find a panoptic JSON: `path` itself, the one in the output of `predict`, or the one beside a folder of PNGs."""
+    """Find a panoptic JSON.
+
+    It is `path` itself, the one in the output of `predict`, that of the evaluation in the folder of a training run, or
+    the one beside a folder of PNGs.
+    """
     candidates = [path]
     if os.path.isdir(path):
         # `Path(".").name` is empty and `Path("..").name` is "..": only the resolved path has the folder's name.
         folder = path.resolve() if path.name in ("", "..") else path
-        candidates = [path / "panoptic.json", folder.parent / f"{folder.name}.json"]
+        inside = [path / "panoptic.json", path / "evaluation" / "panoptic.json"]
+        candidates = [*inside, folder.parent / f"{folder.name}.json"]
     for candidate in candidates:
         if os.path.exists(candidate) and not os.path.isdir(candidate):  # includes pipes
             return candidate

@@ -17,14 +17,42 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import spatialflow
-from spatialflow.cli import benchmark, convert, evaluate, info, predict, synthesize, train, validate, visualize
+from spatialflow.cli import (
+    benchmark,
+    completion,
+    convert,
+    evaluate,
+    info,
+    predict,
+    synthesize,
+    train,
+    validate,
+    visualize,
+)
+from spatialflow.cli.arguments import CommandParser, Parser, did_you_mean
 from spatialflow.cli.common import CommandError, print_error, show_log
 from spatialflow.errors import DataWarning
 
-_COMMANDS: tuple[Any, ...] = (predict, evaluate, validate, train, visualize, synthesize, convert, benchmark, info)
+_COMMANDS: tuple[Any, ...] = (
+    predict,
+    evaluate,
+    validate,
+    train,
+    visualize,
+    synthesize,
+    convert,
+    benchmark,
+    info,
+    completion,
+)
 """Modules with SUMMARY (in the list of commands), DESCRIPTION and EXAMPLES (in the command's help), `add_arguments` and
 `run`, which returns the exit code."""
+
+EXAMPLES = (
+    "synthesize scenes --count 20 --size 256x384",
+    "predict scenes/images --model demo --output out",
+    "evaluate scenes out",
+)
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,11 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the command could not run. 130: interrupted (SIGINT). 141: standard output was closed (broken pipe). 143:
         terminated (SIGTERM).
     """
-    options = _parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain bytes that are not text
-    show_log()
     try:
+        parser = _parser()
+        _complete(parser)
+        options = parser.parse_args(_checked(parser, sys.argv[1:] if arguments is None else list(arguments)))
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain bytes that are not text
+        show_log()
         with _signals_raise() as received, _data_warnings_as_messages():
             try:
                 code: int = options.run(options)
@@ -74,13 +104,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 143 if is_terminated else 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spatialflow", description="Panoptic segmentation and its operators.")
-    parser.add_argument("--version", action="version", version=f"spatialflow {spatialflow.__version__}")
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, and end the process; see the command `completion`."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+
+
+def _checked(parser: Parser, words: list[str]) -> list[str]:
+    """Return the words of the command line; end the process if the first one is no command."""
+    names = [command.__name__.rpartition(".")[2] for command in _COMMANDS]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        parser.error(f"no such command: {words[0]:.80}{did_you_mean(words[0], names)}")
+    return words
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="spatialflow",
+        description="Panoptic segmentation and its operators.",
+        epilog="\n".join(("examples, the first ones to try:", *(f"  spatialflow {line}" for line in EXAMPLES))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(
         title="commands",
         required=True,
         metavar="COMMAND",
+        parser_class=CommandParser,
         description="`spatialflow COMMAND --help` describes a command",
     )
     for command in _COMMANDS:
@@ -133,13 +185,24 @@ def _signals_raise() -> Iterator[list[signal.Signals]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received
         return
+
+    def repeat(unraisable: Any) -> None:
+        """Send a signal again whose exception Python could not raise, as in `__del__`, instead of printing it."""
+        if received and isinstance(unraisable.exc_value, KeyboardInterrupt):
+            threading.Timer(0.02, os.kill, (os.getpid(), received[-1])).start()
+        else:
+            hook(unraisable)
+
+    hook = sys.unraisablehook
     handlers = {number: signal.getsignal(number) for number in _EXCEPTION_BY_SIGNAL}
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:  # signals that are ignored stay so: shells ignore SIGINT in background jobs
             signal.signal(number, stop)
+    sys.unraisablehook = repeat
     try:
         yield received
     finally:
+        sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

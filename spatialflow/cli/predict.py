@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import spatialflow
+from spatialflow.cli.arguments import add_settings_option, numbers
 from spatialflow.cli.common import CommandError, add_path, print_error, set_threads
 from spatialflow.cli.drawing_options import CONTACT_SHEET, DEFAULT_STYLE, add_drawing_options, drawing_style
 from spatialflow.cli.input_images import InputImage, Inputs, add_images, resolve_images
 from spatialflow.cli.label_folders import RESULT_FILES, RESULTS
-from spatialflow.cli.networks import add_ema_option, configs_paragraph, load_models
+from spatialflow.cli.networks import (
+    add_config_option,
+    add_ema_option,
+    add_model_option,
+    configs_paragraph,
+    load_models,
+    note_drawn_scenes,
+)
 from spatialflow.cli.prediction_folder import PredictionFolder
 from spatialflow.cli.prediction_run import PredictionRun
 from spatialflow.threads import leave_cores_to_others
@@ -22,8 +30,6 @@ from spatialflow.threads import leave_cores_to_others
 if TYPE_CHECKING:
     from spatialflow.engine.predict import Predictor
     from spatialflow.models.spatialflow import SpatialFlow
-
-DEFAULT_CONFIG = "spatialflow_r50_coco"
 
 SUMMARY = "write panoptic maps and overlay pictures of images and videos"
 DESCRIPTION = (
@@ -34,14 +40,16 @@ DESCRIPTION = (
     "while the network runs.\n\n" + configs_paragraph()
 )
 EXAMPLES = (
-    "predict photos --config demo --output out",
-    "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
-    "predict photos --recursive --config demo --output out",
-    "predict 'photos/**/*.jpg' --config demo --output out --skip-existing",
-    "predict clip.mp4 --every 5 --config demo --output out",
-    "predict --camera 0 --frames 100 --config demo --output out",
-    "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
-    "predict photos --config demo --output out --opacity 0.3 --legend --contact-sheet 16",
+    "synthesize scenes --count 20 --size 256x384",
+    "predict scenes/images --model demo --output out",
+    "predict photos --model runs/mine --output out",
+    "predict photos --recursive --model runs/mine --output out",
+    "predict photos --model weights.pth --config spatialflow_r50_coco --output out",
+    "predict a.jpg b.jpg --model runs/mine --size 512x768 --flip score_threshold=0.1 --output out",
+    "predict 'photos/**/*.jpg' --model runs/mine --output out --skip-existing",
+    "predict clip.mp4 --every 5 --model runs/mine --output out",
+    "predict --camera 0 --frames 100 --model runs/mine --output out",
+    "predict photos --model runs/mine --output out --opacity 0.3 --legend --contact-sheet 16",
 )
 
 
@@ -58,21 +66,8 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add_images(parser, "images, folders of images, and videos", nargs="*")
     files = "panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg"
     add_path(parser, "--output", "FOLDER", f"folder for {files}", required=True)
-    add(
-        "--config",
-        action="append",
-        metavar="NAME",
-        help=f"configuration of the package, or YAML file (default: {DEFAULT_CONFIG})",
-    )
-    add_path(
-        parser,
-        "--checkpoint",
-        "FILE",
-        "weights: safetensors, torch, or a released checkpoint (default: the weights that the package has for the "
-        "configuration, such as demo; random weights if it has none). Repeat the option for an ensemble, with one "
-        "--config for all checkpoints or one for each",
-        action="append",
-    )
+    add_model_option(parser, "network, repeated for an ensemble", action="append")
+    add_config_option(parser, "configuration of all models, or repeated one for each", action="append")
     add_ema_option(parser)
     add("--detections", action="store_true", help="also write detections.json (COCO results)")
     add("--no-overlay", action="store_true", help="do not write overlay pictures")
@@ -116,17 +111,15 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--size",
-        nargs="+",
-        type=int,
-        metavar=("SHORT", "LONG"),
+        type=numbers,
+        metavar="SHORTxLONG",
         help="resize images so that the short edge has SHORT pixels, or the long edge LONG pixels if that is "
         "smaller; without LONG, it is SHORT * 1333 / 800 (default of the option: sizes of the configuration)",
     )
     add(
         "--short-edges",
-        nargs="+",
-        type=int,
-        metavar="SHORT",
+        type=numbers,
+        metavar="SHORT,SHORT",
         help="test-time augmentation: process every image with each of these short edges (pixels) and combine the "
         "results; with a long edge of at most 1333 / 800 of the largest (default: the configuration's)",
     )
@@ -141,14 +134,7 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="minimum score of an instance in the panoptic map, 0 to 1 (default: the configuration's)",
     )
-    add(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="settings",
-        help="values of other fields of the configuration, e.g. stuff_area_threshold=2000",
-    )
+    add_settings_option(parser, "stuff_area_threshold=2000")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -198,7 +184,7 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
         raise CommandError(f"{'--every' if options.every != 1 else '--frames'} is for videos, and there is none")
     if options.detections and not has_pycocotools():
         print_error("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
-    predictor, settings = _make_predictor(options)
+    predictor, settings = _make_predictor(options, [*inputs.images, *(video for video, _ in videos)])
     output = PredictionFolder(
         options.output,
         inputs.images,
@@ -286,7 +272,7 @@ def _drawing_style(options: argparse.Namespace) -> dict[str, Any]:
     return style
 
 
-def _make_predictor(options: argparse.Namespace) -> tuple[Predictor, dict[str, Any]]:
+def _make_predictor(options: argparse.Namespace, images: Sequence[InputImage]) -> tuple[Predictor, dict[str, Any]]:
     """Build the predictor; also return the settings that determine its results."""
     import torch
 
@@ -300,13 +286,12 @@ def _make_predictor(options: argparse.Namespace) -> tuple[Predictor, dict[str, A
     if options.cuda_graph and device.type != "cuda":
         raise CommandError(f"--cuda-graph needs a CUDA device, got --device {device}")
     try:
-        models = load_models(
-            options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options), options.ema
-        )
+        models = load_models(options.config or [], options.model or [], _overrides(options), options.ema)
         dtype = getattr(torch, options.dtype)
         predictor = Predictor(models, device, dtype, options.cuda_graph, detection_masks=options.detections)
     except ValueError as error:  # settings, categories, or networks that do not form an ensemble
         raise CommandError(str(error)) from None
+    note_drawn_scenes(models, [image.path for image in images])
     return predictor, _settings(options, models)
 
 

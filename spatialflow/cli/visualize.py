@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from spatialflow.cli.arguments import add_settings_option
 from spatialflow.cli.common import (
     CommandError,
     add_path,
@@ -20,7 +21,7 @@ from spatialflow.cli.common import (
 )
 from spatialflow.cli.drawing_options import CONTACT_SHEET, add_drawing_options, drawing_style, write_contact_sheet
 from spatialflow.cli.input_images import InputImage, Inputs, add_images, resolve_images, without_suffix
-from spatialflow.cli.networks import add_ema_option, check_ema, load_model
+from spatialflow.cli.networks import add_config_option, add_ema_option, add_model_option, check_ema, load_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +68,7 @@ class Picture(NamedTuple):
 
 SUMMARY = "draw ground truth, prediction and activations side by side"
 DESCRIPTION = "Draw the ground truth, the prediction and class-activation maps of photographs side by side."
-EXAMPLES = ("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures",)
+EXAMPLES = ("visualize photos --ground-truth truth.json --prediction out --model runs/mine --output pictures",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,12 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of pictures in each of worst.jpg and best.jpg (default: %(default)s)",
     )
     add("--recursive", action="store_true", help="include photographs in sub-folders")
-    add(
-        "--config",
-        metavar="NAME",
-        help="also draw class-activation maps of this network: of its cls sub-network and its stuff head",
-    )
-    add_path(parser, "--checkpoint", "FILE", "weights of the network, as for `predict`")
+    add_model_option(parser, "also draw class-activation maps of this network, of its cls sub-network and stuff head")
+    add_config_option(parser, "configuration of the network")
+    add_settings_option(parser, "test_short_edges=[256]")
     add_ema_option(parser)
     add_drawing_options(parser)
 
@@ -125,8 +123,7 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
         folders["ground truth"] = _read_folder(options.ground_truth, TRUTH, None)
     if options.prediction is not None:
         folders["prediction"] = _read_folder(options.prediction, PREDICTION, folders.get("ground truth"))
-    check_ema(options.ema, options.checkpoint is not None)
-    model = None if options.config is None else load_model(options.config, options.checkpoint, {}, options.ema)
+    model = _load_model(options)
     pictures: list[Picture] = []
     try:
         _draw_all(images, folders, model, options.output, style, pictures, failed)
@@ -150,12 +147,27 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
     return 1 if failed else 0
 
 
+def _load_model(options: argparse.Namespace) -> SpatialFlow | None:
+    """Load the network whose activations are drawn; None without one."""
+    from spatialflow.config import ConfigError, parse_settings
+
+    check_ema(options.ema, options.model is not None)
+    if options.model is None and options.config is None:
+        return None
+    try:
+        overrides = parse_settings(options.settings)
+    except ConfigError as error:
+        raise CommandError(str(error)) from None
+    return load_model(options.config, options.model, overrides, options.ema)
+
+
 def _check_options(options: argparse.Namespace) -> None:
     """Raise CommandError for options that do not fit together."""
-    if options.checkpoint is not None and options.config is None:
-        raise CommandError("--checkpoint needs --config, the configuration of its network")
-    if options.ground_truth is None and options.prediction is None and options.config is None:
-        raise CommandError("nothing to show: give --ground-truth, --prediction or --config")
+    has_network = options.model is not None or options.config is not None
+    if options.settings and not has_network:
+        raise CommandError(f"{options.settings[0]}: settings need --model, the network that they apply to")
+    if options.ground_truth is None and options.prediction is None and not has_network:
+        raise CommandError("nothing to show: give --ground-truth, --prediction or --model")
     if options.sheet < 1:
         raise CommandError(f"--sheet must be at least 1, got {options.sheet}")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.config import Config, ConfigError, load_config, place_overrides
-from spatialflow.data.categories import Categories, load_categories
+from spatialflow.data.categories import Categories, network_categories
 from spatialflow.data.transforms import LARGEST_SIDE, ResizeGeometry
 from spatialflow.engine.cuda_graphs import GraphCache
 from spatialflow.engine.inputs import (
@@ -148,10 +148,7 @@ class Predictor:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         graphs = graph_cache(self.device, cuda_graph)
         self.config: Config = load_config(models[0].config, **overrides)
-        model_config = self.config.model
-        self.categories: Categories = load_categories(
-            self.config.data.categories, model_config.num_things, model_config.num_stuff, model_config.stuff_head
-        )
+        self.categories: Categories = _shared_categories(models)
         networks = [
             optimize_for_inference(model, self.device, dtype)
             if optimize
@@ -407,7 +404,7 @@ def check_ensemble(configs: Sequence[Config]) -> None:
         raise ValueError("model: an ensemble needs at least one model, got none")
     shared = {
         "model": ("num_things", "num_stuff", "thing_head", "stuff_head", "roi_size"),
-        "data": ("categories", "image_mean", "image_std", "size_divisor"),
+        "data": ("image_mean", "image_std", "size_divisor"),
     }
     for section, names in shared.items():
         for name in names:
@@ -417,6 +414,15 @@ def check_ensemble(configs: Sequence[Config]) -> None:
                     raise ValueError(
                         f"model: the models of an ensemble must agree in {name}, got {first!r} and {value!r}"
                     )
+
+
+def _shared_categories(models: Sequence[SpatialFlow]) -> Categories:
+    """Return the categories of an ensemble; raise ValueError unless they are the same in all models."""
+    first, *further = (network_categories(model) for model in models)
+    for other in further:
+        if not other.same_classes(first):
+            raise ValueError(f"model: the models of an ensemble must agree in categories, got {first} and {other}")
+    return first
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -21,6 +21,7 @@ import spatialflow
 from spatialflow.cli import benchmark, convert, evaluate, info, predict, synthesize, train, validate, visualize
 from spatialflow.cli.common import CommandError, print_error, show_log
 from spatialflow.errors import DataWarning
+from spatialflow.threads import leave_cores_to_others
 
 _COMMANDS: tuple[Any, ...] = (predict, evaluate, validate, train, visualize, synthesize, convert, benchmark, info)
 """Modules with SUMMARY (in the list of commands), DESCRIPTION and EXAMPLES (in the command's help), `add_arguments` and
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain bytes that are not text
     show_log()
+    leave_cores_to_others()
     try:
         with _signals_raise() as received, _data_warnings_as_messages():
             try:

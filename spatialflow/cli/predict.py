@@ -15,7 +15,6 @@ from spatialflow.cli.common import CommandError, add_path, format_error, print_e
 from spatialflow.cli.input_images import InputImage, resolve_images
 from spatialflow.cli.networks import add_ema_option, configs_paragraph, load_models
 from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
-from spatialflow.threads import leave_cores_to_others
 
 if TYPE_CHECKING:
     from spatialflow.engine.predict import Predictor
@@ -138,7 +137,6 @@ def run(options: argparse.Namespace) -> int:
 
     An image that cannot be read or written is reported and skipped.
     """
-    leave_cores_to_others()
     from spatialflow.panoptic.detection import has_pycocotools
 
     results = [options.output / name for name in RESULTS]

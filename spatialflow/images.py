@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
 from spatialflow.errors import DataWarning
 from spatialflow.image_formats import FORMAT_LIBRARIES, RAW_ADVICE, RAW_SUFFIXES, pillow_format
+from spatialflow.requirements import require_packages
+
+require_packages("cv2", "PIL")
+import cv2  # noqa: E402  # after the check
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -12,20 +12,31 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GROUND = {"_library", "deprecated", "errors", "files", "image_formats", "images", "structures", "threads"}
+GROUND = {
+    "_library",
+    "deprecated",
+    "errors",
+    "files",
+    "image_formats",
+    "images",
+    "requirements",
+    "structures",
+    "threads",
+}
 """Modules that every sub-package except `config` and `ops` may import."""
 
 MAY_IMPORT = {
     "_library": set(),
     "deprecated": set(),
     "errors": set(),
+    "requirements": set(),
     "structures": set(),
     "files": set(),
     "threads": set(),
     "image_formats": set(),
-    "images": {"errors", "image_formats"},
+    "images": {"errors", "image_formats", "requirements"},
     "video": {"images"},
-    "config": set(),
+    "config": {"requirements"},
     "ops": {"_library", "deprecated"},
     "panoptic": GROUND | {"_evaluation", "ops"},
     "models": GROUND | {"", "config", "ops"},  # "" for `__version__`

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialflow.image_formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # also exported by this module
+from spatialflow.threads import available_cores
 
 MAX_WORKERS = 1024
 """Largest number of threads or processes that an option accepts; OpenMP aborts the process at about ten thousand."""
@@ -51,12 +52,11 @@ def print_error(text: str) -> None:
 
 
 def set_threads(count: int | None) -> None:
-    """Set the number of torch's CPU threads to `--threads`; None keeps torch's default."""
+    """Set the number of torch's CPU threads to `--threads`; None: torch's default, at most `available_cores()`."""
     import torch
 
     check_count("--threads", count)
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()) if count is None else count)
 
 
 class _ErrorHandler(logging.Handler):

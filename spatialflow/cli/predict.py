@@ -25,7 +25,6 @@ from spatialflow.cli.networks import (
 )
 from spatialflow.cli.prediction_folder import PredictionFolder
 from spatialflow.cli.prediction_run import PredictionRun
-from spatialflow.threads import leave_cores_to_others
 
 if TYPE_CHECKING:
     from spatialflow.engine.predict import Predictor
@@ -142,7 +141,6 @@ def run(options: argparse.Namespace) -> int:
 
     An image that cannot be read or written is reported and skipped.
     """
-    leave_cores_to_others()
     _check_input_options(options)
     results = [options.output / name for name in (*RESULTS, *RESULT_FILES, CONTACT_SHEET)]
     with resolve_images(options.images, options.recursive, results) as inputs:

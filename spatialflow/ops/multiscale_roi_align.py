@@ -47,10 +47,11 @@ class MultiScaleRoIAlign(nn.Module):
         if isinstance(featmap_names, str):
             raise ValueError(f"{op}: featmap_names must be a list of names, got {featmap_names!r}")
         self.featmap_names = items(op, "featmap_names", featmap_names)
-        self.output_size = pair(op, "output_size", output_size)
-        self.sampling_ratio = integer(op, "sampling_ratio", sampling_ratio)
+        height, width = pair(op, "output_size", output_size)
+        self.output_size = (int(height), int(width))
+        self.sampling_ratio = int(integer(op, "sampling_ratio", sampling_ratio))
         self.canonical_scale = number(op, "canonical_scale", canonical_scale)
-        self.canonical_level = integer(op, "canonical_level", canonical_level)
+        self.canonical_level = int(integer(op, "canonical_level", canonical_level))
         self.scales = None
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:

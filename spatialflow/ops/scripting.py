@@ -11,17 +11,20 @@ instead.
 # No `from __future__ import annotations`: TorchScript reads these annotations.
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from spatialflow.ops.multiclass_nms import Detections
 
-if TYPE_CHECKING:
-    BroadcastingList2 = list
-else:  # a list of two numbers, or one number for both
-    from torch.jit.annotations import BroadcastingList2
+
+def _pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, list):
+        return value[0], value[1]
+    return value
 
 
 def _as_rows(boxes: Tensor | list[Tensor], batch: int) -> Tensor:
@@ -42,30 +45,28 @@ def _as_rows(boxes: Tensor | list[Tensor], batch: int) -> Tensor:
 def roi_align(
     input: Tensor,
     boxes: Tensor | list[Tensor],
-    output_size: BroadcastingList2[int],
+    output_size: int | tuple[int, int] | list[int],
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:
-    rows = _as_rows(boxes, input.shape[0])
-    result: Tensor = torch.ops.spatialflow.roi_align(
-        input, rows, output_size[0], output_size[1], spatial_scale, sampling_ratio, aligned
-    )
+    rows, (height, width) = _as_rows(boxes, input.shape[0]), _pair(output_size)
+    result: Tensor = torch.ops.spatialflow.roi_align(input, rows, height, width, spatial_scale, sampling_ratio, aligned)
     return result
 
 
 def multilevel_roi_align(
     features: list[Tensor],
     boxes: Tensor | list[Tensor],
-    output_size: BroadcastingList2[int],
+    output_size: int | tuple[int, int] | list[int],
     strides: list[float],
     sampling_ratio: int = 0,
     aligned: bool = True,
     finest_scale: float = 56.0,
 ) -> Tensor:
-    rows = _as_rows(boxes, features[0].shape[0])
+    rows, (height, width) = _as_rows(boxes, features[0].shape[0]), _pair(output_size)
     result: Tensor = torch.ops.spatialflow.multilevel_roi_align(
-        features, rows, output_size[0], output_size[1], strides, sampling_ratio, aligned, finest_scale
+        features, rows, height, width, strides, sampling_ratio, aligned, finest_scale
     )
     return result
 
@@ -101,9 +102,9 @@ def deform_conv2d(
     offset: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: BroadcastingList2[int] = 1,  # type: ignore[assignment]
-    padding: BroadcastingList2[int] = 0,  # type: ignore[assignment]
-    dilation: BroadcastingList2[int] = 1,  # type: ignore[assignment]
+    stride: int | tuple[int, int] | list[int] = (1, 1),
+    padding: int | tuple[int, int] | list[int] = (0, 0),
+    dilation: int | tuple[int, int] | list[int] = (1, 1),
     mask: Tensor | None = None,
     algorithm: str = "auto",
     mask_sigmoid: bool = False,
@@ -116,6 +117,9 @@ def deform_conv2d(
         if mask is None:
             raise ValueError("deform_conv2d: mask_sigmoid must be False without a mask")
         mask = mask.to(torch.float64 if input.dtype == torch.float64 else torch.float32).sigmoid()
+    stride_h, stride_w = _pair(stride)
+    padding_h, padding_w = _pair(padding)
+    dilation_h, dilation_w = _pair(dilation)
     result: Tensor = torch.ops.spatialflow.deform_conv2d(
         input,
         offset,
@@ -123,12 +127,12 @@ def deform_conv2d(
         bias,
         mask,
         None,
-        stride[0],
-        stride[1],
-        padding[0],
-        padding[1],
-        dilation[0],
-        dilation[1],
+        stride_h,
+        stride_w,
+        padding_h,
+        padding_w,
+        dilation_h,
+        dilation_w,
         codes[algorithm],
     )
     return result.relu() if relu else result

@@ -68,7 +68,11 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings}
+    options = {option for action in parser._actions for option in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):  # the actions of `dataset`
+            options = options.union(*map(options_of, action.choices.values()))
+    return options
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

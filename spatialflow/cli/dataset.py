@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,7 +223,8 @@ def _print_conversion(result: Conversion) -> None:
         print(f"left out: {len(result.problems)} damaged or unknown entries, named above")
     for path, count in zip(result.json_paths, result.image_counts, strict=True):
         print(f"{path}: {count} images")
-    print(f"next: spatialflow dataset check {result.json_paths[0]} --images {result.images} --pictures examples.jpg")
+    paths = [shlex.quote(_printable(str(path))) for path in (result.json_paths[0], result.images)]
+    print(f"next: spatialflow dataset check {paths[0]} --images {paths[1]} --pictures examples.jpg")
 
 
 def _check(options: argparse.Namespace) -> int:

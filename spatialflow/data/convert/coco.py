@@ -3,7 +3,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def open_source(path: Path, options: Options) -> Source:
         else:
             seen.add(image)
             name = with_slashes(name)
-            read = functools.partial(_regions, by_image.pop(image, []), None if stuff is None else stuff.path(name))
+            read = functools.partial(_regions, by_image.pop(image, []), stuff)
             items.append(Item(name, place, read, size_of(row.get("height"), row.get("width")), image))
     for image, rows in by_image.items():
         problems.append(
@@ -92,16 +92,15 @@ class _StuffMasks:
         self.folder = folder
         self._index = Photographs(folder, kind="mask")
 
-    def path(self, name: str) -> Callable[[], Path]:
-        return lambda: self.folder / self._index.find(name)
+    def path(self, name: str) -> Path:
+        """Find the PNG of a photograph; ShapeError if there is none."""
+        return self.folder / self._index.find(name)
 
 
-def _regions(
-    rows: Sequence[tuple[str, dict[str, Any]]], stuff: Callable[[], Path] | None, context: Context
-) -> list[Region]:
+def _regions(rows: Sequence[tuple[str, dict[str, Any]]], stuff: _StuffMasks | None, context: Context) -> list[Region]:
     regions = []
     if stuff is not None:
-        mask, _ = read_mask(stuff(), by_color=False)
+        mask, _ = read_mask(stuff.path(context.name), by_color=False)
         if mask.shape != context.size:
             raise ShapeError(f"the stuff PNG has {mask.shape[1]}x{mask.shape[0]} pixels, another size than the image")
         known = {row.id: row for row in context.classes.values() if not row.isthing}

@@ -152,7 +152,7 @@ def to_panoptic(
         try:
             size = photograph_size(image_folder / job.name)
             _check_size(job, size)
-            regions = job.item.read(Context(size, job.item.place, report, lookup, fill_boxes))
+            regions = job.item.read(Context(size, job.name, job.item.place, report, lookup, fill_boxes))
         except ShapeError as error:
             report.add("image", f"{job.item.place}: {error}")
             return False, [], report
@@ -189,6 +189,11 @@ def to_panoptic(
     if stuff_classes is None and (likely := likely_stuff(table)):
         names = ",".join(likely)
         notes.append(f"the classes {names} are taken as things; --stuff-classes {names} makes them stuff")
+    if opened.found_classes:
+        notes.append(
+            f"classes are numbered in the order of the labels found; --classes {json_paths[0]} gives those of a "
+            "further source the same numbers"
+        )
     return Conversion(opened.format, image_folder, json_paths, list(map(len, written)), rows, segments, problems, notes)
 
 

@@ -67,7 +67,8 @@ def open_source(path: Path, options: Options) -> Source:
     classes = [Class(number, name, None, color) for number, (name, color) in enumerate(labels.items(), start=1)]
     folder = file.parent / "images"
     images = folder if folder.is_dir() else file.parent
-    return Source(FORMAT, [*(options.classes or classes)], items, problems, smaller_on_top=False, images=images)
+    found = not listed and options.classes is None
+    return Source(FORMAT, [*(options.classes or classes)], items, problems, False, images, found_classes=found)
 
 
 def _color(text: str | None) -> tuple[int, int, int] | None:

@@ -2,8 +2,8 @@
 """LabelMe: a JSON per image with polygons, rectangles, circles and masks."""
 
 import base64
-import binascii
 import functools
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from spatialflow.data.convert.classes import NO_CLASSES
+from spatialflow.data.convert.masks import read_mask
 from spatialflow.data.convert.shapes import Mask, ShapeError, crop, ellipse, points_of, polygon, rectangle
 from spatialflow.data.convert.sources import (
     Context,
@@ -26,7 +27,6 @@ from spatialflow.data.convert.sources import (
     size_of,
     with_slashes,
 )
-from spatialflow.images import ImageError, decode_image
 
 FORMAT = "labelme"
 
@@ -58,7 +58,8 @@ def open_source(path: Path, options: Options) -> Source:
         size = size_of(content.get("imageHeight"), content.get("imageWidth"))
         items.append(Item("/".join(parts), str(file), functools.partial(_regions, file), size))
     names = sorted(labels - set(NO_CLASSES) - {""})
-    return Source(FORMAT, numbered(names, options), items, problems, smaller_on_top=False, images=folder)
+    classes = numbered(names, options)
+    return Source(FORMAT, classes, items, problems, False, folder, found_classes=options.classes is None)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -117,13 +118,9 @@ def _mask(kind: Any, shape: Mapping[str, Any], context: Context) -> Mask | None:
 def _pixels(text: Any, points: np.ndarray, size: tuple[int, int]) -> Mask:
     """Decode a mask: a PNG in base64 whose first pixel is at the upper left of two points."""
     try:
-        content = base64.b64decode(text, validate=True)
-        image = decode_image("mask", content, -1) if content else None
-    except (TypeError, ValueError, binascii.Error, ImageError):
-        image = None
-    if image is None:
-        raise ShapeError(f'"mask" must be a PNG in base64, got {text!r:.40}')
-    bits = (image if image.ndim == 2 else image.max(2)) > 0
+        bits = read_mask(io.BytesIO(base64.b64decode(text, validate=True)), by_color=False)[0] > 0
+    except (TypeError, ValueError):
+        raise ShapeError(f'"mask" must be a PNG in base64, got {text!r:.40}') from None
     left, top = (round(value) for value in points.min(0).tolist())
     right, bottom = left + bits.shape[1], top + bits.shape[0]
     if left < 0 or top < 0 or right > size[1] or bottom > size[0]:

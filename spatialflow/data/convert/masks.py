@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -76,11 +77,11 @@ def _hexadecimal(value: int) -> str:
     return f"#{value % 256:02x}{value // 256 % 256:02x}{value >> 16:02x}"
 
 
-def read_mask(path: Path, by_color: bool) -> tuple[np.ndarray, bool]:
+def read_mask(path: Path | BinaryIO, by_color: bool) -> tuple[np.ndarray, bool]:
     """Read a mask as (H, W) int64: the gray value, the index in the palette, or red + 256 * green + 65536 * blue.
 
     Args:
-        path: the image.
+        path: the image, or an open file.
         by_color: read the colors of a palette image in place of its indices.
 
     Returns:
@@ -125,7 +126,7 @@ def _regions(
     _check_size(mask, path, context)
     instances = None
     if instance_folder is not None and instance_files is not None:
-        instance_path = instance_folder / instance_files.find(name, with_ending=True)
+        instance_path = instance_folder / instance_files.find(context.name)
         instances, _ = read_mask(instance_path, by_color=False)
         _check_size(instances, instance_path, context)
     known: Mapping[int, Class] = {row.id: row for row in context.classes.values()}

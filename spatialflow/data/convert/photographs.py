@@ -4,7 +4,7 @@
 import itertools
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -39,9 +39,13 @@ class Photographs:
         self.names.sort()
         self._by_name: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
+        self._by_beginning: dict[str, list[str]] = defaultdict(list)  # of masks, which may have endings such as _mask
         for name in self.names:
             self._by_name[PurePosixPath(name).name.lower()].append(name)
-            self._by_stem[photograph_key(name).lower()].append(name)
+            stem = photograph_key(name).lower()
+            self._by_stem[stem].append(name)
+            while kind == "mask" and (stem := _without_ending(stem)):
+                self._by_beginning[stem].append(name)
 
     def find(self, name: str, with_ending: bool = False) -> str:
         """Find the photograph that a source names.
@@ -58,8 +62,8 @@ class Photographs:
         """
         stem = photograph_key(name).lower()
         found = self._by_name.get(PurePosixPath(name).name.lower()) or self._by_stem.get(stem)
-        while with_ending and not found and (shorter := re.sub(r"[._-][^._-]*$", "", stem)) not in ("", stem):
-            stem = shorter
+        found = found or self._by_beginning.get(stem)
+        while with_ending and not found and (stem := _without_ending(stem)):
             found = self._by_stem.get(stem)
         if not found:
             raise ShapeError(f"has no {self._kind} {name!r:.120} in {self.folder}")
@@ -71,6 +75,11 @@ class Photographs:
             examples = f"{best[0]!r:.80}, {best[1]!r:.80}"
             raise ShapeError(f"{name!r:.120} may be several files in {self.folder}: {examples}")
         return exact[0]
+
+
+def _without_ending(stem: str) -> str:
+    """Remove the last part after "_", "-" or "."; an empty text if there is none."""
+    return re.sub(r"[._-][^._-]*$", "", stem) if re.search("[._-]", stem) else ""
 
 
 def _common_end(first: Sequence[str], second: Sequence[str]) -> int:
@@ -102,7 +111,7 @@ def image_ids(names: Collection[str]) -> dict[str, int | str]:
     for name in names:
         stem = PurePosixPath(name).stem.removesuffix("_leftImg8bit")
         ids[name] = int(stem) if stem.isascii() and stem.isdigit() and len(stem) <= 15 else stem
-    counts: dict[int | str, int] = defaultdict(int)
-    for image_id in ids.values():
-        counts[image_id] += 1
-    return {name: i if counts[i] == 1 else str(PurePosixPath(name).with_suffix("")) for name, i in ids.items()}
+    counts = Counter(ids.values())
+    ids = {name: i if counts[i] == 1 else str(PurePosixPath(name).with_suffix("")) for name, i in ids.items()}
+    counts = Counter(ids.values())
+    return {name: i if counts[i] == 1 else name for name, i in ids.items()}

@@ -95,7 +95,7 @@ def polygon(points: np.ndarray, size: tuple[int, int]) -> Mask:
     if len(points) < 3:
         raise ShapeError(f"a polygon needs at least 3 points, got {len(points)}")
     height, width = size
-    margin = max(height, width)
+    margin = 4 * max(height, width)
     for axis, length in ((0, width), (1, height)):  # distant points would need memory and time
         if points[:, axis].min() < -margin:
             points = _clip(points, axis, -margin, -1)

@@ -62,6 +62,7 @@ class Context(NamedTuple):
     """The image for which an `Item` makes regions."""
 
     size: tuple[int, int]  # (height, width)
+    name: str  # of the photograph, relative to its folder
     place: str  # of the image in the source, for messages
     report: Report
     classes: Mapping[Any, Class]  # by name and by id
@@ -122,6 +123,7 @@ class Source(NamedTuple):
     problems: list[Problem]
     smaller_on_top: bool  # among regions of one level; otherwise the later one is on top
     images: Path  # folder with the photographs, if the user names none
+    found_classes: bool = False  # the classes are the labels that occur, in alphabetical order
 
 
 class Options(NamedTuple):

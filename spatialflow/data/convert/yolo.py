@@ -3,6 +3,7 @@
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,15 @@ def open_source(path: Path, options: Options) -> Source:
     files = label_files(root)
     if not files:
         raise ConversionError(f"{root}: holds no label file (labels/*.txt)")
+    classes = [*options.classes] if options.classes is not None else _classes(path)
+    # A class list of the user is in the order of the numbers in the files.
+    numbers = range(len(classes)) if options.classes is not None else [row.id - 1 for row in classes]
+    names = {number: row.name for number, row in zip(numbers, classes, strict=True)}
     items = []
     for file in files:
         parts = file.relative_to(root).with_suffix(".jpg").parts
         name = "/".join("images" if part == "labels" else part for part in parts)
-        items.append(Item(name, str(file), functools.partial(_regions, file)))
-    classes = [*options.classes] if options.classes is not None else _classes(path)
+        items.append(Item(name, str(file), functools.partial(_regions, file, names)))
     images = root.parent / "images" if root.name == "labels" else root
     return Source(FORMAT, classes, items, [], smaller_on_top=True, images=images)
 
@@ -81,23 +85,22 @@ def _classes(path: Path) -> list[Class]:
     return [Class(number + 1, name) for number, name in sorted(texts.items())]
 
 
-def _regions(file: Path, context: Context) -> list[Region]:
+def _regions(file: Path, names: Mapping[int, str], context: Context) -> list[Region]:
     try:
         lines = read_text(file).splitlines()
     except ConversionError as error:
         raise ShapeError(str(error)) from None
-    by_number = {row.id: row for row in context.classes.values()}
     return context.regions(
-        (f"{file}: line {number}", functools.partial(_region, line.split(), by_number, context))
+        (f"{file}: line {number}", functools.partial(_region, line.split(), names, context))
         for number, line in enumerate(lines, start=1)
         if line.strip()
     )
 
 
-def _region(words: list[str], by_number: dict[int, Class], context: Context) -> Region | None:
-    if not words[0].isascii() or not words[0].isdigit() or len(words[0]) > 9 or int(words[0]) + 1 not in by_number:
+def _region(words: list[str], names: Mapping[int, str], context: Context) -> Region | None:
+    if not words[0].isascii() or not words[0].isdigit() or len(words[0]) > 9 or int(words[0]) not in names:
         raise ShapeError(f"unknown class {words[0]!r:.60}; numbers of classes start at 0")
-    category = by_number[int(words[0]) + 1]
+    category = context.class_of(names[int(words[0])])
     try:
         values = np.array([float(word) for word in words[1:]])
     except ValueError:

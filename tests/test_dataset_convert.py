@@ -87,7 +87,7 @@ def test_scenes_come_back(scenes, tmp_path, kind, format):
         )
         kernel = np.ones((5, 5))
         inner = (cv2.erode(truth, kernel) == truth) & (cv2.dilate(truth, kernel) == truth)
-        assert inner.mean() > 0.5 and np.mean(classes[inner] == truth[inner]) > 0.99
+        assert inner.mean() > 0.2 and np.mean(classes[inner] == truth[inner]) > 0.99
 
 
 def test_the_result_can_be_trained_on(scenes, tmp_path):

@@ -156,7 +156,6 @@ def test_tutorial(page, tmp_path):
         elif block.language == "python" and not block.reason:
             python.append(block.text)  # a later block may use names of an earlier one
             run([sys.executable, "-c", "\n".join(python)], tmp_path, environment)
-            python = [] if "rename(" in block.text else python  # moving a file works once
         elif block.language == "console":
             for arguments in commands_of(f"```\n{block.text}```\n"):
                 inputs = {"photos": "scenes/images", "weights.pth": "", "run/model.safetensors": ""}

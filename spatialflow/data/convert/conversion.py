@@ -154,7 +154,8 @@ def to_panoptic(
             _check_size(job, size)
             regions = job.item.read(Context(size, job.name, job.item.place, report, lookup, fill_boxes))
         except ShapeError as error:
-            report.add("image", f"{job.item.place}: {error}")
+            begin = "" if str(error).startswith(job.item.place) else f"{job.item.place}: "
+            report.add("image", f"{begin}{error}")
             return False, [], report
         id_map, found, hidden = compose(regions, size, smaller_on_top, background_class)
         report.counts["segments hidden by others"] += hidden

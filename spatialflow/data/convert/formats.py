@@ -57,7 +57,9 @@ def _recognize(path: Path, options: Options) -> tuple[str, Path]:
         found[labelme.FORMAT] = path
     elif files and options.instances is None:
         found[coco.FORMAT] = path
-    if yolo.class_file(path) is not None and yolo.label_files(path):
+    labels = yolo.label_files(path)
+    is_named = "labels" in (path.resolve().name, *(part for file in labels[:1] for part in file.parts))
+    if labels and (yolo.class_file(path) is not None or (is_named and not found)):
         found[yolo.FORMAT] = path
     if not found and masks.has_masks(path):
         found[masks.FORMAT] = path

@@ -104,20 +104,27 @@ class Scenes:
         return folder
 
     def _yolo(self, folder: Path) -> Path:
-        """Write the outline of every region: pixels of holes and of the outline itself are not exact."""
+        """Write a rectangle for each run of pixels: classes are exact, and objects are divided."""
         (folder / "labels").mkdir(exist_ok=True)
         numbers = list(NAMES)
         for name, (ids, _) in self.maps.items():
+            height, width = ids.shape
             lines = []
             for category, mask in self.masks(name):
-                for contour in cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]:
-                    if len(contour) > 2:
-                        points = (contour[:, 0] + 0.5) / (ids.shape[1], ids.shape[0])
-                        words = [str(numbers.index(category)), *(f"{value:.6f}" for value in points.ravel())]
-                        lines.append(" ".join(words))
+                for row, left, right in _runs(mask):
+                    corners = [(left, row), (right, row), (right, row + 1), (left, row + 1)]
+                    words = [f"{x / width:.9f} {y / height:.9f}" for x, y in corners]
+                    lines.append(" ".join([str(numbers.index(category)), *words]))
             (folder / "labels" / f"{Path(name).stem}.txt").write_text("\n".join(lines))
         (folder / "data.yaml").write_text(f"names: {json.dumps(list(NAMES.values()))}\n")
         return folder / "data.yaml"
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int, int]]:
+    """(row, first column, end column) of every run of pixels."""
+    steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    begins, ends = np.argwhere(steps == 1), np.argwhere(steps == -1)
+    return [(int(row), int(left), int(right)) for (row, left), (_, right) in zip(begins, ends, strict=True)]
 
 
 def write_json(path: Path, content) -> Path:

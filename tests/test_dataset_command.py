@@ -292,6 +292,32 @@ class TestRefused:
         assert convert(source="masks") == 2
         assert error_messages(capsys) == ["masks: a.png holds the values 0, 3, 7; --classes must name the classes"]
 
+    def test_options_of_other_formats(self, folder, capsys):
+        labelme(folder)
+        for option in ("stuff", "instances"):
+            assert convert(f"--{option}", "photos") == 2
+        texts = error_messages(capsys)
+        assert texts == [
+            "stuff: is for the format coco-instances; json has the format labelme",
+            "instances: is for the format masks; json has the format labelme",
+        ]
+
+    def test_absent_folder_of_photographs(self, folder, capsys):
+        (folder / "annotations").mkdir()
+        coco(folder).rename(folder / "annotations" / "instances.json")
+        assert main(["dataset", "convert", "annotations", "--output", "out"]) == 2
+        (text,) = error_messages(capsys)
+        assert text.startswith(
+            "annotations: no image can be converted; the first problem: annotations/instances.json: "
+        )
+        assert text.endswith("; `images` must name the folder of the photographs")
+
+    def test_several_coco_files(self, folder, capsys):
+        for name in ("train", "val"):
+            coco(folder).rename(folder / f"{name}.json")
+        assert convert(source=".") == 2
+        assert error_messages(capsys) == [".: holds 2 COCO files (train.json, val.json); name one of them"]
+
     def test_several_formats_in_one_folder(self, folder, capsys):
         labelme(folder)
         (folder / "json" / "annotations.xml").write_text("<annotations/>")
@@ -334,6 +360,27 @@ def test_the_summary_of_a_conversion(folder, capsys):
         "out/panoptic.json: 1 images",
         "next: spatialflow dataset check out/panoptic.json --images photos --pictures examples.jpg",
     ]
+
+
+def test_an_interrupted_conversion_says_what_exists(folder, capsys, monkeypatch):
+    """Ctrl-C after the first of two images."""
+    from spatialflow.data.convert import conversion
+
+    labelme(folder)
+    labelme(folder, name="b")
+    compose, calls = conversion.compose, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compose(*arguments)
+
+    monkeypatch.setattr(conversion, "compose", interrupted)
+    assert convert("--workers", "1") == 130
+    assert error_messages(capsys)[-1] == "interrupted: out has 1 of 2 images; the same command starts over"
+    assert convert() == 0
+    assert len(json.loads((folder / "out" / "panoptic.json").read_text())["images"]) == 2
 
 
 @pytest.fixture(scope="module")

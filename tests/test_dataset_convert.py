@@ -222,7 +222,7 @@ def test_semantic_and_instance_masks(photographs, tmp_path):
         stuff_classes=["sky"],
     )
     assert result.problems == [] and result.segments == {"things": 2, "stuff": 1, "crowds": 1}
-    assert "crowds, as a thing has no object number: 1" in result.notes
+    assert "things without object number, made crowds (see --instances and --stuff-classes): 1" in result.notes
     assert list(read_maps(result.json_paths[0])) == ["a.jpg"]
 
 

@@ -152,15 +152,18 @@ def _convert(options: argparse.Namespace) -> int:
     from spatialflow.panoptic import InUseError
 
     stuff_classes = options.stuff_classes
+    done = total = 0
     with (
         tqdm(desc="convert", unit="image", disable=None, leave=False) as bar,
         as_command_errors(ConversionError, InUseError),
         path_in_oserror(options.output),
     ):
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+        def show(now: int, of: int) -> None:
+            nonlocal done, total
+            done, total = now, of
+            bar.total = of
+            bar.update()
 
         try:
             result = to_panoptic(
@@ -183,8 +186,8 @@ def _convert(options: argparse.Namespace) -> int:
                 progress=show,
             )
         except KeyboardInterrupt as error:
-            text = f"{options.output} has the first {bar.n} of {bar.total or '?'} images; the same command starts over"
-            raise type(error)(text) from None
+            text = f"{options.output} has {done} of {total} images; the same command starts over" if total else ""
+            raise type(error)(*[text] * bool(text)) from None
     _print_problems(result)
     _print_conversion(result)
     return 1 if result.problems else 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from spatialflow.data.convert import coco, masks
 from spatialflow.data.convert.classes import category_rows, decide_kinds, likely_stuff, read_classes
 from spatialflow.data.convert.composing import compose
 from spatialflow.data.convert.formats import open_source
@@ -114,6 +115,9 @@ def to_panoptic(
     listed, by_color = (None, False) if classes is None else read_classes(classes)
     paths = [None if folder is None else Path(folder) for folder in (stuff, instances)]
     opened = open_source(source, format, Options(listed, by_color, *paths))
+    for name, needed in (("stuff", coco.FORMAT), ("instances", masks.FORMAT)):
+        if folders[name] is not None and opened.format != needed:
+            raise ConversionError(f"{name}: is for the format {needed}; {source} has the format {opened.format}")
     table = decide_kinds(opened.classes, stuff_classes)
     background_class = None
     if background is not None:
@@ -139,7 +143,8 @@ def to_panoptic(
     jobs = _jobs(opened.items, photographs, problems, split, seed)
     if not jobs:
         example = f"; the first problem: {problems[0].text}" if problems else ""
-        raise ConversionError(f"{source}: no image can be converted{example}")
+        hint = "; `images` must name the folder of the photographs" if problems and images is None else ""
+        raise ConversionError(f"{source}: no image can be converted{example}{hint}")
     smaller_on_top = opened.smaller_on_top if on_top == "auto" else on_top == "smaller"
     lookup: dict[Any, Class] = {row.name: row for row in table} | {row.id: row for row in table}
     rows = category_rows(table)

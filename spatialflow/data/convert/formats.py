@@ -28,7 +28,7 @@ def open_source(path: Path, format: str, options: Options) -> Source:
     if not os.path.exists(path):
         raise ConversionError(f"{path}: no such file or folder")
     if format == "auto":
-        format, path = _recognize(path, options)
+        format, path = _recognize(path)
     elif format == coco.FORMAT and path.is_dir():
         path = _only_json(path)
     if format not in _MODULES:
@@ -37,7 +37,7 @@ def open_source(path: Path, format: str, options: Options) -> Source:
     return source
 
 
-def _recognize(path: Path, options: Options) -> tuple[str, Path]:
+def _recognize(path: Path) -> tuple[str, Path]:
     """Return the format of a source, and the file to read."""
     if not path.is_dir():
         suffix = path.suffix.lower()
@@ -50,12 +50,12 @@ def _recognize(path: Path, options: Options) -> tuple[str, Path]:
         hint = "; unpack it first" if suffix in (".zip", ".gz", ".tar", ".tgz", ".7z", ".rar") else ""
         raise ConversionError(f"{path}: is of no known format ({', '.join(FORMATS)}){hint}")
     found: dict[str, Path] = {}
+    files = labelme.files_of(path)
     if (path / "annotations.xml").is_file():
         found[cvat.FORMAT] = path
-    files = labelme.files_of(path)
     if any(_is_labelme(file) for file in files[:20]):
         found[labelme.FORMAT] = path
-    elif files and options.instances is None:
+    elif any(_is_coco(file) for file in files):
         found[coco.FORMAT] = path
     labels = yolo.label_files(path)
     is_named = "labels" in (path.resolve().name, *(part for file in labels[:1] for part in file.parts))
@@ -83,9 +83,18 @@ def _is_labelme(path: Path) -> bool:
     return (b'"shapes"' in head or b'"imagePath"' in head) and b'"segments_info"' not in head
 
 
+def _is_coco(path: Path) -> bool:
+    try:
+        return b'"annotations"' in path.read_bytes()
+    except OSError:
+        return False
+
+
 def _only_json(folder: Path) -> Path:
-    files = labelme.files_of(folder)
-    if len(files) != 1:
+    files = [file for file in labelme.files_of(folder) if _is_coco(file)]
+    if not files:
+        raise ConversionError(f"{folder}: holds no COCO file")
+    if len(files) > 1:
         examples = ", ".join(file.name for file in files[:3]) + ", ..." * (len(files) > 3)
-        raise ConversionError(f"{folder}: name one JSON file; it holds {len(files)} ({examples})")
+        raise ConversionError(f"{folder}: holds {len(files)} COCO files ({examples}); name one of them")
     return files[0]

@@ -178,7 +178,9 @@ def class_regions(
             continue
         part = keys[extent.y : extent.y + extent.height, extent.x : extent.x + extent.width] == key
         crowd = bool(category.isthing) and number == 0
-        context.report.counts["crowds, as a thing has no object number"] += crowd
+        context.report.counts["things without object number, made crowds (see --instances and --stuff-classes)"] += (
+            crowd
+        )
         regions.append(Region(category, crop(part, extent.x, extent.y), level, group=number or None, crowd=crowd))
     return regions
 

@@ -5,6 +5,7 @@ pycocotools does not check its input: a wrong run length or a huge coordinate ca
 computed here, with a sentence for every shape that cannot be drawn.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -68,6 +69,11 @@ def numbers(values: Any, what: str) -> np.ndarray:
     """
     if not isinstance(values, list | tuple):
         raise ShapeError(f"{what} must be a list of numbers, got {values!r:.60}")
+    if set(map(type, values)) <= {int, float}:
+        with contextlib.suppress(OverflowError):  # of a huge integer, which is named below
+            array = np.array(values, np.float64)
+            if np.all(np.abs(array) <= _LARGEST_COORDINATE):  # False for NaN too
+                return array
     for value in values:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not abs(value) <= _LARGEST_COORDINATE:  # NaN fails the comparison too

@@ -320,6 +320,19 @@ def test_a_failed_run_starts_over(photographs, tmp_path, monkeypatch):
     assert result.image_counts == [2] and validate(result.json_paths[0]).problems == []
 
 
+def test_photographs_turned_by_exif(tmp_path):
+    """Sizes are those of the picture as it is shown and as training reads it."""
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 30)).save(tmp_path / "photos" / "a.jpg", exif=exif)
+    labelme(tmp_path / "json", "a", [shape("cat", *SQUARE)])  # 20 rows, 30 columns
+    result = to_panoptic(tmp_path / "json", tmp_path / "out", tmp_path / "photos")
+    assert result.problems == [] and validate(result.json_paths[0], images=tmp_path / "photos").problems == []
+
+
 def test_names_that_share_a_stem(tmp_path):
     for name in ("x/a.jpg", "y/a.jpg", "a.png", "a.jpg"):
         path = tmp_path / "photos" / name

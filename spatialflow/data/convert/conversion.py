@@ -143,7 +143,7 @@ def to_panoptic(
     jobs = _jobs(opened.items, photographs, problems, split, seed)
     if not jobs:
         example = f"; the first problem: {problems[0].text}" if problems else ""
-        hint = "; `images` must name the folder of the photographs" if problems and images is None else ""
+        hint = "; name the folder of the photographs by --images" if problems and images is None else ""
         raise ConversionError(f"{source}: no image can be converted{example}{hint}")
     smaller_on_top = opened.smaller_on_top if on_top == "auto" else on_top == "smaller"
     lookup: dict[Any, Class] = {row.name: row for row in table} | {row.id: row for row in table}

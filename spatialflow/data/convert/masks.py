@@ -22,6 +22,7 @@ FORMAT = "masks"
 _LOSSLESS = (".png", ".tif", ".tiff", ".bmp", ".pgm", ".ppm", ".webp")
 _NO_CLASS = (0, 255)  # values that need not be in the class list
 _NO_COLOR = (0, 0xFFFFFF)
+_NUMBERLESS = "things without object number, made crowds (see --instances and --stuff-classes)"
 _SHOWN = 12
 
 
@@ -178,9 +179,7 @@ def class_regions(
             continue
         part = keys[extent.y : extent.y + extent.height, extent.x : extent.x + extent.width] == key
         crowd = bool(category.isthing) and number == 0
-        context.report.counts["things without object number, made crowds (see --instances and --stuff-classes)"] += (
-            crowd
-        )
+        context.report.counts[_NUMBERLESS] += crowd
         regions.append(Region(category, crop(part, extent.x, extent.y), level, group=number or None, crowd=crowd))
     return regions
 

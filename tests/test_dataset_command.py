@@ -197,8 +197,10 @@ class TestBadFiles:
 
     def test_many_problems_are_counted(self, folder, capsys):
         labelme(folder, {}, *[{"points": SQUARE[:2]}] * 9)
-        assert convert() == 1
+        assert convert("--problems", "problems.json") == 1
         printed = capsys.readouterr()
+        rows = json.loads((folder / "problems.json").read_text())
+        assert len(rows) == 9 and rows[8]["text"].startswith("json/a.json: shapes[9]: a polygon needs")
         assert printed.err.splitlines()[-1] == "spatialflow: and 4 more problems of the kind 'region'"
         assert "left out: 9 damaged or unknown entries, named above" in printed.out
 
@@ -291,6 +293,14 @@ class TestRefused:
         cv2.imwrite("masks/a.png", np.array([[0, 3], [3, 7]], np.uint8))
         assert convert(source="masks") == 2
         assert error_messages(capsys) == ["masks: a.png holds the values 0, 3, 7; --classes must name the classes"]
+
+    def test_outputs_that_cannot_be_written(self, folder, capsys):
+        labelme(folder)
+        (folder / "out").write_text("mine")
+        assert convert() == 2
+        (text,) = error_messages(capsys)
+        assert text == "out: cannot be written: Not a directory" or text == "out: cannot be written: File exists"
+        assert convert("--problems", "json/a.json") == 2 and (folder / "out").read_text() == "mine"
 
     def test_options_of_other_formats(self, folder, capsys):
         labelme(folder)
@@ -421,6 +431,19 @@ def test_check_reports_the_problems_of_validate(data, tmp_path, capsys):
     assert out.splitlines()[-1].endswith(" segments: 3 problems")
     assert main(["dataset", "check", str(tmp_path / "none.json")]) == 2
     assert main(["dataset", "check", str(path), "--pictures", str(tmp_path / "x.tiff")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("color", [0, 0, [1]]), ("color", "red"), ("name", 3), ("name", None), ("isthing", "x")]
+)
+def test_check_draws_malformed_annotations(data, tmp_path, field, value):
+    content = json.loads((data / "panoptic.json").read_text())
+    content["categories"][0][field] = value
+    content["annotations"][0]["segments_info"][0]["id"] = value
+    del content["annotations"][1]["segments_info"][0]["id"]
+    path, picture = write_json(tmp_path / "panoptic.json", content), tmp_path / "x.jpg"
+    assert main(["dataset", "check", str(path), "--folder", str(data / "panoptic"), "--pictures", str(picture)]) == 1
+    assert picture.stat().st_size > 5000
 
 
 def test_advice(tmp_path):

@@ -333,6 +333,24 @@ def test_photographs_turned_by_exif(tmp_path):
     assert result.problems == [] and validate(result.json_paths[0], images=tmp_path / "photos").problems == []
 
 
+def test_photographs_beside_annotations_and_outputs(tmp_path):
+    """The folder of photographs may hold the annotations, the output, and links to other folders."""
+    folder = tmp_path / "train"
+    labelme(folder, "a", [shape("cat", *SQUARE)])
+    labelme(folder, "b", [shape("cat", *SQUARE)])
+    (tmp_path / "elsewhere").mkdir()
+    for path in (folder / "a.jpg", tmp_path / "elsewhere" / "b.jpg"):
+        cv2.imwrite(str(path), np.zeros((20, 30, 3), np.uint8))
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    for _ in range(2):  # the PNGs of the first run are no photographs in the second one
+        result = to_panoptic(folder, tmp_path, tmp_path)
+        names = list(read_maps(result.json_paths[0]))
+        assert result.problems == [] and names == ["train/a.jpg", "elsewhere/b.jpg"]
+        assert f"photographs in {tmp_path} without annotation" not in " ".join(result.notes)
+        (folder / "link").unlink(missing_ok=True)
+
+
 def test_names_that_share_a_stem(tmp_path):
     for name in ("x/a.jpg", "y/a.jpg", "a.png", "a.jpg"):
         path = tmp_path / "photos" / name

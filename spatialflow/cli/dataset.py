@@ -112,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="write train.json with this share of the images, such as 0.9, and val.json",
     )
+    add_path(convert, "--problems", "FILE", "write all problems as JSON; only the first ones are printed")
     convert.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: %(default)s)")
     add_workers_option(convert)
 
@@ -149,7 +150,10 @@ def _convert(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from spatialflow.data.convert import ConversionError, to_panoptic
+    from spatialflow.files import write_json
     from spatialflow.panoptic import InUseError
+
+    check_output(options.problems, options.source, options.images, options.stuff, options.instances)
 
     stuff_classes = options.stuff_classes
     done = total = 0
@@ -188,6 +192,9 @@ def _convert(options: argparse.Namespace) -> int:
         except KeyboardInterrupt as error:
             text = f"{options.output} has {done} of {total} images; the same command starts over" if total else ""
             raise type(error)(*[text] * bool(text)) from None
+    if options.problems is not None:
+        with as_command_errors(), path_in_oserror(options.problems):
+            write_json(options.problems, [problem._asdict() for problem in result.problems], indent=1)
     _print_problems(result)
     _print_conversion(result)
     return 1 if result.problems else 0
@@ -262,10 +269,10 @@ def _class_table(result: Survey) -> str:
     """Make the table of classes, and the lines about void pixels and sizes."""
     rows = [("id", "class", "kind", "segments", "images", "pixels", "median size")]
     for row in result.classes:
-        kind = "thing" if row.category.get("isthing") else "stuff"
+        kind = "thing" if row.category["isthing"] else "stuff"
         crowds = f" + {row.crowds} crowds" if row.crowds else ""
         median = f"{row.median_area:,.0f} px" if row.segments else "-"
-        name = _printable(f"{row.category.get('name', '')}"[:40])
+        name = _printable(row.category["name"][:40])
         numbers = (f"{row.segments:,}{crowds}", f"{row.images:,}", f"{100 * row.share:.2f} %", median)
         rows.append((str(row.category["id"]), name, kind, *numbers))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -13,7 +13,7 @@ import numpy as np
 from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.formats import load_json, read_id_map
 from spatialflow.panoptic.quality import default_folder, with_progress
-from spatialflow.panoptic.rules import VOID, PanopticFormatError, segment_id
+from spatialflow.panoptic.rules import VOID, PanopticFormatError, is_color, segment_id
 from spatialflow.threads import available_cores
 
 USUAL_SHORT, USUAL_LONG = 800, 1333
@@ -26,7 +26,7 @@ _VARIED = 4  # ratio of the largest to the smallest image, in pixels on the long
 class ClassNumbers(NamedTuple):
     """One class of a data set."""
 
-    category: Mapping[str, Any]  # its row in the JSON
+    category: Mapping[str, Any]  # id, name, isthing and, where it is valid, color
     segments: int  # without crowds
     images: int  # that have a segment, or a crowd
     crowds: int
@@ -43,7 +43,7 @@ class Survey(NamedTuple):
     tiny: int  # things that are smaller than 8 x 8 pixels where a network with usual sizes sees them
     things: int
     without_segment: list[str]  # file names
-    examples: list[dict[str, Any]]  # annotations of images that together show many classes, with key "name"
+    examples: list[dict[str, Any]]  # images that show rare classes: file_name of the PNG, name, segments_info
 
 
 def survey(
@@ -102,24 +102,25 @@ def survey(
                 sizes[height, width] += 1
                 total += height * width
                 scale = min(USUAL_SHORT / min(height, width), USUAL_LONG / max(height, width), 1)
-                present = set()
+                present, usable = set(), []
                 for segment in annotation["segments_info"]:
-                    number, category = segment_id(segment), segment.get("category_id")
-                    if number not in by_id or number == VOID or category not in categories:
+                    number, category = segment_id(segment), segment["category_id"]
+                    if number is None or number == VOID or number not in by_id or category not in categories:
                         continue
                     area = by_id[number].pixels
                     present.add(category)
+                    usable.append({"id": number, "category_id": category})
                     pixels[category] += area
                     if segment.get("iscrowd"):
                         crowds[category] += 1
                         continue
                     areas[category].append(area)
-                    if categories[category].get("isthing"):
+                    if categories[category]["isthing"]:
                         things += 1
                         tiny += area * scale * scale < _TINY_SIDE**2
                 images.update(present)
                 name = names.get(annotation["image_id"], annotation["file_name"])
-                shown.append((present, {**annotation, "name": name}))
+                shown.append((present, {"file_name": annotation["file_name"], "name": name, "segments_info": usable}))
                 if not present:
                     without.append(name)
         finally:
@@ -140,11 +141,14 @@ def survey(
 
 
 def _categories(content: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Return the categories by id, with name and isthing, and with the color if it is valid."""
     rows = content.get("categories")
     found: dict[int, Mapping[str, Any]] = {}
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict) and type(row.get("id")) is int:
-            found.setdefault(row["id"], row)
+            color = {"color": row["color"]} if is_color(row.get("color")) else {}
+            name = str(row.get("name", f"category {row['id']}"))
+            found.setdefault(row["id"], {"id": row["id"], "name": name, "isthing": bool(row.get("isthing")), **color})
     return found
 
 
@@ -188,18 +192,18 @@ def _choose(shown: Sequence[tuple[set[int], dict[str, Any]]], images: Counter[in
 def advice(result: Survey) -> list[str]:
     """List what a colleague would point out about a data set, as sentences."""
     texts = []
-    absent = [str(row.category.get("name", row.category["id"])) for row in result.classes if not row.images]
+    absent = [row.category["name"] for row in result.classes if not row.images]
     if absent:
         texts.append(f"{_many(len(absent), 'class has', 'classes have')} no example: {_examples(absent)}")
-    rare = [str(row.category.get("name", row.category["id"])) for row in result.classes if 0 < row.images < 10]
+    rare = [row.category["name"] for row in result.classes if 0 < row.images < 10]
     if rare:
         texts.append(f"{_many(len(rare), 'class is', 'classes are')} in fewer than 10 images: {_examples(rare)}")
     if result.without_segment:
         count = len(result.without_segment)
         texts.append(f"{_many(count, 'image has', 'images have')} no segment: {_examples(result.without_segment)}")
-    if not any(row.category.get("isthing") for row in result.classes if row.images):
+    if not any(row.category["isthing"] for row in result.classes if row.images):
         texts.append("there is no thing: segments of one class are not separated")
-    if not any(not row.category.get("isthing") for row in result.classes if row.images):
+    if not any(not row.category["isthing"] for row in result.classes if row.images):
         text = "there is no stuff: pixels outside objects are void, and nothing is learned there"
         texts.append(f"{text}; `dataset convert --background NAME` makes them a class")
     if result.tiny:

@@ -134,11 +134,10 @@ def to_panoptic(
     json_paths = [output / f"{name}.json" for name in (_NAMES[:1] if split is None else _NAMES[1:])]
     png_folders = [path.with_suffix("") for path in json_paths]
     _check_output(json_paths, png_folders, [source, image_folder, *(path for path in paths if path is not None)])
-    others = [path for path in (source, *paths) if path is not None and path.is_dir()]
-    photographs = Photographs(
-        image_folder,
-        [path for path in (*others, *(output / name for name in _NAMES)) if not _is_same(path, image_folder)],
-    )
+    no_photographs = [*png_folders, *(path for path in paths if path is not None)]
+    no_photographs += [output / name for name in _NAMES if earlier_files(output / f"{name}.json", _INFO)[0]]
+    no_photographs += [source] if opened.format == masks.FORMAT else []
+    photographs = Photographs(image_folder, [path for path in no_photographs if not _is_same(path, image_folder)])
     problems = [*opened.problems]
     jobs = _jobs(opened.items, photographs, problems, split, seed)
     if not jobs:

@@ -19,7 +19,7 @@ class Photographs:
     """The image files below a folder.
 
     Args:
-        folder: with sub-folders; hidden ones are skipped.
+        folder: with sub-folders, also links to them; hidden ones are skipped.
         excluded: folders that hold no photographs.
         kind: what the files are, for messages.
 
@@ -31,8 +31,13 @@ class Photographs:
         self.folder, self._kind = folder, kind
         skipped = {os.path.realpath(path) for path in excluded}
         self.names: list[str] = []
-        for root, folders, files in os.walk(folder):
-            folders[:] = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(root, f)) not in skipped]
+        for root, folders, files in os.walk(folder, followlinks=True):
+            real_path = os.path.realpath(root)
+            if real_path in skipped:
+                folders.clear()
+                continue
+            skipped.add(real_path)  # links may lead to it again
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             for file in files:
                 if file.lower().endswith(SUFFIXES) and not file.startswith("."):
                     self.names.append(Path(os.path.relpath(os.path.join(root, file), folder)).as_posix())

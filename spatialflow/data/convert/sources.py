@@ -15,6 +15,10 @@ class ConversionError(ValueError):
     """A source that cannot be converted at all; the message names the file and the rule."""
 
 
+class UnknownClassError(ShapeError):
+    """A region of a class that is not in the class list."""
+
+
 class Problem(NamedTuple):
     """A defect of the source, because of which an image or a region was left out."""
 
@@ -88,7 +92,8 @@ class Context(NamedTuple):
             try:
                 region = make()
             except ShapeError as error:
-                self.report.add("region", f"{place}: {error}")
+                rule = "class" if isinstance(error, UnknownClassError) else "region"
+                self.report.add(rule, f"{place}: {error}")
                 continue
             if region is not None and not region.mask.bits.size:
                 self.report.counts["regions without pixels in the image"] += 1
@@ -97,10 +102,10 @@ class Context(NamedTuple):
         return regions
 
     def class_of(self, label: Any) -> Class:
-        """Find a class by its name or id; ShapeError if it is unknown."""
+        """Find a class by its name or id; UnknownClassError if there is none."""
         if isinstance(label, str | int) and not isinstance(label, bool) and label in self.classes:
             return self.classes[label]
-        raise ShapeError(f"unknown class {label!r:.60}")
+        raise UnknownClassError(f"unknown class {label!r:.60}")
 
 
 class Item(NamedTuple):

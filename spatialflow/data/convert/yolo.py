@@ -18,6 +18,7 @@ from spatialflow.data.convert.sources import (
     Options,
     Region,
     Source,
+    UnknownClassError,
     read_text,
 )
 
@@ -99,7 +100,7 @@ def _regions(file: Path, names: Mapping[int, str], context: Context) -> list[Reg
 
 def _region(words: list[str], names: Mapping[int, str], context: Context) -> Region | None:
     if not words[0].isascii() or not words[0].isdigit() or len(words[0]) > 9 or int(words[0]) not in names:
-        raise ShapeError(f"unknown class {words[0]!r:.60}; numbers of classes start at 0")
+        raise UnknownClassError(f"unknown class {words[0]!r:.60}; numbers of classes start at 0")
     category = context.class_of(names[int(words[0])])
     try:
         values = np.array([float(word) for word in words[1:]])

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training batches: the schedule of images over steps and processes, and the data loader."""
 
+import contextlib
 import dataclasses
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from spatialflow.config import DataConfig
 from spatialflow.data.augment import TrainingSample, augment
+from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError
 from spatialflow.panoptic.rules import Problem
 from spatialflow.structures import UNLABELED, GroundTruth
@@ -22,6 +25,7 @@ class DataSet(Protocol):
 
     names: list[str]
     sizes: list[tuple[int, int]]
+    categories: Categories
 
     def __len__(self) -> int: ...
 
@@ -242,10 +246,25 @@ def make_loader(
         worker_init_fn=_use_one_thread,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
-    for batch in loader:
+    with _without_interrupts():
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, SampleError):
             raise batch
         yield batch
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Within the block, delay Ctrl-C; processes that are started here, and theirs, never receive it.
+
+    A terminal sends it to all processes. This process ends the workers, which would otherwise print tracebacks.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _SinglePass:

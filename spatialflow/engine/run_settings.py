@@ -119,7 +119,12 @@ def categories_of(config: Config) -> Categories:
 
 
 def with_sizes_and_schedule(
-    config: Config, sizes: Sequence[tuple[int, int]], given: Mapping[str, Any], on_gpu: bool, processes: int
+    config: Config,
+    sizes: Sequence[tuple[int, int]],
+    given: Mapping[str, Any],
+    rate_per_image: float,
+    on_gpu: bool,
+    processes: int,
 ) -> Config:
     """Choose the sizes of the images and the schedule of a run.
 
@@ -127,13 +132,14 @@ def with_sizes_and_schedule(
     for some minutes of computing time; warm-up, decays and evaluations follow from it.
 
     Args:
-        config: the network, the largest sizes and the learning rate for its `images_per_step`; with `given`.
+        config: the network and the largest sizes; with `given`.
         sizes: (height, width) of the training images; at least one.
         given: fields that the user has set, which stay.
+        rate_per_image: learning rate for a step of one image; in proportion for more.
         on_gpu: whether the run uses GPUs.
         processes: number of processes.
     """
-    settings = _sizes(config, sizes) | _schedule(config, sizes, given, on_gpu, processes)
+    settings = _sizes(config, sizes) | _schedule(len(sizes), given, rate_per_image, on_gpu, processes)
     return load_config(config, **{name: value for name, value in settings.items() if name not in given})
 
 
@@ -152,18 +158,17 @@ def _sizes(config: Config, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _schedule(
-    config: Config, sizes: Sequence[tuple[int, int]], given: Mapping[str, Any], on_gpu: bool, processes: int
+    count: int, given: Mapping[str, Any], rate_per_image: float, on_gpu: bool, processes: int
 ) -> dict[str, Any]:
-    default = config.training
     batch = given.get("images_per_step", (4 if on_gpu else 2) * processes)
     images = IMAGES_ON_GPU * processes if on_gpu else IMAGES_ON_CPU
-    epochs = given.get("epochs", max(-(-images // len(sizes)), MIN_EPOCHS))
-    steps = epochs * -(-len(sizes) // batch)
+    epochs = given.get("epochs", max(-(-images // count), MIN_EPOCHS))
+    steps = epochs * -(-count // batch)
     decays = sorted({max(round(0.7 * epochs), 1), max(round(0.9 * epochs), 1)} - {epochs})
     return {
         "images_per_step": batch,
         "epochs": epochs,
-        "learning_rate": float(f"{default.learning_rate * batch / default.images_per_step:.3g}"),
+        "learning_rate": float(f"{rate_per_image * batch:.3g}"),
         "learning_rate_epochs": decays,
         "warmup_iterations": min(max(steps // 10, 1), 500),
         "evaluate_every_epochs": max(round(epochs / EVALUATIONS), 1),

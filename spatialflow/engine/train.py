@@ -13,6 +13,7 @@ from spatialflow.config import SECTIONS, Config, ConfigError, load_config, own_s
 from spatialflow.data.categories import Categories, CategoryError
 from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
+from spatialflow.data.samples import SampleError
 from spatialflow.data.subset import hold_out
 from spatialflow.engine import distributed
 from spatialflow.engine.checkpoint_store import TrainingError
@@ -39,8 +40,14 @@ DataSet: TypeAlias = Cityscapes | CocoPanoptic
 DEFAULT_MODEL = "demo"
 """Network that a run without configuration, backbone and model begins with."""
 
+DEFAULT_RATE_PER_IMAGE = 0.005
+"""Learning rate of `DEFAULT_MODEL` for a step of one image; in proportion for more."""
+
 DEFAULT_WITH_BACKBONE = "spatialflow_r50_coco"
 """Configuration of a run that names a backbone alone."""
+
+CHECKED_IMAGES = 4
+"""Images to evaluate on that are read before the run."""
 
 DEFAULT_VALIDATION_SHARE, LEAST_FOR_VALIDATION = 0.1, 20
 """Share of the images that a run without configuration and validation images evaluates on, from this many images on."""
@@ -143,6 +150,7 @@ class _Start(NamedTuple):
     config: Config
     weights: Path | None
     categories: Categories | None  # of `weights`
+    rate_per_image: float  # learning rate for a step of one image; in proportion for more
 
 
 def train(
@@ -225,7 +233,9 @@ def train(
         raise TrainingError("ema needs model")
     start = _start(config, model, backbone, overrides)
     group = distributed.join(device)
-    configured, data, validation = _settings(start.config, files, config, overrides, group)
+    configured, data, validation = _settings(start, files, config, overrides, group)
+    if validation is not None:
+        _check_readable(validation)
     trainer = Trainer(
         configured,
         data,
@@ -270,9 +280,9 @@ def _start(
     """Choose the network that a run begins with."""
     if config is not None:
         weights = None if model is None else _model_files(model)[1]
-        return _Start(load_config(_name_or_path(config), **overrides), weights, None)
+        return _Start(load_config(_name_or_path(config), **overrides), weights, None, 0.0)
     if model is None and backbone is not None:
-        return _Start(load_config(DEFAULT_WITH_BACKBONE, **overrides), None, None)
+        return _Start(load_config(DEFAULT_WITH_BACKBONE, **overrides), None, None, _rate(DEFAULT_WITH_BACKBONE))
     source, weights = _model_files(DEFAULT_MODEL if model is None else model)
     if source is None:
         raise ConfigError(f"{model}: the configuration of these weights is not known; name it")
@@ -280,7 +290,13 @@ def _start(
         categories = categories_of(load_config(source))
     except CategoryError:
         categories = None  # the annotations of that run are no longer there
-    return _Start(load_config(source, **overrides), weights, categories)
+    rate = DEFAULT_RATE_PER_IMAGE if source == DEFAULT_MODEL else _rate(source)
+    return _Start(load_config(source, **overrides), weights, categories, rate)
+
+
+def _rate(config: str | Path) -> float:
+    training = load_config(config).training
+    return training.learning_rate / training.images_per_step
 
 
 def _name_or_path(config: str | os.PathLike[str]) -> str | Path:
@@ -302,7 +318,7 @@ def _model_files(model: str | os.PathLike[str]) -> tuple[str | Path | None, Path
 
 
 def _settings(
-    config: Config,
+    start: _Start,
     files: TrainingData,
     named: str | os.PathLike[str] | None,
     overrides: dict[str, Any],
@@ -311,13 +327,13 @@ def _settings(
     """Complete the configuration from the data, and open the data.
 
     Args:
-        config: with `overrides`.
+        start: its configuration has `overrides`.
         files: where the data are.
         named: the configuration that the user named, None if the whole configuration is chosen.
         overrides: of the user.
         group: the processes.
     """
-    given = fields_given(overrides)
+    config, given = start.config, fields_given(overrides)
     classes = _classes(files, named is None)
     if classes is not None:
         own = {} if named is None else own_settings(_name_or_path(named))
@@ -325,7 +341,8 @@ def _settings(
         config = with_classes(config, classes, set_by_user)
     data, validation = _open(files, categories_of(config), is_chosen=named is None)
     if named is None and len(data):
-        config = with_sizes_and_schedule(config, data.sizes, given, group.device.type == "cuda", group.size)
+        on_gpu = group.device.type == "cuda"
+        config = with_sizes_and_schedule(config, data.sizes, given, start.rate_per_image, on_gpu, group.size)
     return config, data, validation
 
 
@@ -372,6 +389,20 @@ def _open_coco(
         if not os.path.isdir(folder):
             raise TrainingError(f"{folder}: no such folder")
     return data
+
+
+def _check_readable(validation: DataSet) -> None:
+    """Raise TrainingError if none of a few images to evaluate on can be used; the first evaluation may come late."""
+    errors = []
+    for index in range(0, len(validation), -(-len(validation) // CHECKED_IMAGES)):
+        try:
+            validation[index]
+        except SampleError as error:
+            errors.append(str(error))
+        else:
+            return
+    if errors:
+        raise TrainingError(f"the images to evaluate on cannot be used, e.g. {errors[0]}")
 
 
 def _write_config(trainer: Trainer) -> None:

@@ -81,9 +81,12 @@ def test_a_run_begins_with_the_network_of_another(tmp_path, caplog):
     files = dict(images=data / "images", annotations=data / "panoptic.json", workers=0, progress=False, epochs=1)
     spatialflow.train(**files, output=tmp_path / "first", config="tiny", norm_groups=4, fpn_channels=16)
     text = (data / "panoptic.json").read_text()
-    (data / "panoptic.json").write_text(text.replace('"sky"', '"heaven"'))
+    files["annotations"] = tmp_path / "renamed.json"
+    files["annotations"].write_text(text.replace('"sky"', '"heaven"'))
     caplog.set_level("INFO", "spatialflow")
-    second = spatialflow.train(**files, output=tmp_path / "second", model=tmp_path / "first")
+    second = spatialflow.train(
+        **files, output=tmp_path / "second", model=tmp_path / "first", panoptic=data / "panoptic"
+    )
     assert second.network.config.model.fpn_channels == 16
     assert "stuff_head.logits start from random weights for the classes other than person, car" in caplog.text
     assert "box_head" not in caplog.text

@@ -106,11 +106,14 @@ def test_the_log_is_complete_while_the_run_continues(data, tmp_path, monkeypatch
 
 
 class TestResume:
-    ARGUMENTS = ("train", "tiny", *(f"{k}={v}" for k, v in SMALL_RUN.items() if k != "num_stuff"), "--workers", "0")
+    SETTINGS = tuple(f"{k}={v}" for k, v in SMALL_RUN.items() if k != "num_stuff")
 
     def run(self, scenes, output, *more):
         files = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json")]
-        return main([*self.ARGUMENTS, *files, "--output", str(output), *more])
+        settings, flags = ([word for word in more if ("=" in word) == is_setting] for is_setting in (True, False))
+        return main(
+            ["train", "tiny", *self.SETTINGS, *settings, "--workers", "0", *files, "--output", str(output), *flags]
+        )
 
     def test_what_happens_is_said(self, scenes, tmp_path, capsys):
         assert self.run(scenes, tmp_path, "--resume") == 2

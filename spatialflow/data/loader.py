@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -260,6 +261,7 @@ def _without_interrupts() -> Iterator[None]:
 
     A terminal sends it to all processes. This process ends the workers, which would otherwise print tracebacks.
     """
+    resource_tracker.ensure_running()  # with the first worker it would start, and end the delay
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -170,7 +170,7 @@ def _schedule(
         "epochs": epochs,
         "learning_rate": float(f"{rate_per_image * batch:.3g}"),
         "learning_rate_epochs": decays,
-        "warmup_iterations": min(max(steps // 10, 1), 500),
+        "warmup_iterations": min(steps // 10, 500),
         "evaluate_every_epochs": max(round(epochs / EVALUATIONS), 1),
     }
 

@@ -236,7 +236,7 @@ ROWS = [
     Row("proposal_nms_threshold", 0.9, losses, dict(positive_iou=0.1, negative_iou=0.1)),
     Row("finetune_class_layers_epochs", 1, rates, dict(finetune_learning_rate=0.1)),
     Row("finetune_learning_rate", 0.1, rates, dict(finetune_class_layers_epochs=1)),
-    Row("evaluate_every_epochs", 2, run, dict(epochs=2)),
+    Row("evaluate_every_epochs", 3, run, dict(epochs=3)),
     Row("checkpoint_every_steps", 1, run),
 ]
 

@@ -394,7 +394,7 @@ def _open_coco(
 def _check_readable(validation: DataSet) -> None:
     """Raise TrainingError if none of a few images to evaluate on can be used; the first evaluation may come late."""
     errors = []
-    for index in range(0, len(validation), -(-len(validation) // CHECKED_IMAGES)):
+    for index in range(0, len(validation), max(len(validation) // CHECKED_IMAGES, 1)):
         try:
             validation[index]
         except SampleError as error:

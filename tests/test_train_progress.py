@@ -44,8 +44,21 @@ class TestLines:
             progress.show(step, 1.5, 0.01)
         assert capsys.readouterr().out.splitlines() == [
             "step 5 of 100 (epoch 1)  loss 1.500  rate 0.01  2 images/s  3 min left",
-            "step 20 of 100 (epoch 3)  loss 1.500  rate 0.01  2 images/s  3 min left",
+            "step 20 of 100 (epoch 2)  loss 1.500  rate 0.01  2 images/s  3 min left",
         ]
+
+    def test_the_first_step_does_not_count(self, capsys, monkeypatch):
+        """It waits for the processes that load data."""
+        now = [0.0]
+        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+        progress = Progress(0, 100, 10, 2, shown=True)
+        now[0] = 50.0
+        progress.begin(1)
+        progress.show(1, 1.5, 0.01)
+        now[0] = 60.0
+        progress.show(11, 1.5, 0.01)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line == "step 11 of 100 (epoch 2)  loss 1.500  rate 0.01  2 images/s  89 s left"
 
     def test_evaluations_do_not_count_for_the_speed(self, capsys, monkeypatch):
         now = [0.0]
@@ -58,7 +71,7 @@ class TestLines:
             progress.show(step, 1.5, 0.01)
         evaluation, line = capsys.readouterr().out.splitlines()
         assert evaluation == "step 50 of 100: PQ 25.00 on the validation images"
-        assert line == "step 60 of 100 (epoch 7)  loss 1.500  rate 0.01  2 images/s  40 s left  PQ 25.0"
+        assert line == "step 60 of 100 (epoch 6)  loss 1.500  rate 0.01  2 images/s  40 s left  PQ 25.0"
 
     def test_nothing_is_shown_on_demand(self, data, tmp_path, capsys):
         Trainer(small(), data, tmp_path, SINGLE_PROCESS).run()
@@ -68,7 +81,7 @@ class TestLines:
         monkeypatch.setattr(module, "FIRST_LINE_S", 0.0)
         Trainer(small(epochs=2), data, tmp_path, SINGLE_PROCESS, validation=data, progress=True).run()
         lines = capsys.readouterr().out.splitlines()
-        assert re.fullmatch(LINE.format(step=1, total=4, epoch=1), lines[0]), lines
+        assert re.fullmatch(LINE.format(step=2, total=4, epoch=1), lines[0]), lines
         assert re.fullmatch(r"step 2 of 4: PQ [\d.]+ on the validation images", lines[1]), lines
         assert re.fullmatch(LINE.format(step=4, total=4, epoch=2) + r"  PQ [\d.]+", lines[2]), lines
 

@@ -47,6 +47,15 @@ class Progress:
         self._evaluating = 0.0  # seconds of evaluations since the start
         self._interval = FIRST_LINE_S
 
+    def begin(self, step: int) -> None:
+        """Measure from now on: the first step takes longer, as it waits for the processes that load data.
+
+        Args:
+            step: steps done, the first one of this process included.
+        """
+        self._first, self._start = step, time.monotonic()
+        self._mark = (step, self._start)
+
     @property
     def is_due(self) -> bool:
         """Whether `show` would print a line."""
@@ -63,12 +72,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss={loss:.4f}{self._quality}", refresh=False)
-        elif self.is_due or (self._prints_lines and step == self.total_steps):
+        elif step > self._mark[0] and (self.is_due or (self._prints_lines and step == self.total_steps)):
             now = time.monotonic()
             last_step, last_time = self._mark
             speed = (step - last_step) * self.images_per_step / max(now - last_time, 1e-9)
             left = (now - self._start - self._evaluating) / (step - self._first) * (self.total_steps - step)
-            epoch = min(step // self.steps_per_epoch + 1, self.total_steps // self.steps_per_epoch)
+            epoch = (step - 1) // self.steps_per_epoch + 1
             print(
                 f"step {step} of {self.total_steps} (epoch {epoch})  loss {loss:.3f}  rate {rate:.2g}  "
                 f"{speed:.2g} images/s  {format_duration(left)} left{self._quality}",

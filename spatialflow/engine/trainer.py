@@ -203,7 +203,7 @@ class Trainer:
         training, per_epoch = self.config.training, self.schedule.steps_per_epoch
         batches = self._batches()
         pending: list[_PendingLosses] = []
-        module, phase = None, None
+        module, phase, first_step = None, None, self.step
         if self.step == 0 and self.process_group.is_first:
             self.store.discard()  # the checkpoint of an earlier run in this folder, which no later call may resume
         if self.step and self.step % per_epoch == 0:  # the end of the epoch may have been interrupted
@@ -215,6 +215,8 @@ class Trainer:
             rate = learning_rate(self.step, per_epoch, training)
             losses = self._advance(module, batches, rate)
             self.step += 1
+            if self.step == first_step + 1:
+                progress.begin(self.step)
             pending.append(_PendingLosses(self.step, rate, losses))
             epoch_ends = self.step % per_epoch == 0
             save_due = self.step == self.total_steps or self.step % training.checkpoint_every_steps == 0

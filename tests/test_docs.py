@@ -85,7 +85,7 @@ def test_commands(page):
         used = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
         assert used <= options_of(known[name]), f"{page.name}: spatialflow {name}: {used - options_of(known[name])}"
         configs = [value for option, value in itertools.pairwise(arguments) if option == "--config" and value.islower()]
-        configs += arguments[:1] if name == "train" else []
+        configs += [word for word in arguments[:1] if name == "train" and "=" not in word and word[0] != "-"]
         configs = [config for config in configs if not config.endswith(".yaml")]  # written by the reader
         assert set(configs) <= set(spatialflow.list_configs()), f"{page.name}: {configs}"
         settings = [argument for argument in arguments if re.match(r"[a-z_]+=", argument)]
@@ -164,6 +164,8 @@ def test_tutorial(page, tmp_path):
                 count = arguments.index("--count") + 1 if "--count" in arguments else None
                 if count:
                     arguments[count] = "4"
+                if arguments[0] == "train":
+                    arguments.insert(1, "epochs=1")
                 run([sys.executable, "-m", "spatialflow.cli", *arguments], tmp_path, environment)
 
 

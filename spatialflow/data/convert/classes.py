@@ -10,7 +10,7 @@ from typing import Any
 
 from spatialflow.data.categories import TABLES, read_rows
 from spatialflow.data.convert.sources import Class, ConversionError, read_json, read_text
-from spatialflow.panoptic.drawing import color_of
+from spatialflow.panoptic.colors import color_of
 from spatialflow.panoptic.rules import is_color
 
 NO_CLASSES = ("__ignore__", "_background_")  # in class lists of LabelMe

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from spatialflow.data.convert.sources import Class, Region
-from spatialflow.panoptic.drawing import color_of
+from spatialflow.panoptic.colors import color_of
 from spatialflow.panoptic.extents import extents, ids_of
 from spatialflow.panoptic.rules import LARGEST_ID, VOID
 

@@ -390,7 +390,11 @@ def test_damaged_files_never_raise_other_errors(tmp_path, kind):
     source = scenes.write(kind, tmp_path / "source")
     rng = np.random.default_rng(len(kind))
     files = sorted(path for path in (tmp_path / "source").rglob("*") if path.is_file())
-    good = {path: path.read_bytes() for path in files}
+    good = {
+        path: b"\n".join(path.read_bytes().split(b"\n")[:30]) if kind == "yolo" else path.read_bytes() for path in files
+    }
+    for path, content in good.items():
+        path.write_bytes(content)
     outcomes = set()
     for _ in range(25):
         path = files[rng.integers(len(files))]

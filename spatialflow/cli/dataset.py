@@ -294,7 +294,7 @@ def _write_examples(output: Path, result: Survey, folder: Path, images: Path | N
 
     categories = [row.category for row in result.classes]
     cells = {
-        f"{number}: {annotation['name']}": _example(annotation, folder, images, categories)
+        f"{number}: {_printable(annotation['name'])}": _example(annotation, folder, images, categories)
         for number, annotation in enumerate(result.examples, start=1)
     }
     if not cells:

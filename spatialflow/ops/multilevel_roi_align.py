@@ -68,8 +68,9 @@ def multilevel_roi_align(
         Complexity: as for `roi_align`. On CUDA all levels share one launch, and the host does not wait for the device.
 
         Difference from torchvision's `MultiScaleRoIAlign`: features are a list and strides are arguments. `aligned` is
-        True by default. `finest_scale` is `canonical_scale / 2 ** (canonical_level - log2(strides[0]))`, also for
-        detectron2's `ROIPooler`. mmdetection's `SingleRoIExtractor` has the same levels.
+        True by default. This package has that class too. `finest_scale` is
+        `canonical_scale / 2 ** (canonical_level - log2(strides[0]))`, also for detectron2's `ROIPooler`. mmdetection's
+        `SingleRoIExtractor` has the same levels.
 
     Examples:
         >>> features = [torch.rand(1, 256, 100, 168), torch.rand(1, 256, 50, 84), torch.rand(1, 256, 25, 42)]

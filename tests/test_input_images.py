@@ -123,6 +123,12 @@ class TestFolders:
         assert "2 Cityscapes label picture" in error_messages(capsys)[0]
 
 
+def test_a_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(write(tmp_path, "0"))
+    assert names_of("0", "1") == ["0"]
+    assert error_messages(capsys) == ["1: no such file; the option for a camera is --camera 1"]
+
+
 class TestPatterns:
     @pytest.mark.parametrize(
         "pattern, names",

@@ -13,13 +13,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers.command_line import error_messages
+from helpers.command_line import FAST, error_messages
 from helpers.scenes import write_cityscapes, write_coco
 
 from spatialflow.cli import downloads
 from spatialflow.cli.input_images import resolve_images
 from spatialflow.cli.label_folders import RESULT_INFO
+from spatialflow.cli.main import main
 from spatialflow.files import write_json
+from spatialflow.panoptic import read_panoptic_json
 
 
 def names_of(*arguments, **options) -> list[str]:
@@ -121,6 +123,12 @@ class TestFolders:
         assert "2 Cityscapes label picture" in error_messages(capsys)[0]
 
 
+def test_a_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(write(tmp_path, "0"))
+    assert names_of("0", "1") == ["0"]
+    assert error_messages(capsys) == ["1: no such file; the option for a camera is --camera 1"]
+
+
 class TestPatterns:
     @pytest.mark.parametrize(
         "pattern, names",
@@ -217,6 +225,8 @@ def server(picture, monkeypatch):
                 with contextlib.suppress(OSError):
                     while True:
                         self.wfile.write(bytes(2**16))
+            elif path == "/text.png":
+                self.answer(b"text", "text/plain")
             elif path == "/cut.png":
                 self.answer(picture[:50], "image/png", len(picture))
             elif path == "/silent.png":
@@ -298,6 +308,20 @@ class TestUrls:
         monkeypatch.setattr(downloads, "TIME_LIMIT", 0.1)
         assert names_of(f"{server}/endless.png") == []
         assert error_messages(capsys) == [f"{server}/endless.png: was not complete after 0 s"]
+
+
+def test_predict(server, picture, weights, tmp_path, monkeypatch, capsys):
+    """URLs and standard input have results without a path; messages name the URL, not a temporary file."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(picture)))
+    inputs = ["-", f"{server}/a.png", f"{server}/text.png", f"{server}/missing.png"]
+    command = ["predict", *inputs, "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]
+    assert main(command) == 1
+    images = read_panoptic_json(tmp_path / "panoptic.json")["images"]
+    assert [(image["file_name"], image["path"]) for image in images] == [("stdin.png", None), ("a.png", None)]
+    assert error_messages(capsys) == [
+        f"{server}/missing.png: the server answered 404 Not Found",
+        f"{server}/text.png: is not an image of a known format, or is damaged",
+    ]
 
 
 def test_names_of_files_and_urls(server, tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import time
 
 import cv2
 import numpy as np
@@ -14,7 +15,9 @@ from helpers.scenes import contents
 
 from spatialflow import video as video_module
 from spatialflow.cli.main import main
-from spatialflow.panoptic import read_id_map, read_panoptic_json
+from spatialflow.cli.prediction_folder import MAX_UNWRITTEN
+from spatialflow.engine.predict import DECODERS, PATIENCE
+from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
 from spatialflow.video import Video, VideoError, VideoWriter
 
 COUNT, SIZE = 10, (80, 60)
@@ -210,6 +213,21 @@ class TestPredict:
         assert len(frames_of(output / "overlays" / "clip.mp4")[1]) == 8
         resumed, whole = (json.loads(contents(path)["panoptic.json"]) for path in (output, tmp_path / "whole"))
         assert resumed == whole
+
+    def test_few_frames_are_held(self, command, tmp_path, monkeypatch):
+        """However slow the writing is, decoding waits for it."""
+        decode, write, decoded, most = Video.decode, writer.write_id_map, [], []
+
+        def slow(path, ids):
+            time.sleep(0.1)
+            most.append(len(decoded) - len(most))
+            write(path, ids)
+
+        monkeypatch.setattr(Video, "decode", lambda video: (decoded.append(0), decode(video))[1])
+        monkeypatch.setattr(writer, "write_id_map", slow)
+        clip = write_video(tmp_path / "clip.mp4", 40)
+        assert main([*command, str(clip), "--output", str(tmp_path / "out")]) == 0
+        assert len(most) == 40 and max(most) <= MAX_UNWRITTEN + 2 * DECODERS["cpu"] + 2 * PATIENCE + 1
 
     def test_a_truncated_video(self, command, photographs, tmp_path, capsys):
         """The frames before the damage stay; other inputs are done."""

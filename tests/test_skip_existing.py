@@ -208,6 +208,12 @@ class TestKept:
             assert names_of(out) == ["other/a.png", "a.png"]
             assert (out / "panoptic" / "other" / "a.png").is_file() and (out / "panoptic" / "a.png").is_file()
 
+    def test_a_photograph_by_another_path(self, photos, predict, out, tmp_path):
+        """The name of its result stays, whatever argument leads to it."""
+        assert predict(photos / "a.png") == (0, 1)
+        assert predict(tmp_path, "--recursive", "--skip-existing") == (0, 2)
+        assert names_of(out) == ["a.png", "photos/b.png", "photos/c.png"]
+
     def test_no_earlier_results(self, photos, predict, capsys):
         assert predict(photos, "--skip-existing") == (0, 3)
         assert error_messages(capsys) == []

@@ -153,6 +153,8 @@ class _Search:
             self._add_pattern(argument)
         elif os.path.isdir(argument):
             self._add_folder(Path(argument))
+        elif argument.isdecimal() and not os.path.lexists(argument):
+            self.failed.append(f"{argument}: no such file; the option for a camera is --camera {argument}")
         else:
             self._add_file(Path(argument), Path(argument).name)
 

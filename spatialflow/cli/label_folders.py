@@ -53,7 +53,7 @@ def label_folder(folder: Path) -> str | None:
     if first is None:
         return None
     for path in sorted(folder.parent.glob("*.json"), key=lambda path: path.stem != folder.name)[:20]:
-        if _is_map(first, path):
+        if os.path.isfile(path) and _is_map(first, path):  # a pipe would block
             return f"holds the segment ids of {shown_parent / path.name}, not photographs" + _place(path, folder)
     return None
 

@@ -170,10 +170,7 @@ class PredictionFolder:
             )
         listed = {row["image"]["file_name"]: row for row in self._writer.rows()}
         earlier = {row["image"]["file_name"]: row for row in self._earlier.rows()} | listed
-        for index, renamed in enumerate(self.images):
-            while renamed.name in earlier and _is_of_another_file(earlier[renamed.name]["path"], renamed):
-                renamed = renamed.with_longer_name()
-            self.images[index] = renamed
+        self._take_names(earlier)
         inputs = {image.name: image for image in self.images}
         for name, row in earlier.items():
             if name in listed:
@@ -196,6 +193,28 @@ class PredictionFolder:
                 self.images[index] = image._replace(output=without_suffix(rows[image.name]))
             elif image.stem in taken:
                 self.images[index] = image._replace(output=image.name)
+
+    def _take_names(self, earlier: Mapping[str, Mapping[str, Any]]) -> None:
+        """Rename inputs: as the result that their photograph has, and not as that of another photograph.
+
+        Args:
+            earlier: rows of `PanopticWriter` by image name.
+        """
+        name_by_path = {os.path.realpath(row["path"]): name for name, row in earlier.items() if row["path"] is not None}
+        used = {image.name for image in self.images}
+        for index, image in enumerate(self.images):
+            name = None if image.source else name_by_path.get(os.path.realpath(image.path))
+            if name is not None and name not in used:
+                used.add(name)
+                self.images[index] = image._replace(name=name)
+                continue
+            renamed = image
+            while (renamed.name in earlier and _is_of_another_file(earlier[renamed.name]["path"], renamed)) or (
+                renamed is not image and renamed.name in used
+            ):
+                renamed = renamed.with_longer_name()
+            used.add(renamed.name)
+            self.images[index] = renamed
 
     def _ids_of_others(self) -> dict[str, int | str]:
         """Map names to ids for images of earlier runs that are kept."""

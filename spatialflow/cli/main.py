@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import spatialflow
-from spatialflow.cli import benchmark, convert, evaluate, info, predict, synthesize, train, validate, visualize
+from spatialflow.cli import benchmark, convert, evaluate, info, predict, synthesize, train, validate, view, visualize
 from spatialflow.cli.common import CommandError, print_error, show_log
 from spatialflow.errors import DataWarning
 
-_COMMANDS: tuple[Any, ...] = (predict, evaluate, validate, train, visualize, synthesize, convert, benchmark, info)
+_COMMANDS: tuple[Any, ...] = (predict, evaluate, view, validate, train, visualize, synthesize, convert, benchmark, info)
 """Modules with SUMMARY (in the list of commands), DESCRIPTION and EXAMPLES (in the command's help), `add_arguments` and
 `run`, which returns the exit code."""
 

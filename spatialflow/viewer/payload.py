@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of the page as JSON-serializable mappings: all images, scores, classes, and the segments of one image."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spatialflow.panoptic.extents import extents
+from spatialflow.panoptic.quality import Matches, PanopticQuality
+from spatialflow.panoptic.rules import VOID, PanopticFormatError, is_finite
+from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, ViewError, segment_colors
+from spatialflow.viewer.pictures import fit
+from spatialflow.viewer.scan import BINS, SMALLEST_SHARE, Scan, image_quality
+
+UNLISTED_COLOR = (255, 0, 255)
+"""Color (red, green, blue) of segments that are in the PNG and not in the JSON."""
+
+
+def index_payload(catalog: Catalog, indices: Sequence[int]) -> dict[str, Any]:
+    """List the images `indices` with what is known without reading a PNG: a column for each value.
+
+    Classes of an image are positions in `categories`.
+    """
+    position = {number: i for i, number in enumerate(catalog.categories)}
+    columns: dict[str, list[Any]] = {name: [] for name in ("names", "segments", "scores", "classes", "problems")}
+    for index in indices:
+        image = catalog.images[index]
+        annotation = catalog.annotation(image, catalog.main.key)
+        segments = [] if annotation is None else annotation["segments_info"]
+        scores = [float(segment["score"]) for segment in segments if is_finite(segment.get("score"))]
+        shown = {
+            position[segment["category_id"]]
+            for key in catalog.sides
+            if (row := catalog.annotation(image, key)) is not None
+            for segment in row["segments_info"]
+        }
+        columns["names"].append(image.name)
+        columns["segments"].append(len(segments))
+        columns["scores"].append(round(sum(scores) / len(scores), 4) if scores else None)
+        columns["classes"].append(sorted(shown))
+        columns["problems"].append(len(image.problems))
+    return {
+        "sides": [
+            {"key": side.key, "title": side.title, "path": str(side.path)} for side in catalog.sides.values()
+        ],
+        "main": catalog.main.key,
+        "scored": [
+            key for key in (PREDICTION_SIDE, OTHER_SIDE) if key in catalog.sides and TRUTH_SIDE in catalog.sides
+        ],
+        "categories": [
+            {"id": row.id, "name": row.name, "thing": row.isthing, "color": list(row.color)}
+            for row in catalog.categories.values()
+        ],
+        "bins": {"count": BINS, "smallest_share": SMALLEST_SHARE},
+        "notes": catalog.notes,
+        "total": len(catalog.images),
+        **columns,
+    }
+
+
+def scores_payload(catalog: Catalog, scan: Scan, position: int, indices: Sequence[int] | None = None) -> dict[str, Any]:
+    """List the scores computed since a position, as [index, PQ, PQ of the other predictions, number of problems].
+
+    With `indices`, the images of the page, other images are left out, and an index is a position in `indices`.
+    """
+    position = max(0, position)
+    scores = scan.since(position)
+    place = None if indices is None else {index: i for i, index in enumerate(indices)}
+    rows = [
+        [
+            score.index if place is None else place[score.index],
+            _rounded(score.pq.get(PREDICTION_SIDE)),
+            _rounded(score.pq.get(OTHER_SIDE)),
+            len(score.problems) + len(catalog.images[score.index].problems),
+        ]
+        for score in scores
+        if place is None or score.index in place
+    ]
+    return {"done": position + len(scores), "total": len(catalog.images), "rows": rows}
+
+
+def _rounded(quality: float | None) -> float | None:
+    return None if quality is None else round(quality, 5)
+
+
+def image_payload(catalog: Catalog, scan: Scan, index: int, side_length: int) -> dict[str, Any]:
+    """Describe one image: the segments of every side with area, score, color and match, and all problems.
+
+    Args:
+        catalog: the images.
+        scan: computes the PQ.
+        index: of the image.
+        side_length: longer side of the pictures of the page.
+    """
+    image = catalog.images[index]
+    problems = list(image.problems)
+    maps: dict[str, np.ndarray] = {}
+    sides: dict[str, Any] = {}
+    for key, side in catalog.sides.items():
+        annotation = catalog.annotation(image, key)
+        if annotation is None:
+            continue
+        try:
+            maps[key] = catalog.read_map(index, key)
+        except (PanopticFormatError, ViewError) as error:
+            problems.append(str(error))
+            continue
+        segments, found = _segments(catalog, annotation["segments_info"], maps[key])
+        problems += [f"{side.title}: {text}" for text in found]
+        height, width = maps[key].shape
+        sides[key] = {"width": width, "height": height, "segments": segments, "id": image.ids[key]}
+    counts, unscored = scan.counts(image, maps)
+    problems += unscored
+    for key in counts:
+        _add_matches(catalog, index, key, maps, sides)
+    payload: dict[str, Any] = {"name": image.name, "sides": sides, "photo": None}
+    try:
+        path = catalog.photograph(image)
+        payload["photo"] = str(path)
+    except ViewError as error:
+        problems.append(str(error))
+    sizes = {(row["width"], row["height"]) for row in sides.values()}
+    if len(sizes) > 1 and not unscored:
+        problems.append("the maps have different sizes: " + ", ".join(f"{w}x{h}" for w, h in sorted(sizes)))
+    if sizes:
+        width, height = max(sizes)
+        shown_height, shown_width = fit((height, width), side_length)
+        payload |= {"width": width, "height": height, "shown": [shown_width, shown_height]}
+    payload["pq"] = {key: _rounded(image_quality(row)) for key, row in counts.items()}
+    payload["problems"] = list(dict.fromkeys(problems))
+    return payload
+
+
+def _segments(
+    catalog: Catalog, listed: list[dict[str, Any]], id_map: np.ndarray
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Describe the segments of a map, and those that only one of map and JSON has; also return messages."""
+    extent_of = extents(id_map)
+    color_of = segment_colors(listed, catalog.categories)
+    rows, problems = [], []
+    for segment in listed:
+        extent = extent_of.pop(segment["id"], None)
+        if extent is None:
+            problems.append(f"segment {segment['id']} is in the JSON and not in the PNG")
+        row = {
+            "id": segment["id"],
+            "category": segment["category_id"],
+            "area": 0 if extent is None else extent.pixels,
+            "color": list(color_of[segment["id"]]),
+        }
+        if is_finite(segment.get("score")):
+            row["score"] = segment["score"]
+        if segment.get("iscrowd", 0) == 1:
+            row["crowd"] = True
+        rows.append(row)
+    for number, extent in extent_of.items():
+        if number != VOID:
+            problems.append(f"segment {number} is in the PNG and not in the JSON")
+            rows.append({"id": number, "category": None, "area": extent.pixels, "color": list(UNLISTED_COLOR)})
+    return rows, problems
+
+
+def _add_matches(
+    catalog: Catalog, index: int, key: str, maps: dict[str, np.ndarray], sides: dict[str, Any]
+) -> None:
+    """Add `status` to the segments of a scored side and of the ground truth, there by the key of that side."""
+    image, truth = catalog.images[index], catalog.sides[TRUTH_SIDE]
+    annotations = [catalog.annotation(image, name) for name in (TRUTH_SIDE, key)]
+    assert annotations[0] is not None and annotations[1] is not None
+    quality = PanopticQuality({row["id"]: row.get("isthing") == 1 for row in truth.categories})
+    gt, pred = annotations[0]["segments_info"], annotations[1]["segments_info"]
+    matches = quality.match(maps[TRUTH_SIDE], gt, maps[key], pred, image.name)
+    gt_rows, pred_rows = ({row["id"]: row for row in sides[name]["segments"]} for name in (TRUTH_SIDE, key))
+    confused = _confused(matches, gt_rows, pred_rows)
+    for row in gt_rows.values():
+        row.setdefault("status", {})[key] = "crowd" if row.get("crowd") else "none"
+    for row in pred_rows.values():
+        row["status"] = {key: "ignored" if row["category"] is not None else "none"}
+    for number in matches.false_negatives:
+        if number in gt_rows:
+            gt_rows[number]["status"][key] = "fn"
+    for number in matches.false_positives:
+        pred_rows[number]["status"][key] = "fp"
+    for (gt_id, pred_id), iou in matches.iou_of.items():
+        gt_rows[gt_id]["status"][key] = pred_rows[pred_id]["status"][key] = "tp"
+        for row in (gt_rows[gt_id], pred_rows[pred_id]):
+            row.setdefault("iou", {})[key] = _rounded(iou)
+    for gt_id, pred_id in confused:
+        gt_rows[gt_id]["status"][key] = pred_rows[pred_id]["status"][key] = "wrong"
+        gt_rows[gt_id].setdefault("instead", {})[key] = pred_rows[pred_id]["category"]
+        pred_rows[pred_id].setdefault("instead", {})[key] = gt_rows[gt_id]["category"]
+
+
+def _confused(
+    matches: Matches, gt_rows: dict[int, dict[str, Any]], pred_rows: dict[int, dict[str, Any]]
+) -> list[tuple[int, int]]:
+    """List the pairs of a false negative and a false positive that would match if they had one class."""
+    missed, wrong = set(matches.false_negatives), set(matches.false_positives)
+    pairs = []
+    for (gt_id, pred_id), shared in matches.shared.items():
+        if gt_id in missed and pred_id in wrong and gt_rows[gt_id]["category"] != pred_rows[pred_id]["category"]:
+            void = matches.shared.get((VOID, pred_id), 0)
+            if shared > 0.5 * (gt_rows[gt_id]["area"] + pred_rows[pred_id]["area"] - shared - void):
+                pairs.append((gt_id, pred_id))
+    return pairs

@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "panoptic": GROUND | {"_evaluation", "ops"},
     "models": GROUND | {"", "config", "ops"},  # "" for `__version__`
     "data": GROUND | {"config", "panoptic"},
+    "viewer": GROUND | {"panoptic"},
     "engine": GROUND | {"config", "ops", "panoptic", "models", "data"},
     "": {"_library"},  # spatialflow/__init__.py when it is imported; its names are resolved on first use
-    "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine"},
+    "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine", "viewer"},
 }
 """For each module or package of `spatialflow`, the others that it may import, inside functions too."""
 

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from spatialflow.viewer.catalog import Catalog, Side
     from spatialflow.viewer.scan import Scan
 
+PRINTED_NOTES = 5
+"""Largest number of notes on the files that are printed; the page shows more."""
+
 SUMMARY = "look at results in the browser"
 DESCRIPTION = (
-    "Show photographs, ground truth and predictions in the browser: a grid with search, filters and sorting, each image\n"
-    "with a slider between its maps, errors in color, and a table of classes. Ctrl-C ends the server."
+    "Show photographs, ground truth and predictions in the browser: a grid with search, filters and sorting, images\n"
+    "with a slider between their maps, errors in color, and a table of classes. Ctrl-C ends the server."
 )
 EXAMPLES = (
     "view out",
@@ -73,8 +76,10 @@ def run(options: argparse.Namespace) -> int:
         catalog = _catalog(options)
     if not catalog.images:
         raise CommandError(f"{catalog.main.path}: lists no images")
-    for note in catalog.notes:
+    for note in catalog.notes[:PRINTED_NOTES]:
         print_error(note)
+    if len(catalog.notes) > PRINTED_NOTES:
+        print_error(f"and {len(catalog.notes) - PRINTED_NOTES} more notes, on the page")
     scan = Scan(catalog)
     return _serve(options, catalog, scan) if options.export is None else _export(options, catalog, scan)
 
@@ -153,12 +158,12 @@ def _open_browser(url: str) -> None:
 
 
 def _export(options: argparse.Namespace, catalog: Catalog, scan: Scan) -> int:
-    from spatialflow.viewer.export import export_page
+    from spatialflow.viewer import export
 
     check_output(options.export, *(part for side in catalog.sides.values() for part in (side.path, side.folder)))
     scan.run()
     with as_command_errors(), path_in_oserror(options.export):
-        count = export_page(options.export, catalog, scan)
+        count = export.export_page(options.export, catalog, scan, export.MAX_IMAGES)
     total = len(catalog.images)
     print(f"{count} images: {options.export} ({os.path.getsize(options.export) / 1e6:.1f} MB)")
     if count < total:

@@ -157,7 +157,7 @@ class Catalog:
         self.images = self._join()
         self.categories = self._merge_categories()
         self._folder = images
-        self._folders = {side.key: [_guess_folder(side)] for side in sides} if images is None else {}
+        self._folders = {side.key: _guess_folder(side) for side in sides} if images is None else {}
 
     def _join(self) -> list[Image]:
         main = self.main
@@ -226,8 +226,16 @@ class Catalog:
         """Find the photograph of an image.
 
         Raises:
-            ViewError: it is not found; the message says where it was searched.
+            ViewError: it is not found, or its name cannot be one of a file.
         """
+        try:
+            return self._find_photograph(image)
+        except ViewError:
+            raise
+        except ValueError:  # a zero byte, or a character that no path has
+            raise ViewError(f"{image.name!r:.80}: is not a file name") from None
+
+    def _find_photograph(self, image: Image) -> Path:
         if self._folder is not None:
             path = inside(self._folder, os.path.relpath(find_photograph(self._folder, image.name), self._folder))
             if os.path.isfile(path):
@@ -238,12 +246,14 @@ class Catalog:
                 continue
             side, image_id = self.sides[key], image.ids[key]
             recorded = side.rows.get(image_id, {}).get("path")
-            if isinstance(recorded, str) and _is_file(path := Path(os.path.realpath(side.path.parent / recorded))):
+            if isinstance(recorded, str) and os.path.isfile(
+                path := Path(os.path.realpath(side.path.parent / recorded))
+            ):
                 return path
             name = side.names.get(image_id, image.name)
-            for folder in self._folders[key]:
-                if folder is not None and _is_file(path := inside(folder, name)):
-                    return path
+            folder = self._folders[key]
+            if folder is not None and os.path.isfile(path := inside(folder, name)):
+                return path
         raise ViewError(f"{image.name}: the photograph is not found; give its folder with --images")
 
 
@@ -267,13 +277,6 @@ def inside(folder: Path, name: str) -> Path:
     return Path(path)
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return os.path.isfile(path)
-    except ValueError:
-        return False
-
-
 def _guess_folder(side: Side) -> Path | None:
     """Find the folder of a JSON's photographs by its first name: `images`, or named like the JSON, beside it or above.
 
@@ -285,7 +288,10 @@ def _guess_folder(side: Side) -> Path | None:
     parent = Path(os.path.realpath(side.path.parent))
     short = side.path.stem.removeprefix("panoptic_")
     candidates = (parent / "images", parent / short, parent.parent / short, parent.parent / "images", parent)
-    return next((folder for folder in candidates if _is_file(find_photograph(folder, name))), None)
+    try:
+        return next((folder for folder in candidates if os.path.isfile(find_photograph(folder, name))), None)
+    except ValueError:  # not a file name
+        return None
 
 
 def segment_colors(

@@ -20,7 +20,7 @@ PICTURE_SIDE = 960
 """Longer side of photographs and maps in an exported page, in pixels."""
 
 
-def export_page(path: str | os.PathLike[str], catalog: Catalog, scan: Scan, limit: int = MAX_IMAGES) -> int:
+def export_page(path: str | os.PathLike[str], catalog: Catalog, scan: Scan, limit: int) -> int:
     """Write a page with all scores, and with the pictures and segments of at most `limit` images.
 
     Args:
@@ -76,9 +76,7 @@ def _split_page(style: str, policy: str) -> tuple[str, str]:
     tags = "".join(f'<script src="static/{name}" defer></script>\n' for name in SCRIPTS)
     assert link in page and tags in page, "the page must have the links that an export replaces"
     page = page.replace(tags, "")
-    page = page.replace(
-        link, f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{style}</style>'
-    )
+    page = page.replace(link, f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{style}</style>')
     head, end = page.split("</body>")
     return head, f"</body>{end}"
 

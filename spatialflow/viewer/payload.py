@@ -41,9 +41,7 @@ def index_payload(catalog: Catalog, indices: Sequence[int]) -> dict[str, Any]:
         columns["classes"].append(sorted(shown))
         columns["problems"].append(len(image.problems))
     return {
-        "sides": [
-            {"key": side.key, "title": side.title, "path": str(side.path)} for side in catalog.sides.values()
-        ],
+        "sides": [{"key": side.key, "title": side.title, "path": str(side.path)} for side in catalog.sides.values()],
         "main": catalog.main.key,
         "scored": [
             key for key in (PREDICTION_SIDE, OTHER_SIDE) if key in catalog.sides and TRUTH_SIDE in catalog.sides
@@ -161,9 +159,7 @@ def _segments(
     return rows, problems
 
 
-def _add_matches(
-    catalog: Catalog, index: int, key: str, maps: dict[str, np.ndarray], sides: dict[str, Any]
-) -> None:
+def _add_matches(catalog: Catalog, index: int, key: str, maps: dict[str, np.ndarray], sides: dict[str, Any]) -> None:
     """Add `status` to the segments of a scored side and of the ground truth, there by the key of that side."""
     image, truth = catalog.images[index], catalog.sides[TRUTH_SIDE]
     annotations = [catalog.annotation(image, name) for name in (TRUTH_SIDE, key)]

@@ -113,9 +113,7 @@ class Pictures:
             is_segment = np.array([number in color_of for number in ids.tolist()])
             palette = np.array([color_of.get(number, (0, 0, 0))[::-1] for number in ids.tolist()], np.uint8)
             background = (
-                np.full((height, width, 3), 128, np.uint8)
-                if photograph is None
-                else _resize(photograph, height, width)
+                np.full((height, width, 3), 128, np.uint8) if photograph is None else _resize(photograph, height, width)
             )
             mixed = cv2.addWeighted(background, 1 - _OPACITY, palette[slots], _OPACITY, 0)
             return _jpeg(np.where(is_segment[slots][..., None], mixed, background), 82)
@@ -182,7 +180,8 @@ def _sample(id_map: np.ndarray, height: int, width: int) -> np.ndarray:
     if id_map.shape == (height, width):
         return id_map
     rows, columns = (
-        ((np.arange(count) + 0.5) * size / count).astype(int) for count, size in zip((height, width), id_map.shape, strict=True)
+        ((np.arange(count) + 0.5) * size / count).astype(int)
+        for count, size in zip((height, width), id_map.shape, strict=True)
     )
     return id_map[rows[:, None], columns]
 

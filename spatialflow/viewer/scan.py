@@ -3,8 +3,9 @@
 
 import math
 import threading
-from collections.abc import Mapping
-from contextlib import closing
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ BINS = 10
 
 SMALLEST_SHARE = 1e-5
 """Upper bound of the first bin of areas, as a share of the image; each bin is sqrt(10) times as large as the last."""
+
+MAX_PAUSE = 1.0
+"""Longest time in seconds for which reading waits for requests of the page."""
 
 
 @dataclass(slots=True)
@@ -73,6 +77,8 @@ class Scan:
         self._scores: list[Score] = []
         self._totals: dict[str, dict[int, _ClassTotal]] = {key: {} for key in catalog.sides}
         self._stop = threading.Event()
+        self._requests = 0
+        self._is_quiet = threading.Condition()
         self._thread: threading.Thread | None = None
         truth = catalog.sides.get(TRUTH_SIDE)
         self._quality: dict[str, PanopticQuality] = {}
@@ -103,12 +109,26 @@ class Scan:
                     return
                 self._add(future.result())
 
+    @contextmanager
+    def giving_way(self) -> Iterator[None]:
+        """Read no further image during the block, so that a request of the page is answered first."""
+        with self._is_quiet:
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._is_quiet:
+                self._requests -= 1
+                self._is_quiet.notify_all()
+
     def since(self, position: int) -> list[Score]:
         """Return the scores from a position on, in the order in which they were computed."""
         with self._lock:
             return self._scores[position:]
 
     def _read(self, index: int) -> _Reading:
+        with self._is_quiet:  # the time-out lets reading go on beside endless requests
+            self._is_quiet.wait_for(lambda: self._requests == 0, timeout=MAX_PAUSE)
         image = self._catalog.images[index]
         reading = _Reading(Score(index))
         maps: dict[str, np.ndarray] = {}
@@ -196,17 +216,13 @@ class Scan:
             return result
 
     def _groups(self, quality: PanopticQuality) -> dict[str, Any]:
-        import warnings
-
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="no segment of any category")
             result = quality.compute()
         return {group: result[group] for group in ("All", "Things", "Stuff")}
 
 
-def _areas(
-    segments: list[dict[str, Any]], extent_of: Mapping[int, Extent], size: int
-) -> list[tuple[int, int, float]]:
+def _areas(segments: list[dict[str, Any]], extent_of: Mapping[int, Extent], size: int) -> list[tuple[int, int, float]]:
     """List category, pixels and share of the image for every segment with pixels."""
     found = ((segment["category_id"], extent_of.get(segment["id"])) for segment in segments)
     return [(category, extent.pixels, extent.pixels / size) for category, extent in found if extent is not None]

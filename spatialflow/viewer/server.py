@@ -62,6 +62,9 @@ class Response(NamedTuple):
     cached: bool = False  # whether the browser may keep it
 
 
+_NO_PAGE = Response(HTTPStatus.NOT_FOUND, "txt", b"no such page")
+
+
 def static_file(name: str) -> bytes:
     """Read a file of the page from the package."""
     return (files(spatialflow.viewer) / "static" / name).read_bytes()
@@ -107,8 +110,11 @@ class Site:
             return Response(HTTPStatus.OK, "json", as_json(scores_payload(self._catalog, self._scan, position)))
         match = re.fullmatch(r"/(api/image|photo|thumb|map)/(?:([a-z]+)/)?([0-9]{1,9})\.(json|jpg|bin)", path)
         if match is None or int(match[3]) >= len(self._catalog.images):
-            return Response(HTTPStatus.NOT_FOUND, "txt", b"no such page")
-        kind, key, index, suffix = match[1], match[2], int(match[3]), match[4]
+            return _NO_PAGE
+        with self._scan.giving_way():
+            return self._answer_image(match[1], match[2], int(match[3]), match[4])
+
+    def _answer_image(self, kind: str, key: str | None, index: int, suffix: str) -> Response:
         try:
             if kind == "api/image" and key is None and suffix == "json":
                 body = as_json(image_payload(self._catalog, self._scan, index, PICTURE_SIDE))
@@ -121,7 +127,7 @@ class Site:
                 return Response(HTTPStatus.OK, suffix, self._pictures.slots(index, key), cached=True)
         except PICTURE_ERRORS as error:
             return Response(HTTPStatus.NOT_FOUND, "txt", str(error).encode("utf-8", "backslashreplace"))
-        return Response(HTTPStatus.NOT_FOUND, "txt", b"no such page")
+        return _NO_PAGE
 
 
 class Server(ThreadingHTTPServer):
@@ -239,4 +245,3 @@ def _no_headers() -> Any:
     from email.message import Message
 
     return Message()
-

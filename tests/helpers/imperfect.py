@@ -14,8 +14,8 @@ from spatialflow.panoptic.extents import extents
 def write_imperfect(truth: Path, output: Path, seed: int = 0, shift: int = 3) -> Path:
     """Write `panoptic.json` and `panoptic/` to `output`, as `predict` does, from a folder of `synthesize`.
 
-    Every map is shifted to the right by up to `shift` pixels. A fifth of the things are missing and become void, another
-    fifth have another class. Every segment has a score.
+    Every map is shifted to the right by up to `shift` pixels. A fifth of the things become void, another fifth have
+    another class. Every segment has a score.
     """
     random = np.random.default_rng(seed)
     content = json.loads((truth / "panoptic.json").read_text())

@@ -27,7 +27,7 @@ async function start() {
   data.pq = new Float64Array(count).fill(NaN);
   data.other = new Float64Array(count).fill(NaN);
   data.problems = Uint32Array.from(data.index.problems);
-  document.title = `${data.index.sides.map((side) => side.title).join(" / ")} – SpatialFlow`;
+  history.scrollRestoration = "manual";
   const omitted = data.index.total - count;
   if (omitted > 0) {
     const text = `This page has ${whole(count)} of ${plural(data.index.total, "image")}; the table of classes is of all.`;
@@ -48,7 +48,9 @@ function showNotes(notes) {
   box.hidden = notes.length === 0;
   box.open = notes.length === 1;
   box.querySelector("summary").textContent = plural(notes.length, "note");
-  box.querySelector("ul").replaceChildren(...notes.slice(0, 100).map((text) => element("li", "", text)));
+  const shown = notes.slice(0, 100).map((text) => element("li", "", text));
+  if (notes.length > 100) shown.push(element("li", "", `and ${whole(notes.length - 100)} more`));
+  box.querySelector("ul").replaceChildren(...shown);
 }
 
 /** Show the view of the address: `#/`, `#/classes` or `#/image/7`. */
@@ -64,6 +66,8 @@ function route() {
     if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  const titles = data.index.sides.map((side) => side.title).join(" / ");
+  document.title = `${isImage ? data.index.names[image[1]] : titles} – SpatialFlow`;
   byId("tooltip").hidden = true;
   if (view === "image") {
     scrollTo(0, 0);

@@ -49,7 +49,7 @@ const detail = {
   setUpPointer() {
     let drag = null;
     this.stage.addEventListener("pointerdown", (event) => {
-      if (event.button !== 0) return;
+      if (event.button !== 0 || event.target.closest(".zoom")) return;
       const wipes = event.target.closest("#divider") !== null || (this.mode === "wipe" && this.zoom.scale === 1);
       drag = { wipes, x: event.clientX, y: event.clientY, moved: false };
       this.stage.setPointerCapture(event.pointerId);
@@ -80,7 +80,7 @@ const detail = {
     this.stage.addEventListener(
       "wheel",
       (event) => {
-        if (!event.ctrlKey && this.zoom.scale === 1 && event.deltaY > 0) return; // the page scrolls
+        if (!event.ctrlKey && this.zoom.scale === 1) return; // the page scrolls; a pinch counts as Ctrl
         event.preventDefault();
         this.zoomBy(Math.exp(-event.deltaY / 300), event);
       },
@@ -127,7 +127,6 @@ const detail = {
     this.showProblems([...new Set([...payload.problems, ...failures])]);
     const [width, height] = payload.shown ?? [3, 2];
     this.stage.style.setProperty("--ratio", width / height);
-    // A few image pixels become squares; a photograph stays smooth.
     this.showLayers();
     this.preload(position);
   },
@@ -187,11 +186,20 @@ const detail = {
         segments: payload.sides[side]?.segments,
         scoredBy: this.scoredBy(side, chosen[1 - i]),
         plain: chosen[i] === "photo",
+        missed: this.missedSegments(side),
       });
       layer.root.classList.toggle("absent", chosen[i] !== "photo" && !maps.has(side));
     });
     this.draw();
     this.listSegments();
+  },
+
+  /** Map and ids of the segments of the ground truth that a scored side misses; null for another side. */
+  missedSegments(side) {
+    const map = this.maps.get("truth");
+    if (!data.index.scored.includes(side) || map === undefined) return null;
+    const missed = this.payload.sides.truth.segments.filter((segment) => segment.status?.[side] === "fn");
+    return { map, ids: new Set(missed.map((segment) => segment.id)) };
   },
 
   /** Side that names the segments of the photograph: that of the other layer, or the main one. */
@@ -206,13 +214,12 @@ const detail = {
     this.a.draw(options);
     this.b.draw(options);
     byId("legend").hidden = !errors;
+    this.stage.classList.toggle("errors", errors);
     this.setOpacity();
   },
 
   setOpacity() {
-    const errors = byId("show-errors").checked;
-    const value = byId("opacity").value / 100;
-    for (const layer of [this.a, this.b]) layer.overlay.style.opacity = errors ? Math.max(value, 0.7) : value;
+    for (const layer of [this.a, this.b]) layer.overlay.style.opacity = byId("opacity").value / 100;
   },
 
   setMode(mode) {

@@ -41,7 +41,7 @@ class Layer {
   }
 
   /** Show a side of an image. A `plain` layer shows the photograph alone; its map still names what is pointed at. */
-  show({ title, address, side, map, segments, scoredBy, plain }) {
+  show({ title, address, side, map, segments, scoredBy, plain, missed }) {
     this.clear();
     this.tag.textContent = title;
     if (address) {
@@ -55,6 +55,7 @@ class Layer {
     this.map = map;
     this.scoredBy = scoredBy;
     this.plain = plain;
+    this.missed = missed;
     this.segmentOf = new Map((segments ?? []).map((segment) => [segment.id, segment]));
   }
 
@@ -81,7 +82,7 @@ class Layer {
       let alpha = 255;
       if (errors) {
         color = STATUS_COLORS[status] ?? [128, 128, 128];
-        alpha = status === "tp" ? 90 : status in STATUS_COLORS ? 255 : 40;
+        alpha = status === "tp" || !(status in STATUS_COLORS) ? 60 : 255;
       }
       fill[slot] = pixelValue(...color, alpha);
       line[slot] = pixelValue(...color.map((part) => Math.round(0.45 * part + 0.55 * 255)), errors ? alpha : 255);
@@ -99,7 +100,21 @@ class Layer {
         pixels[i] = border ? line[slot] : fill[slot];
       }
     }
+    if (errors) this.drawMissed(pixels, fill);
     context.putImageData(picture, 0, 0);
+  }
+
+  /** Color segments of the ground truth that the side misses, except where the side has an error of its own. */
+  drawMissed(pixels, fill) {
+    const { width, height, slots, ids } = this.map;
+    if (!this.missed || this.missed.map.width !== width || this.missed.map.height !== height) return;
+    const isError = Array.from(ids, (id) => ["fp", "wrong"].includes(this.statusOf(this.segmentOf.get(id) ?? {})));
+    const isMissed = Array.from(this.missed.map.ids, (id) => this.missed.ids.has(id));
+    const color = pixelValue(...STATUS_COLORS.fn);
+    const truth = this.missed.map.slots;
+    for (let i = 0; i < pixels.length; i++) {
+      if (isMissed[truth[i]] && !(isError[slots[i]] && fill[slots[i]])) pixels[i] = color;
+    }
   }
 
   /** Mark one segment by its id; null for none. */

@@ -175,7 +175,9 @@ def test_segments_in_one_of_map_and_json_are_named(data):
 
     edit_json(truth, edit)
     catalog = make_catalog(truth)
-    payload = image_payload(catalog, scanned(catalog), 0, 2560)
+    scan = scanned(catalog)
+    payload = image_payload(catalog, scan, 0, 2560)
+    assert scores_payload(catalog, scan, 0)["rows"][0][3] == len(payload["problems"]) == 2
     assert any("segment 4000000 is in the JSON and not in the PNG" in text for text in payload["problems"])
     assert any(segment["category"] is None for segment in payload["sides"]["truth"]["segments"])
 

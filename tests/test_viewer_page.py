@@ -79,9 +79,15 @@ def open_page(browser):
 
 
 def names(page):
-    """Return the names of the cards in their order on the page."""
-    cards = "[...document.querySelectorAll('#grid li')].sort((a, b) => a.ariaPosInSet - b.ariaPosInSet)"
-    return page.evaluate(f"{cards}.map((card) => card.querySelector('.name').textContent)")
+    """Return the names of the cards; the order of the elements, their positions and their numbers agree."""
+    places = page.evaluate(
+        """[...document.querySelectorAll("#grid li")].map((card) => {
+          const box = card.getBoundingClientRect();
+          return [box.y, box.x, Number(card.ariaPosInSet), card.querySelector(".name").textContent];
+        })"""
+    )
+    assert places == sorted(places, key=lambda place: place[:2]) == sorted(places, key=lambda place: place[2])
+    return [place[3] for place in places]
 
 
 def open_image(page, index):

@@ -98,6 +98,9 @@ def test_headers(viewing, path):
         "/api/image/truth/0.json",
         "/panoptic.json",
         "/images/000001.jpg",
+        "//[",
+        "/%00",
+        "http://localhost/api/index.json",
     ],
 )
 def test_other_addresses_have_no_page(viewing, path):

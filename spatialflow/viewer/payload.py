@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of the page as JSON-serializable mappings: all images, scores, classes, and the segments of one image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from spatialflow.panoptic.extents import extents
+from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.quality import Matches, PanopticQuality
 from spatialflow.panoptic.rules import VOID, PanopticFormatError, is_finite
 from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, ViewError, segment_colors
 from spatialflow.viewer.pictures import fit
-from spatialflow.viewer.scan import BINS, SMALLEST_SHARE, Scan, image_quality
+from spatialflow.viewer.scan import BINS, SMALLEST_SHARE, Scan, image_quality, map_problems
 
 UNLISTED_COLOR = (255, 0, 255)
 """Color (red, green, blue) of segments that are in the PNG and not in the JSON."""
@@ -104,8 +104,9 @@ def image_payload(catalog: Catalog, scan: Scan, index: int, side_length: int) ->
         except (PanopticFormatError, ViewError) as error:
             problems.append(str(error))
             continue
-        segments, found = _segments(catalog, annotation["segments_info"], maps[key])
-        problems += [f"{side.title}: {text}" for text in found]
+        extent_of = extents(maps[key])
+        problems += map_problems(side, annotation, extent_of)
+        segments = _segments(catalog, annotation["segments_info"], extent_of)
         height, width = maps[key].shape
         sides[key] = {"width": width, "height": height, "segments": segments, "id": image.ids[key]}
     counts, unscored = scan.counts(image, maps)
@@ -130,17 +131,14 @@ def image_payload(catalog: Catalog, scan: Scan, index: int, side_length: int) ->
     return payload
 
 
-def _segments(
-    catalog: Catalog, listed: list[dict[str, Any]], id_map: np.ndarray
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Describe the segments of a map, and those that only one of map and JSON has; also return messages."""
-    extent_of = extents(id_map)
+def _segments(catalog: Catalog, listed: list[dict[str, Any]], extent_of: Mapping[int, Extent]) -> list[dict[str, Any]]:
+    """Describe the segments of a map: those that the JSON lists, then others."""
     color_of = segment_colors(listed, catalog.categories)
-    rows, problems = [], []
+    unlisted = extent_of.keys() - {VOID}
+    rows: list[dict[str, Any]] = []
     for segment in listed:
-        extent = extent_of.pop(segment["id"], None)
-        if extent is None:
-            problems.append(f"segment {segment['id']} is in the JSON and not in the PNG")
+        extent = extent_of.get(segment["id"])
+        unlisted.discard(segment["id"])
         row = {
             "id": segment["id"],
             "category": segment["category_id"],
@@ -152,11 +150,9 @@ def _segments(
         if segment.get("iscrowd", 0) == 1:
             row["crowd"] = True
         rows.append(row)
-    for number, extent in extent_of.items():
-        if number != VOID:
-            problems.append(f"segment {number} is in the PNG and not in the JSON")
-            rows.append({"id": number, "category": None, "area": extent.pixels, "color": list(UNLISTED_COLOR)})
-    return rows, problems
+    for number in sorted(unlisted):
+        rows.append({"id": number, "category": None, "area": extent_of[number].pixels, "color": list(UNLISTED_COLOR)})
+    return rows
 
 
 def _add_matches(catalog: Catalog, index: int, key: str, maps: dict[str, np.ndarray], sides: dict[str, Any]) -> None:
@@ -174,8 +170,7 @@ def _add_matches(catalog: Catalog, index: int, key: str, maps: dict[str, np.ndar
     for row in pred_rows.values():
         row["status"] = {key: "ignored" if row["category"] is not None else "none"}
     for number in matches.false_negatives:
-        if number in gt_rows:
-            gt_rows[number]["status"][key] = "fn"
+        gt_rows[number]["status"][key] = "fn"
     for number in matches.false_positives:
         pred_rows[number]["status"][key] = "fp"
     for (gt_id, pred_id), iou in matches.iou_of.items():

@@ -13,9 +13,9 @@ import numpy as np
 
 from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.quality import ClassCounts, PanopticQuality
-from spatialflow.panoptic.rules import PanopticFormatError, pixel_problems
+from spatialflow.panoptic.rules import RULES, PanopticFormatError, pixel_problems
 from spatialflow.threads import available_cores, map_ahead
-from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, Image, ViewError
+from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, Image, Side, ViewError
 
 BINS = 10
 """Bins of a histogram: of the PQ of a class in an image, or of the area of its segments."""
@@ -142,10 +142,7 @@ class Scan:
                 reading.score.problems.append(str(error))
                 continue
             extent_of = extents(maps[key])
-            problems = pixel_problems(annotation["segments_info"], image.ids[key], extent_of)
-            reading.score.problems += [
-                f"{side.title}: {problem.text}" for problem in problems if problem.rule != "bbox-pixels"
-            ]
+            reading.score.problems += map_problems(side, annotation, extent_of)
             reading.areas[key] = _areas(annotation["segments_info"], extent_of, maps[key].size)
         reading.counts, problems_of_scores = self.counts(image, maps)
         reading.score.problems += [text for text in problems_of_scores if text not in reading.score.problems]
@@ -220,6 +217,16 @@ class Scan:
             warnings.filterwarnings("ignore", message="no segment of any category")
             result = quality.compute()
         return {group: result[group] for group in ("All", "Things", "Stuff")}
+
+
+def map_problems(side: Side, annotation: Mapping[str, Any], extent_of: Mapping[int, Extent]) -> list[str]:
+    """List contradictions between the segments of an annotation and its map that matter for the use of the side."""
+    problems = pixel_problems(annotation["segments_info"], annotation["image_id"], extent_of)
+    return [
+        f"{side.title}: {problem.text}"
+        for problem in problems
+        if RULES[problem.rule].effect(side.use) in ("stops", "reported")
+    ]
 
 
 def _areas(segments: list[dict[str, Any]], extent_of: Mapping[int, Extent], size: int) -> list[tuple[int, int, float]]:

@@ -13,7 +13,7 @@ from importlib.resources import files
 from ipaddress import ip_address
 from socketserver import TCPServer
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import deflate
 
@@ -93,8 +93,7 @@ class Site:
 
     def answer(self, target: str) -> Response:
         """Answer a request for a path with an optional query."""
-        parts = urlsplit(target)
-        path = parts.path
+        path, _, query = target.partition("?")
         if path == "/":
             return Response(HTTPStatus.OK, "html", self._static[PAGE])
         name = path.removeprefix("/static/")
@@ -105,7 +104,7 @@ class Site:
         if path == "/api/classes.json":
             return Response(HTTPStatus.OK, "json", as_json(self._scan.classes()))
         if path == "/api/scores.json":
-            first = parse_qs(parts.query).get("from", ["0"])[0]
+            first = parse_qs(query).get("from", ["0"])[0]
             position = int(first) if re.fullmatch(r"[0-9]{1,9}", first) else 0
             return Response(HTTPStatus.OK, "json", as_json(scores_payload(self._catalog, self._scan, position)))
         match = re.fullmatch(r"/(api/image|photo|thumb|map)/(?:([a-z]+)/)?([0-9]{1,9})\.(json|jpg|bin)", path)

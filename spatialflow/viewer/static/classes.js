@@ -35,7 +35,7 @@ const classes = {
       isName: true,
     };
     const number = (title, field, label) => ({ title, label, value: (row) => row[field], text: (row) => whole(row[field]) });
-    const share = (title, field, label) => ({
+    const quality = (title, field, label) => ({
       title,
       label,
       value: (row) => (row.n ? row[field] : -1),
@@ -58,9 +58,9 @@ const classes = {
     }
     const list = [
       name,
-      share("PQ", "pq", "Panoptic quality"),
-      share("SQ", "sq", "Segmentation quality: mean IoU of matches"),
-      share("RQ", "rq", "Recognition quality: F1 of matches"),
+      quality("PQ", "pq", "Panoptic quality"),
+      quality("SQ", "sq", "Segmentation quality: mean IoU of matches"),
+      quality("RQ", "rq", "Recognition quality: F1 of matches"),
       number("TP", "tp", "Matches"),
       number("FP", "fp", "False positives"),
       number("FN", "fn", "Missed segments"),

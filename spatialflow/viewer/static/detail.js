@@ -336,7 +336,7 @@ const detail = {
     const swatch = element("span", "swatch");
     swatch.style.background = `rgb(${segment.color.join(" ")})`;
     const rows = [element("strong", "", null, swatch, categoryName(segment.category))];
-    const facts = [`${whole(segment.area)} px`, `${percent(segment.area / total)} %`];
+    const facts = [`${whole(segment.area)} px`, share(segment.area, total)];
     if (segment.score !== undefined) facts.unshift(`score ${Number(segment.score).toFixed(2)}`);
     rows.push(element("span", "", facts.join(" · ")));
     const status = this.statusText(segment, layer);
@@ -370,7 +370,7 @@ const detail = {
       const status = layer.statusOf(segment);
       if (status in STATUS_COLORS && status !== "tp") button.append(element("span", `status ${status}`, STATUS_NAMES[status]));
       if (segment.score !== undefined) button.append(element("span", "number", Number(segment.score).toFixed(2)));
-      button.append(element("span", "number area", `${percent(segment.area / total)} %`));
+      button.append(element("span", "number area", share(segment.area, total)));
       button.type = "button";
       button.dataset.id = segment.id;
       button.setAttribute("aria-pressed", "false");

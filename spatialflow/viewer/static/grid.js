@@ -135,15 +135,20 @@ const grid = {
         this.cards.delete(index);
       }
     }
-    for (const [index, position] of wanted) {
+    // The elements have the order of the page, as screen readers read them in it. Moving an element takes its focus.
+    const active = this.list.contains(document.activeElement) ? document.activeElement : null;
+    let place = this.list.firstElementChild;
+    for (const [index, position] of [...wanted].sort((a, b) => a[1] - b[1])) {
       let card = this.cards.get(index);
       if (card === undefined) {
         card = this.makeCard(index);
         this.cards.set(index, card);
-        this.list.append(card);
       }
+      if (card === place) place = card.nextElementSibling;
+      else this.list.insertBefore(card, place);
       this.place(card, index, position);
     }
+    if (active !== null && active.isConnected) active.focus({ preventScroll: true });
   },
 
   place(card, index, position) {

@@ -142,6 +142,12 @@ function percent(fraction, digits = 1) {
   return (100 * fraction).toFixed(digits);
 }
 
+/** Share of the pixels of an image, in percent. */
+function share(pixels, total) {
+  const part = (100 * pixels) / total;
+  return part > 0 && part < 0.05 ? "< 0.1 %" : `${part.toFixed(1)} %`;
+}
+
 function signed(fraction) {
   const text = percent(Math.abs(fraction));
   return Number(text) === 0 ? "0.0" : (fraction < 0 ? "−" : "+") + text;

@@ -6,10 +6,13 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from spatialflow.errors import DataWarning
+from spatialflow.requirements import require_packages
+
+require_packages("cv2", "PIL")
+import cv2  # noqa: E402  # after the check
 
 
 class ImageError(ValueError):

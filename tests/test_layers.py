@@ -12,18 +12,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GROUND = {"_library", "deprecated", "errors", "files", "images", "structures", "threads"}
+GROUND = {"_library", "deprecated", "errors", "files", "images", "requirements", "structures", "threads"}
 """Modules that every sub-package except `config` and `ops` may import."""
 
 MAY_IMPORT = {
     "_library": set(),
     "deprecated": set(),
     "errors": set(),
+    "requirements": set(),
     "structures": set(),
     "files": set(),
     "threads": set(),
-    "images": {"errors"},
-    "config": set(),
+    "images": {"errors", "requirements"},
+    "config": {"requirements"},
     "ops": {"_library", "deprecated"},
     "panoptic": GROUND | {"_evaluation", "ops"},
     "models": GROUND | {"", "config", "ops"},  # "" for `__version__`

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spatialflow.threads import available_cores
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 MAX_WORKERS = 1024
@@ -51,12 +53,11 @@ def print_error(text: str) -> None:
 
 
 def set_threads(count: int | None) -> None:
-    """Set the number of torch's CPU threads to `--threads`; None keeps torch's default."""
+    """Set the number of torch's CPU threads to `--threads`; None: torch's default, at most `available_cores()`."""
     import torch
 
     check_count("--threads", count)
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()) if count is None else count)
 
 
 class _ErrorHandler(logging.Handler):

@@ -32,6 +32,7 @@ from spatialflow.cli import (
 from spatialflow.cli.arguments import CommandParser, Parser, did_you_mean
 from spatialflow.cli.common import CommandError, print_error, show_log
 from spatialflow.errors import DataWarning
+from spatialflow.threads import leave_cores_to_others
 
 _COMMANDS: tuple[Any, ...] = (
     predict,
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
             sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain bytes that are not text
         show_log()
+        leave_cores_to_others()
         with _signals_raise() as received, _data_warnings_as_messages():
             try:
                 code: int = options.run(options)

@@ -23,7 +23,6 @@ from spatialflow.cli.networks import (
     note_drawn_scenes,
 )
 from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
-from spatialflow.threads import leave_cores_to_others
 
 if TYPE_CHECKING:
     from spatialflow.engine.predict import Predictor
@@ -124,7 +123,6 @@ def run(options: argparse.Namespace) -> int:
 
     An image that cannot be read or written is reported and skipped.
     """
-    leave_cores_to_others()
     from spatialflow.panoptic.detection import has_pycocotools
 
     results = [options.output / name for name in RESULTS]

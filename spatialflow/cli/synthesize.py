@@ -7,6 +7,7 @@ import argparse
 
 from spatialflow.cli.arguments import numbers
 from spatialflow.cli.common import CommandError, add_path, as_command_errors, path_in_oserror
+from spatialflow.requirements import require_packages
 
 SUMMARY = "draw landscapes with exact panoptic ground truth"
 DESCRIPTION = "Draw synthetic landscapes and their exact ground truth in the COCO panoptic format."
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Draw the scenes; return the exit code."""
+    require_packages()
     from tqdm import tqdm
 
     from spatialflow.data.synthetic import synthesize

@@ -8,6 +8,10 @@ import importlib
 import warnings
 from typing import Any
 
+from spatialflow.requirements import require_packages
+
+require_packages()
+
 _MODULE_BY_NAME = {
     "InUseError": "journal",
     "MergeResult": "merging",

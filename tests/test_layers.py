@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GROUND = {"_library", "deprecated", "errors", "files", "images", "requirements", "structures", "threads"}
+GROUND = {
+    "_library",
+    "deprecated",
+    "errors",
+    "files",
+    "image_formats",
+    "images",
+    "requirements",
+    "structures",
+    "threads",
+}
 """Modules that every sub-package except `config` and `ops` may import."""
 
 MAY_IMPORT = {
@@ -23,7 +33,8 @@ MAY_IMPORT = {
     "structures": set(),
     "files": set(),
     "threads": set(),
-    "images": {"errors", "requirements"},
+    "image_formats": set(),
+    "images": {"errors", "image_formats", "requirements"},
     "config": {"requirements"},
     "ops": {"_library", "deprecated"},
     "panoptic": GROUND | {"_evaluation", "ops"},

@@ -171,9 +171,9 @@ def test_bad_images_are_named(tmp_path, predictor):
         (tmp_path / "cut.jpg", "cut.jpg: is truncated"),
         (tmp_path / "absent.jpg", "absent.jpg: cannot be read: No such file"),
         (tmp_path, "Is a directory"),
-        (good[..., 0], "image 1: must be .* got \\(60, 80\\)"),
+        (good[..., :2], r"image 1: must be .* got shape \(60, 80, 2\)"),
         (good.astype(float), "image 1: .*float64"),
-        (7, "image 1"),
+        (7, "image 1: must be a path, a PIL image, an array or a tensor, got int"),
     ):
         with pytest.raises(spatialflow.ImageError, match=words):
             predictor([good, image])
@@ -233,6 +233,7 @@ def test_wrong_settings(model):
         (dict(dtype=torch.int8), "dtype must be one of torch.float32, .*, got torch.int8"),
         (dict(dtype="half"), "dtype must be one of .*, got 'half'"),
         (dict(cuda_graph=True), "cuda_graph needs a CUDA device, got device cpu"),
+        (dict(channel_order="RGB"), "channel_order: must be 'bgr' or 'rgb', got 'RGB'"),
     ):
         with pytest.raises(ValueError, match=words):
             spatialflow.Predictor(model, **options)

@@ -17,10 +17,11 @@ from spatialflow.errors import DataWarning
 from spatialflow.image_formats import FORMAT_LIBRARIES, RAW_ADVICE, RAW_SUFFIXES, pillow_format
 from spatialflow.requirements import require_packages
 
+require_packages("cv2", "PIL")
+import cv2  # noqa: E402  # after the check
+
 if TYPE_CHECKING:
     import PIL.Image
-
-require_packages("cv2", "PIL")
 
 
 class ImageError(ValueError):

@@ -24,7 +24,7 @@ from spatialflow.cli.main import main
 from spatialflow.cli.prediction_folder import MAX_UNWRITTEN, PredictionFolder
 from spatialflow.engine import predict
 from spatialflow.engine.pipeline import Pipeline
-from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
+from spatialflow.panoptic import color_ids, read_id_map, read_panoptic_json, writer
 
 
 def assert_complete(output, names):
@@ -54,7 +54,11 @@ class TestPredict:
         assert main(["predict", str(path), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
         model = spatialflow.load_checkpoint(spatialflow.build_model("tiny"), weights).eval()
         predictor = spatialflow.Predictor(model, test_short_edges=[64], test_long_edge=96, stuff_area_threshold=20)
-        assert np.array_equal(read_id_map(tmp_path / "panoptic" / "plain.png"), predictor(path).id_map)
+        result = predictor(path)
+        expected, segments = color_ids(result.id_map, result.segments, predictor.categories.as_coco())
+        assert np.array_equal(read_id_map(tmp_path / "panoptic" / "plain.png"), expected)
+        (annotation,) = read_panoptic_json(tmp_path / "panoptic.json")["annotations"]
+        assert annotation["segments_info"] == segments
 
     def test_low_precision(self, photographs, weights, tmp_path):
         arguments = [str(photographs / "plain.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path)]

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import spatialflow
 from spatialflow.cli.arguments import add_settings_option, numbers
-from spatialflow.cli.common import CommandError, add_path, format_error, print_error, set_threads
+from spatialflow.cli.common import CommandError, add_path, as_command_errors, format_error, print_error, set_threads
+from spatialflow.cli.drawing_options import (
+    CONTACT_SHEET,
+    DEFAULT_STYLE,
+    add_drawing_options,
+    drawing_style,
+    write_contact_sheet,
+)
 from spatialflow.cli.input_images import InputImage, resolve_images
 from spatialflow.cli.networks import (
     add_config_option,
@@ -41,6 +48,7 @@ EXAMPLES = (
     "predict photos --recursive --model runs/mine --output out",
     "predict photos --model weights.pth --config spatialflow_r50_coco --output out",
     "predict a.jpg b.jpg --model runs/mine --size 512x768 --flip score_threshold=0.1 --output out",
+    "predict photos --model runs/mine --output out --opacity 0.3 --legend --contact-sheet 16",
 )
 
 
@@ -49,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_input_options(parser)
     _add_device_options(parser)
     _add_inference_options(parser)
+    add_drawing_options(parser)
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +134,8 @@ def run(options: argparse.Namespace) -> int:
     """
     from spatialflow.panoptic.detection import has_pycocotools
 
-    results = [options.output / name for name in RESULTS]
+    style = _drawing_style(options)
+    results = [options.output / name for name in (*RESULTS, CONTACT_SHEET)]
     images, failed = resolve_images(options.images, options.recursive, results)
     if not images:
         print_error("no image to predict")
@@ -139,6 +149,7 @@ def run(options: argparse.Namespace) -> int:
         predictor.categories.as_coco(),
         settings,
         overlays=not options.no_overlay,
+        style=style,
         detections=options.detections,
         resume=not options.restart,
     )
@@ -200,7 +211,9 @@ def _report(
     times: dict[str, float],
     elapsed: float,
 ) -> None:
-    """Print times and counts of a run with `new` images that took `elapsed` seconds."""
+    """Print times and counts of a run with `new` images that took `elapsed` seconds, and write the contact sheet."""
+    from spatialflow.images import ImageError
+
     if new:
         stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in times.items())
         print(
@@ -208,6 +221,9 @@ def _report(
             f"overlapped {elapsed / new * 1e3:.1f} ms"
         )
     done = len(output.done)
+    if done and options.contact_sheet is not None:
+        with as_command_errors(ImageError):
+            write_contact_sheet(options.output, output.overlays_done(), options.contact_sheet)
     if done:
         print(
             f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
@@ -220,6 +236,15 @@ def _report(
             f"{options.output}: {output.left_out} more images were done by the interrupted run; "
             f"panoptic.json does not list them, and the journal keeps them"
         )
+
+
+def _drawing_style(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the style of overlays; raise CommandError for an option that needs them if there are none."""
+    style = drawing_style(options)
+    if options.no_overlay and (options.contact_sheet is not None or style != DEFAULT_STYLE):
+        names = "--opacity, --no-labels, --no-outlines, --legend and --contact-sheet"
+        raise CommandError(f"{names} are for overlay pictures, which --no-overlay excludes")
+    return style
 
 
 def _make_predictor(options: argparse.Namespace, images: Sequence[InputImage]) -> tuple[Predictor, dict[str, Any]]:
@@ -259,6 +284,7 @@ def _settings(options: argparse.Namespace, models: Sequence[SpatialFlow]) -> dic
         "overlays": not options.no_overlay,
         "models": len(models),
     }
+    settings |= {f"overlay {field}": value for field, value in _drawing_style(options).items()}
     for number, model in enumerate(models, 1):
         prefix = f"model {number}: " if len(models) > 1 else ""
         for section in (model.config.model, model.config.test, model.config.data):

@@ -366,6 +366,7 @@ class Predictor:
             self.categories,
             item.name,
             item.times,
+            item.pixels,
         )
 
 

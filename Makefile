@@ -56,7 +56,7 @@ $(VENV)/packages: pyproject.toml
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q $(TORCH)
 	$(VENV)/bin/python -m pip install -q $(call requirements,requires) $(call requirements,dependencies) \
-	  $(call requirements,test)
+	  $(call requirements,panoptic) $(call requirements,test)
 	@touch $@
 
 $(VENV)/complete: $(VENV)/packages setup.py
@@ -98,7 +98,7 @@ test-wheel: $(environment)  ## source distribution, wheel from it, and tests of 
 	$(PYTHON) -m venv build/wheel/environment
 	cd build/wheel && export PATH="$$PWD/environment/bin:$$PATH" && \
 	  pip install -q $(TORCH) && pip wheel -q --no-deps -w . *.tar.gz && \
-	  pip install -q *.whl $(call requirements,test) && \
+	  pip install -q *.whl $(call requirements,panoptic) $(call requirements,test) && \
 	  tar xf *.tar.gz --strip-components 1 --wildcards '*/tests' && pytest $(addprefix tests/,$(WHEEL_TESTS)) && \
 	  spatialflow benchmark group_norm_relu --seconds 0.01
 

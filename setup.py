@@ -2,7 +2,7 @@
 """Build with CMake; metadata is in pyproject.toml.
 
 Environment: SPATIALFLOW_CUDA=on|off|auto, SPATIALFLOW_CPU_LEVELS=x86-64-v3,..., CMAKE_CUDA_ARCHITECTURES=80;90a or
-TORCH_CUDA_ARCH_LIST="8.0;9.0a", CMAKE_BUILD_PARALLEL_LEVEL=N.
+TORCH_CUDA_ARCH_LIST="8.0;9.0a", CMAKE_BUILD_PARALLEL_LEVEL=N, SPATIALFLOW_TORCH_PYTHON=/path/to/python.
 """
 
 import os
@@ -30,8 +30,6 @@ class CMakeBuild(build_ext):
         import pybind11
 
         torch = torch_folder()
-        if torch is None:
-            sys.exit("spatialflow: building needs torch: `pip install torch`, then build again")
         package = ROOT / "spatialflow" if self.inplace else Path(self.build_lib).resolve() / "spatialflow"
         folder = ROOT / "build" / "develop" if self.inplace else Path(self.build_temp).resolve()
         # CMake remembers options. -U resets those that are not set now to their defaults.
@@ -57,7 +55,8 @@ class CMakeBuild(build_ext):
     def cmake(*arguments: object) -> None:
         """Run CMake; exit with the command line if it fails."""
         command = ["cmake", *map(str, arguments)]
-        if subprocess.run(command).returncode != 0:
+        progress = {"NINJA_STATUS": "spatialflow: %f of %t files in %e s: "}
+        if subprocess.run(command, env=progress | os.environ).returncode != 0:
             sys.exit(f"spatialflow: the build failed in `{' '.join(command)}`; the reason is above")
 
 

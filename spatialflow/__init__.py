@@ -21,13 +21,8 @@ if TYPE_CHECKING:  # the names that `__getattr__` resolves, for type checkers an
     from spatialflow import ops as ops
     from spatialflow import panoptic as panoptic
     from spatialflow.config import ConfigError, list_configs, load_config
-    from spatialflow.engine.checkpoints import (
-        CheckpointError,
-        load_backbone,
-        load_checkpoint,
-        pretrained_model,
-        save_checkpoint,
-    )
+    from spatialflow.engine.checkpoints import CheckpointError, load_backbone, load_checkpoint, save_checkpoint
+    from spatialflow.engine.model_files import load_model, pretrained_model
     from spatialflow.engine.predict import Predictor
     from spatialflow.engine.result import PanopticResult
     from spatialflow.images import ImageError
@@ -45,8 +40,9 @@ _MODULE_BY_NAME = {
     "load_backbone": "spatialflow.engine.checkpoints",
     "load_checkpoint": "spatialflow.engine.checkpoints",
     "load_config": "spatialflow.config",
+    "load_model": "spatialflow.engine.model_files",
     "optimize_for_inference": "spatialflow.models.optimized.inference",
-    "pretrained_model": "spatialflow.engine.checkpoints",
+    "pretrained_model": "spatialflow.engine.model_files",
     "save_checkpoint": "spatialflow.engine.checkpoints",
 }
 _SUBPACKAGES = ("data", "engine", "models", "ops", "panoptic")
@@ -62,6 +58,7 @@ __all__ = [  # written out, because type checkers do not evaluate `sorted(_MODUL
     "load_backbone",
     "load_checkpoint",
     "load_config",
+    "load_model",
     "optimize_for_inference",
     "pretrained_model",
     "save_checkpoint",

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import json
 import os
-import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +55,8 @@ def built_libraries() -> list[str]:
 
 def build_description() -> dict[str, str]:
     """Read the build description of the libraries: torch, compilers, CUDA architectures; empty if not built."""
+    import json
+
     try:
         description: dict[str, str] = json.loads((FOLDER / "build.json").read_text())
     except (OSError, ValueError):
@@ -72,6 +71,8 @@ def cpu_levels() -> list[str]:
 
 def _processor_levels() -> tuple[str, ...]:
     """List the instruction-set levels that this processor runs, best first."""
+    import platform
+
     import torch
 
     if platform.machine() in ("x86_64", "AMD64"):
@@ -146,6 +147,8 @@ def backend_library() -> str:
 @functools.cache
 def load() -> None:
     """Register all operators with torch (`torch.ops.spatialflow`); further calls do nothing."""
+    import ctypes
+
     import torch
 
     backend = backend_library()

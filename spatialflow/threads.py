@@ -2,11 +2,13 @@
 """Calls in worker threads, with results in order and bounded memory; the CPU cores of the process."""
 
 import contextlib
+import math
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -14,8 +16,21 @@ Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """Count the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the processor cores that this process may use: its affinity mask, and the CPU limit of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _container_limit())
+
+
+def _container_limit(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Read the CPU limit of the control group, rounded up; `sys.maxsize` without a limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # versions 2 and 1
+        try:
+            quota, period = (float(word) for name in names for word in (root / name).read_text().split())
+        except (OSError, ValueError):  # "max": no limit
+            continue
+        if quota > 0 and period > 0:
+            return max(1, math.ceil(quota / period))
+    return sys.maxsize
 
 
 def leave_cores_to_others() -> None:

@@ -146,8 +146,8 @@ def test_commands(model, image, tmp_path, capsys):
     for change, message in (
         (["--short-edges", "64", "--size", "64"], "--size and --short-edges exclude each other"),
         (["--short-edges", "64", "0"], "--short-edges must be positive, got 0"),
-        (["--config", "tiny", "--config", "tiny"], "one --config for all of the 2 --checkpoint, or"),
-        (["--config", "spatialflow_r50_coco"], "does not fit the model"),
+        (["--config", "tiny", "--config", "tiny"], "one --config for all of the 2 --model, or"),
+        (["--config", "spatialflow_r50_coco"], "backbone_base_channels: the weights of"),
     ):
         assert main([*predict, *ensemble, *change]) == 2
         assert message in capsys.readouterr().err

@@ -236,7 +236,7 @@ class TestWrappers:
             load_checkpoint(small_model(), path)
 
     def test_commands_report_it(self, tmp_path, capsys):
-        """`convert` reports removed names once; other commands refuse `--ema` without a checkpoint."""
+        """`convert` reports removed names once; other commands refuse `--ema` without weights."""
         state, files = small_model().state_dict(), (str(tmp_path / "weights.pth"), str(tmp_path / "ours.safetensors"))
         torch.save({"state_dict": named("_orig_mod.", plus_one(state)), "ema": named("module.", state)}, files[0])
         assert main(["convert", *files]) == 0
@@ -253,7 +253,7 @@ class TestWrappers:
             ["visualize", "photos", "--config", "demo", "--ema", "--output", nothing],
         ):
             assert main(command) == 2
-            assert "spatialflow: --ema needs --checkpoint" in capsys.readouterr().err
+            assert "spatialflow: --ema needs --model" in capsys.readouterr().err
 
     def test_a_file_that_holds_itself(self, tmp_path):
         loop = {}

@@ -104,7 +104,7 @@ class TestConvert:
     @pytest.mark.parametrize(
         "source, target, reason",
         [
-            ("none.pth", "copy.safetensors", "none.pth: cannot be read"),
+            ("none.pth", "copy.safetensors", "none.pth: there is no such file"),
             (None, "copy.txt", "must end in .safetensors"),
             (None, "folder/is/a/file.safetensors", "cannot be written"),
         ],

@@ -5,6 +5,7 @@ A library repacks or refuses weights that another library packed.
 """
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -42,7 +43,7 @@ class TestMissingLibraries:
     @pytest.fixture
     def folder(self, tmp_path, monkeypatch):
         monkeypatch.setattr(_library, "FOLDER", tmp_path)
-        monkeypatch.setattr(_library.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(platform, "machine", lambda: "x86_64")
         monkeypatch.setattr(_library, "_processor_levels", lambda: ("x86-64-v3", "x86-64-v2"))
         monkeypatch.delenv("SPATIALFLOW_CPU_LEVEL", raising=False)
         return tmp_path

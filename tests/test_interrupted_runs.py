@@ -337,3 +337,35 @@ def test_synthesize_leaves_the_ground_truth_of_what_is_done(tmp_path, monkeypatc
     assert main(["synthesize", str(tmp_path), "--count", "4", "--size", "48", "64"]) == 143
     content = read_panoptic_json(tmp_path / "panoptic.json", with_categories=True)
     assert [image["file_name"] for image in content["images"]] == ["000001.jpg", "000002.jpg"]
+
+
+def test_an_interrupt_before_the_command_line_is_imported():
+    """Python would print a traceback; the process ends by the signal instead."""
+    code = "import os, signal, sys\nimport spatialflow.cli.start\nos.kill(os.getpid(), signal.SIGINT)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert result.returncode == -signal.SIGINT and result.stderr == b""
+
+
+def test_workers_that_load_data_leave_interrupts_to_the_main_process(tmp_path):
+    """Ctrl-C reaches all processes of a terminal, and a worker would print a traceback, wherever it is."""
+    code = """
+import signal
+from spatialflow.config import DataConfig
+from spatialflow.data.loader import SampleRequest, make_loader
+from spatialflow.data.samples import SampleError
+
+class Data:
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        raise SampleError(str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+
+if __name__ == "__main__":
+    try:
+        next(make_loader(Data(), DataConfig(), [[SampleRequest(0, (1,))]], workers=1, strict=True))
+    except SampleError as error:
+        print(error, signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+    (tmp_path / "script.py").write_text(code)
+    result = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True)
+    assert result.stdout == "True False\n", result.stderr

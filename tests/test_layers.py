@@ -12,18 +12,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GROUND = {"_library", "deprecated", "errors", "files", "images", "structures", "threads"}
+GROUND = {
+    "_library",
+    "deprecated",
+    "errors",
+    "files",
+    "image_formats",
+    "images",
+    "requirements",
+    "structures",
+    "threads",
+}
 """Modules that every sub-package except `config` and `ops` may import."""
 
 MAY_IMPORT = {
     "_library": set(),
     "deprecated": set(),
     "errors": set(),
+    "requirements": set(),
     "structures": set(),
     "files": set(),
     "threads": set(),
-    "images": {"errors"},
-    "config": set(),
+    "image_formats": set(),
+    "images": {"errors", "image_formats", "requirements"},
+    "config": {"requirements"},
     "ops": {"_library", "deprecated"},
     "panoptic": GROUND | {"_evaluation", "ops"},
     "models": GROUND | {"", "config", "ops"},  # "" for `__version__`
@@ -31,6 +43,7 @@ MAY_IMPORT = {
     "viewer": GROUND | {"panoptic"},
     "engine": GROUND | {"config", "ops", "panoptic", "models", "data"},
     "": {"_library"},  # spatialflow/__init__.py when it is imported; its names are resolved on first use
+    "__main__": {"cli"},
     "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine", "viewer"},
 }
 """For each module or package of `spatialflow`, the others that it may import, inside functions too."""

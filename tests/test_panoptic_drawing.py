@@ -5,8 +5,9 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from spatialflow.panoptic import color_of, overlay
+from spatialflow.panoptic import color_ids, color_of, overlay
 
 CATEGORIES = [{"id": 1, "name": "person", "isthing": 1, "color": [220, 20, 60]}, {"id": 7, "name": "sky", "isthing": 0}]
 
@@ -122,6 +123,93 @@ def test_opacity_of_any_number_type():
     for opacity in (True, np.float32(0.5), np.int64(1)):
         expected = overlay(image, id_map, segments, opacity=float(opacity))
         np.testing.assert_array_equal(overlay(image, id_map, segments, opacity=opacity), expected)
+
+
+def test_without_outlines_and_labels_each_segment_has_one_color():
+    image, id_map, segments = scene()
+    picture = overlay(image, id_map, segments, CATEGORIES, labels=False, outlines=False)
+    for segment_id in (3, 9, 4):
+        assert len(np.unique(picture[id_map == segment_id], axis=0)) == 1
+    outlined = overlay(image, id_map, segments, CATEGORIES, labels=False)
+    assert (outlined != picture).any() and (outlined[20, 20] == picture[20, 20]).all()
+
+
+def test_a_pil_image_is_rgb():
+    image, id_map, segments = scene()
+    image[..., 0] = 200  # blue
+    expected = overlay(image, id_map, segments, CATEGORIES)
+    for mode in ("RGB", "RGBA"):
+        photograph = Image.fromarray(image[..., ::-1].copy()).convert(mode)
+        np.testing.assert_array_equal(overlay(photograph, id_map, segments, CATEGORIES), expected)
+    rotated = Image.fromarray(image[..., ::-1].copy()).rotate(90, expand=True)
+    rotated.getexif()[0x0112] = 6  # shown turned by 90 degrees to the right
+    np.testing.assert_array_equal(overlay(rotated, id_map, segments, CATEGORIES), expected)
+
+
+class TestLegend:
+    def test_it_lists_the_categories_in_the_picture(self):
+        """The picture stays as it is; swatches have the colors of the segments, the largest category first."""
+        image, id_map, segments = scene()
+        plain = overlay(image, id_map, segments, CATEGORIES)
+        picture = overlay(image, id_map, segments, CATEGORIES, legend=True)
+        legend = picture[120:]
+        np.testing.assert_array_equal(picture[:120], plain)
+        assert picture.shape[1] == 160 and (legend[0] == 255).all()
+        line = legend[3 + 5]  # the middle of the first line of letters of 10 pixels
+        first, second = (np.array(color_of(1, index, (220, 20, 60)))[::-1] for index in (0, 1))
+        columns = [np.flatnonzero((line == color).all(axis=1)) for color in (first, second)]
+        assert columns[0].min() == 3 and columns[1].min() == columns[0].max() + 1
+        everything = legend.reshape(-1, 3)
+        assert (everything == np.array(color_of(7))[::-1]).all(axis=1).sum() > 100
+        only_sky = overlay(image, np.where(id_map == 4, 4, 0), segments, CATEGORIES, legend=True)[120:]
+        assert not (only_sky == first).all(axis=-1).any()
+
+    @pytest.mark.parametrize("width", [1, 30, 400])
+    def test_many_and_long_names(self, width):
+        """Names go to further lines where the picture is narrow; a long one is cut."""
+        id_map = np.arange(40 * width).reshape(40, width) % 40 + 1
+        segments = [{"id": i, "category_id": i} for i in range(1, 41)]
+        categories = [{"id": i, "name": f"class\n{i} " + "x" * 10_000 * (i % 2)} for i in range(1, 41)]
+        picture = overlay(np.zeros((40, width, 3), np.uint8), id_map, segments, categories, legend=True)
+        present = min(40, 40 * width)
+        assert picture.shape[1] == width and present / 8 * 16 < picture.shape[0] - 40 < 41 * 16 + 10
+
+    def test_a_picture_without_segments_has_none(self):
+        image, id_map, segments = scene()
+        assert overlay(image, id_map, [], CATEGORIES, legend=True).shape == image.shape
+        assert overlay(image[:0], id_map[:0], segments, legend=True).shape == (0, 160, 3)
+
+
+class TestColorIds:
+    def test_ids_are_the_colors_of_the_overlay(self):
+        image, id_map, segments = scene()
+        colored, renamed = color_ids(id_map, segments, CATEGORIES)
+        assert colored.dtype == np.int32 and [row["score"] for row in renamed] == [0.9, 0.8, None]
+        assert [row["id"] for row in segments] == [3, 9, 4]
+        plain = overlay(image, id_map, segments, CATEGORIES, opacity=1, labels=False, outlines=False)
+        for old, new in zip(segments, renamed, strict=True):
+            blue, green, red = plain[id_map == old["id"]][0].tolist()
+            assert new["id"] == red + 256 * green + 65536 * blue
+            np.testing.assert_array_equal(colored == new["id"], id_map == old["id"])
+        assert (colored[id_map == 0] == 0).all()
+        assert renamed[0]["id"] == 220 + 256 * 20 + 65536 * 60  # the first instance has the category's color
+
+    def test_ids_are_unique_and_never_void(self):
+        """Categories of one color, of black and of white, and more instances than there are colors near theirs."""
+        count = 3000
+        colors = [[0, 0, 0], [0, 0, 0], [255, 255, 255], [255, 255, 255]]
+        categories = [{"id": i, "isthing": 0, "color": color} for i, color in enumerate(colors, 1)]
+        categories.append({"id": 5, "isthing": 1, "color": [9, 9, 9]})
+        segments = [{"id": i + 1, "category_id": i % 5 + 1} for i in range(count)]
+        colored, renamed = color_ids(np.arange(1, count + 1).reshape(50, -1), segments, categories)
+        ids = [row["id"] for row in renamed]
+        assert len(set(ids)) == count and min(ids) >= 1 and max(ids) < 2**24
+        assert colored.ravel().tolist() == ids
+
+    def test_nothing_to_color(self):
+        colored, renamed = color_ids(np.full((2, 3), 8), [], CATEGORIES)
+        assert not colored.any() and renamed == []
+        assert color_ids(np.zeros((0, 3), int), [], None)[0].shape == (0, 3)
 
 
 def test_old_name_is_deprecated():

@@ -524,3 +524,17 @@ class TestThreads:
                 else:
                     assert (read_id_map(first.result()) == 1).all()
                 assert len(writer) == 1
+
+
+def test_ids_that_are_colors(tmp_path):
+    """With `colors`, PNG and JSON have the colors of the categories; the ids given are still checked."""
+    categories = [{"id": 4, "isthing": 1, "color": [200, 100, 50]}]
+    id_map = np.array([[0, 1], [2, 2]])
+    with PanopticWriter(tmp_path / "maps", categories=categories, colors=True) as writer:
+        writer.add(1, "a.jpg", id_map, [{"id": 1, "category_id": 4}, {"id": 2, "category_id": 4}])
+        with pytest.raises(PanopticFormatError, match=r"map \[1, 2\], listed \[1\]"):
+            writer.add(2, "b.jpg", id_map, [{"id": 1, "category_id": 4}])
+    (annotation,) = read_panoptic_json(tmp_path / "maps.json")["annotations"]
+    first, second = (segment["id"] for segment in annotation["segments_info"])
+    assert first == 200 + 256 * 100 + 65536 * 50 and second > 1000
+    assert read_id_map(tmp_path / "maps" / "a.png").tolist() == [[0, first], [second, second]]

@@ -24,7 +24,7 @@ from spatialflow.cli.main import main
 from spatialflow.cli.prediction_folder import MAX_UNWRITTEN, PredictionFolder
 from spatialflow.engine import predict
 from spatialflow.engine.pipeline import Pipeline
-from spatialflow.panoptic import read_id_map, read_panoptic_json, writer
+from spatialflow.panoptic import color_ids, read_id_map, read_panoptic_json, writer
 
 
 def assert_complete(output, names):
@@ -54,7 +54,11 @@ class TestPredict:
         assert main(["predict", str(path), "--checkpoint", str(weights), "--output", str(tmp_path), *FAST]) == 0
         model = spatialflow.load_checkpoint(spatialflow.build_model("tiny"), weights).eval()
         predictor = spatialflow.Predictor(model, test_short_edges=[64], test_long_edge=96, stuff_area_threshold=20)
-        assert np.array_equal(read_id_map(tmp_path / "panoptic" / "plain.png"), predictor(path).id_map)
+        result = predictor(path)
+        expected, segments = color_ids(result.id_map, result.segments, predictor.categories.as_coco())
+        assert np.array_equal(read_id_map(tmp_path / "panoptic" / "plain.png"), expected)
+        (annotation,) = read_panoptic_json(tmp_path / "panoptic.json")["annotations"]
+        assert annotation["segments_info"] == segments
 
     def test_low_precision(self, photographs, weights, tmp_path):
         arguments = [str(photographs / "plain.jpg"), "--checkpoint", str(weights), "--output", str(tmp_path)]
@@ -319,7 +323,7 @@ class TestPredict:
 
     def test_random_weights_are_said_plainly(self, photographs, tmp_path, capsys):
         assert main(["predict", str(photographs / "dot.png"), "--output", str(tmp_path), *FAST, "--no-overlay"]) == 0
-        assert error_messages(capsys) == ["no --checkpoint: the weights are random, and so are the results"]
+        assert error_messages(capsys) == ["no --model: the weights are random, and so are the results"]
         assert not (tmp_path / "overlays").exists()
 
     @pytest.mark.parametrize(
@@ -330,9 +334,12 @@ class TestPredict:
                 "config: must be a path ending in .yaml or one of .*tiny.*'no_such_config'",
             ),
             (["--config", "no_such_file.yaml"], "no such file: no_such_file.yaml"),
-            (["--checkpoint", "no_such.pth"], "no_such.pth: cannot be read: No such file"),
+            (
+                ["--checkpoint", "no_such.pth"],
+                "no_such.pth: there is no such file, folder of a run",
+            ),
             (["--checkpoint", __file__], "neither a safetensors nor a torch file"),
-            (["--set", "num_things=7"], "does not fit the model: .* of the wrong shape"),
+            (["--set", "num_things=7"], "num_things: the weights of .* have 20, and 7 was given"),
             (["--set", "nonsense=1"], "nonsense"),
             (["--set", "score_threshold"], "settings have the form FIELD=VALUE, got 'score_threshold'"),
             (["--score", "nan"], "instance_score_threshold"),

@@ -19,7 +19,7 @@ import torch
 from helpers.small_models import random_model
 
 import spatialflow
-from spatialflow.engine import predict, transfers
+from spatialflow.engine import inputs, predict, transfers
 from spatialflow.engine.predict import DECODERS, PATIENCE, Outcome, Predictor
 from spatialflow.engine.transfers import Download, Transfers
 
@@ -247,7 +247,7 @@ def test_unreadable_images(model, files, batch_size):
     assert [result.image_name for result in results] == ["0.png", "1.png"]
     outcomes = list(predictor.outcomes([*files, np.zeros((3, 3))]))
     assert [outcome.error is None for outcome in outcomes] == [True, True, False, True, False, True, False]
-    assert "4.png: cannot be read" in str(outcomes[4].error) and "image 6: must be" in str(outcomes[6].error)
+    assert "4.png: cannot be read" in str(outcomes[4].error) and "image 6: must be a uint8" in str(outcomes[6].error)
     for outcome, path in zip(outcomes, files, strict=False):
         if outcome.error is None:
             assert outcome.result.image_name == path.name
@@ -316,7 +316,7 @@ def test_an_error_keeps_no_image(model, monkeypatch, place, batch_size):
     predictor._transfers = Later([])
     kinds = {"iterable": KeyError, "decoder": MemoryError, "image": spatialflow.ImageError, "network": ValueError}
 
-    check = predict.check_image
+    convert = inputs.pixels_of
 
     def broken(*_):
         raise kinds[place]("here")
@@ -329,7 +329,7 @@ def test_an_error_keeps_no_image(model, monkeypatch, place, batch_size):
                 broken()
 
     if place in ("decoder", "image"):
-        monkeypatch.setattr(predict, "check_image", lambda i, name: broken() if name == "image 4" else check(i, name))
+        monkeypatch.setattr(inputs, "pixels_of", lambda source: broken() if source.position == 4 else convert(source))
     if place == "network":
         monkeypatch.setattr(type(predictor.pipeline), "__call__", broken)
     gc.collect()

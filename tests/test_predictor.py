@@ -171,9 +171,9 @@ def test_bad_images_are_named(tmp_path, predictor):
         (tmp_path / "cut.jpg", "cut.jpg: is truncated"),
         (tmp_path / "absent.jpg", "absent.jpg: cannot be read: No such file"),
         (tmp_path, "Is a directory"),
-        (good[..., 0], "image 1: must be .* got \\(60, 80\\)"),
+        (good[..., :2], r"image 1: must be .* got shape \(60, 80, 2\)"),
         (good.astype(float), "image 1: .*float64"),
-        (7, "image 1"),
+        (7, "image 1: must be a path, a PIL image, an array or a tensor, got int"),
     ):
         with pytest.raises(spatialflow.ImageError, match=words):
             predictor([good, image])
@@ -189,10 +189,12 @@ def test_saved_files_are_coco_panoptic(tmp_path, predictor):
     cv2.imwrite(str(tmp_path / "000000000042.png"), picture(60, 80))
     result = predictor(tmp_path / "000000000042.png")
     png = result.save(tmp_path / "out")
-    assert png == tmp_path / "out" / "000000000042.png" and np.array_equal(read_id_map(png), result.id_map)
-    content = read_panoptic_json(tmp_path / "out" / "000000000042.json", with_categories=True)
+    assert png == tmp_path / "out" / "panoptic" / "000000000042.png"
+    assert np.array_equal(read_id_map(png) > 0, result.id_map > 0)
+    content = read_panoptic_json(tmp_path / "out" / "panoptic.json", with_categories=True)
     assert content["annotations"][0]["image_id"] == 42 and len(content["categories"]) == 32
-    drawn = result.overlay(picture(60, 80))
+    assert np.array_equal(result.image, picture(60, 80))
+    drawn = result.overlay()
     assert (
         drawn.shape == (60, 80, 3)
         and drawn.dtype == np.uint8
@@ -233,6 +235,7 @@ def test_wrong_settings(model):
         (dict(dtype=torch.int8), "dtype must be one of torch.float32, .*, got torch.int8"),
         (dict(dtype="half"), "dtype must be one of .*, got 'half'"),
         (dict(cuda_graph=True), "cuda_graph needs a CUDA device, got device cpu"),
+        (dict(channel_order="RGB"), "channel_order: must be 'bgr' or 'rgb', got 'RGB'"),
     ):
         with pytest.raises(ValueError, match=words):
             spatialflow.Predictor(model, **options)

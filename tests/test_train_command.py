@@ -46,7 +46,7 @@ class TestCommand:
         arguments = ["train", "tiny", *(f"{k}={v}" for k, v in fields.items()), *settings, "--workers", "0"]
         paths = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json")]
         assert main([*arguments, *paths, "--output", str(tmp_path)]) == 0
-        assert ("no --backbone or --checkpoint" in capsys.readouterr().err) == warned
+        assert ("no --backbone or --model" in capsys.readouterr().err) == warned
 
     def test_what_will_not_happen_is_said_before_the_first_step(self, scenes, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "pycocotools", None)

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from spatialflow.data.transforms import (
-    check_image,
     compute_resize,
     compute_resized_size,
     normalize,
@@ -277,18 +276,3 @@ def test_files_that_are_no_images_are_refused(tmp_path):
             read_image(tmp_path / name)
     with pytest.raises(ImageError, match=r"'\\x00.png': is not a file name"):
         read_image("\0.png")
-
-
-@pytest.mark.parametrize(
-    "image, words",
-    [
-        (np.zeros((4, 4), np.uint8), r"got \(4, 4\) uint8"),
-        (np.zeros((4, 4, 3), np.float32), "float32"),
-        (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
-        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
-        ([1], "got list"),
-    ],
-)
-def test_wrong_arrays_are_refused(image, words):
-    with pytest.raises(ImageError, match=words):
-        check_image(image)

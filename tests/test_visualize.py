@@ -80,10 +80,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ([], "nothing to show: give --ground-truth, --prediction or --config"),
+            ([], "nothing to show: give --ground-truth, --prediction or --model"),
             (["--prediction", "nowhere.json"], "nowhere.json: no such file"),
-            (["--config", "tiny", "--checkpoint", "nowhere.pth"], "nowhere.pth: cannot be read"),
-            (["--checkpoint", "nowhere.pth"], "--checkpoint needs --config"),
+            (["--config", "tiny", "--checkpoint", "nowhere.pth"], "nowhere.pth: there is no such file"),
+            (["--model", "nowhere"], "nowhere: there is no such file, folder of a run or packaged weights (demo)"),
+            (["fpn_channels=3", "--prediction", "x"], "settings need --model"),
             (["--config", "tiny", "--sheet", "0"], "--sheet must be at least 1, got 0"),
         ],
     )

@@ -3,7 +3,7 @@
 
 import sys
 
-from spatialflow.cli.main import main
+from spatialflow.cli.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+from spatialflow.image_formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # also exported by this module
+from spatialflow.threads import available_cores
 
 MAX_WORKERS = 1024
 """Largest number of threads or processes that an option accepts; OpenMP aborts the process at about ten thousand."""
@@ -51,12 +52,11 @@ def print_error(text: str) -> None:
 
 
 def set_threads(count: int | None) -> None:
-    """Set the number of torch's CPU threads to `--threads`; None keeps torch's default."""
+    """Set the number of torch's CPU threads to `--threads`; None: torch's default, at most `available_cores()`."""
     import torch
 
     check_count("--threads", count)
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()) if count is None else count)
 
 
 class _ErrorHandler(logging.Handler):
@@ -73,12 +73,17 @@ def show_log() -> None:
 
 
 def panoptic_json(path: Path) -> Path:
-    """Find a panoptic JSON: `path` itself, the one in the output of `predict`, or the one beside a folder of PNGs."""
+    """Find a panoptic JSON.
+
+    It is `path` itself, the one in the output of `predict`, that of the evaluation in the folder of a training run, or
+    the one beside a folder of PNGs.
+    """
     candidates = [path]
     if os.path.isdir(path):
         # `Path(".").name` is empty and `Path("..").name` is "..": only the resolved path has the folder's name.
         folder = path.resolve() if path.name in ("", "..") else path
-        candidates = [path / "panoptic.json", folder.parent / f"{folder.name}.json"]
+        inside = [path / "panoptic.json", path / "evaluation" / "panoptic.json"]
+        candidates = [*inside, folder.parent / f"{folder.name}.json"]
     for candidate in candidates:
         if os.path.exists(candidate) and not os.path.isdir(candidate):  # includes pipes
             return candidate

@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("prediction", "predictions:"),
     ):
         source = "the panoptic JSON, the folder of PNGs beside it, or the output of `predict`"
+        if name == "prediction":
+            source += ", or the folder of a training run"
         add_path(parser, name, name.upper(), f"{text} {source}")
     for name in ("ground-truth", "prediction"):
         argument = name.upper().replace("-", "_")

@@ -17,14 +17,45 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import spatialflow
-from spatialflow.cli import benchmark, convert, evaluate, info, predict, synthesize, train, validate, view, visualize
+from spatialflow.cli import (
+    benchmark,
+    completion,
+    convert,
+    evaluate,
+    info,
+    predict,
+    synthesize,
+    train,
+    validate,
+    view,
+    visualize,
+)
+from spatialflow.cli.arguments import CommandParser, Parser, did_you_mean
 from spatialflow.cli.common import CommandError, print_error, show_log
 from spatialflow.errors import DataWarning
+from spatialflow.threads import leave_cores_to_others
 
-_COMMANDS: tuple[Any, ...] = (predict, evaluate, view, validate, train, visualize, synthesize, convert, benchmark, info)
+_COMMANDS: tuple[Any, ...] = (
+    predict,
+    evaluate,
+    view,
+    validate,
+    train,
+    visualize,
+    synthesize,
+    convert,
+    benchmark,
+    info,
+    completion,
+)
 """Modules with SUMMARY (in the list of commands), DESCRIPTION and EXAMPLES (in the command's help), `add_arguments` and
 `run`, which returns the exit code."""
+
+EXAMPLES = (
+    "synthesize scenes --count 20 --size 256x384",
+    "predict scenes/images --model demo --output out",
+    "evaluate scenes out",
+)
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,11 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the command could not run. 130: interrupted (SIGINT). 141: standard output was closed (broken pipe). 143:
         terminated (SIGTERM).
     """
-    options = _parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain bytes that are not text
-    show_log()
     try:
+        parser = _parser()
+        _complete(parser)
+        options = parser.parse_args(_checked(parser, sys.argv[1:] if arguments is None else list(arguments)))
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain bytes that are not text
+        show_log()
+        leave_cores_to_others()
         with _signals_raise() as received, _data_warnings_as_messages():
             try:
                 code: int = options.run(options)
@@ -74,13 +108,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 143 if is_terminated else 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spatialflow", description="Panoptic segmentation and its operators.")
-    parser.add_argument("--version", action="version", version=f"spatialflow {spatialflow.__version__}")
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, and end the process; see the command `completion`."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+
+
+def _checked(parser: Parser, words: list[str]) -> list[str]:
+    """Return the words of the command line; end the process if the first one is no command."""
+    names = [command.__name__.rpartition(".")[2] for command in _COMMANDS]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        parser.error(f"no such command: {words[0]:.80}{did_you_mean(words[0], names)}")
+    return words
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="spatialflow",
+        description="Panoptic segmentation and its operators.",
+        epilog="\n".join(("examples, the first ones to try:", *(f"  spatialflow {line}" for line in EXAMPLES))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(
         title="commands",
         required=True,
         metavar="COMMAND",
+        parser_class=CommandParser,
         description="`spatialflow COMMAND --help` describes a command",
     )
     for command in _COMMANDS:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spatialflow.cli.arguments import add_completed
 from spatialflow.cli.common import CommandError, print_error
 
 if TYPE_CHECKING:
@@ -22,51 +23,128 @@ def configs_paragraph() -> str:
     return textwrap.fill(f"Configurations of the package: {', '.join(listed)}.", 116)
 
 
-def add_ema_option(parser: argparse.ArgumentParser, file: str = "--checkpoint") -> None:
-    """Add the option `--ema`, which applies to the checkpoint of the argument `file`."""
+def packaged_weights_names() -> list[str]:
+    """List the names of the weights that come with the package, without an import of torch."""
+    return sorted(path.stem for path in (Path(__file__).parents[1] / "weights").glob("*.safetensors"))
+
+
+def complete_configs(prefix: str, **_: Any) -> list[str]:
+    """List the configurations of the package, and YAML files."""
+    from argcomplete.completers import FilesCompleter
+
+    from spatialflow.config import list_configs
+
+    return [*list_configs(), *FilesCompleter(("yaml", "yml"))(prefix)]
+
+
+def complete_models(prefix: str, **_: Any) -> list[str]:
+    """List the weights of the package, and files and folders."""
+    from argcomplete.completers import FilesCompleter
+
+    return [*packaged_weights_names(), *FilesCompleter()(prefix)]
+
+
+def add_model_option(parser: argparse.ArgumentParser, use: str, **options: Any) -> None:
+    """Add the option `--model`; `--checkpoint`, its name in earlier versions, is accepted too."""
+    names = ", ".join(packaged_weights_names())
+    text = f"{use}: the folder of a training run, a weights file, or weights of the package ({names})"
+    add_completed(
+        parser, "--model", "--checkpoint", completer=complete_models, type=_name, metavar="MODEL", help=text, **options
+    )
+
+
+def add_config_option(parser: argparse.ArgumentParser, use: str, **options: Any) -> None:
+    """Add the option `--config`."""
+    text = f"{use}: configuration of the package, or YAML file; only for weights without one, such as released ones"
+    add_completed(parser, "--config", completer=complete_configs, metavar="NAME", help=text, **options)
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def add_ema_option(parser: argparse.ArgumentParser, file: str = "--model") -> None:
+    """Add the option `--ema`, which applies to the weights of the argument `file`."""
     parser.add_argument("--ema", action="store_true", help=f"use the moving average (EMA) of the weights in {file}")
 
 
-def check_ema(ema: bool, has_checkpoint: bool) -> None:
-    """Raise CommandError if `--ema` is given without a checkpoint."""
-    if ema and not has_checkpoint:
-        raise CommandError("--ema needs --checkpoint")
+def check_ema(ema: bool, has_model: bool) -> None:
+    """Raise CommandError if `--ema` is given without weights."""
+    if ema and not has_model:
+        raise CommandError("--ema needs --model")
 
 
-def load_model(config: str, checkpoint: Path | None, overrides: Mapping[str, Any], ema: bool = False) -> SpatialFlow:
-    """Build the network of `--config` with the weights of `--checkpoint`.
+def load_model(config: str | None, model: str | None, overrides: Mapping[str, Any], ema: bool = False) -> SpatialFlow:
+    """Load the network of `--model`, with the configuration `--config` if its file has none.
 
-    Without a checkpoint the network has the weights that come with the package, or random weights if there are none.
+    Without `--model` the network of `--config` has its packaged weights, or random weights if there are none.
     """
-    import torch
-
     from spatialflow.config import ConfigError
-    from spatialflow.engine.checkpoints import CheckpointError, load_checkpoint, packaged_weights
-    from spatialflow.models.build import build_model
+    from spatialflow.data.categories import CategoryError
+    from spatialflow.engine import model_files
+    from spatialflow.engine.checkpoints import CheckpointError
 
-    torch.manual_seed(0)
     try:
-        model = build_model(config, **overrides).eval()
-        checkpoint = checkpoint or packaged_weights(config)
-        if checkpoint is None:
-            print_error("no --checkpoint: the weights are random, and so are the results")
-            return model
-        load_checkpoint(model, checkpoint, ema)
-        return model
-    except (ConfigError, CheckpointError) as error:
+        if model is not None:
+            return model_files.load_model(model, config=config, ema=ema, **overrides)
+        if config is None:
+            raise CommandError(
+                f"which network? give --model: the folder of a training run, a weights file, or weights of the package "
+                f"({', '.join(packaged_weights_names())})"
+            )
+        packaged = model_files.packaged_weights(config)
+        if packaged is not None:
+            return model_files.load_model(packaged, **overrides)
+        return _random_network(config, overrides)
+    except (ConfigError, CheckpointError, CategoryError) as error:
         raise CommandError(str(error)) from None
 
 
+def _random_network(config: str, overrides: Mapping[str, Any]) -> SpatialFlow:
+    import torch
+
+    from spatialflow.models.build import build_model
+
+    torch.manual_seed(0)
+    network = build_model(config, **overrides).eval()
+    print_error("no --model: the weights are random, and so are the results")
+    return network
+
+
 def load_models(
-    configs: Sequence[str], checkpoints: Sequence[Path], overrides: Mapping[str, Any], ema: bool = False
+    configs: Sequence[str], models: Sequence[str], overrides: Mapping[str, Any], ema: bool = False
 ) -> list[SpatialFlow]:
-    """Build the networks of an ensemble; `configs` has one configuration for all checkpoints, or one for each."""
-    check_ema(ema, bool(checkpoints))
-    count = max(len(configs), len(checkpoints))
-    config_per_model = list(configs) * count if len(configs) == 1 else configs
-    files: Sequence[Path | None] = checkpoints or [None] * count
-    if len(config_per_model) != len(files):
+    """Load the networks of an ensemble; `configs` has no configuration, one for all models, or one for each."""
+    check_ema(ema, bool(models))
+    count = max(len(configs), len(models), 1)
+    config_per_model: list[str | None] = list(configs) if len(configs) > 1 else [*configs, None][:1] * count
+    sources: list[str | None] = [*models] or [None] * count
+    if len(config_per_model) != len(sources):
         raise CommandError(
-            f"give one --config for all of the {len(files)} --checkpoint, or one for each, got {len(configs)}"
+            f"give one --config for all of the {len(sources)} --model, or one for each, got {len(configs)}"
         )
-    return [load_model(config, file, overrides, ema) for config, file in zip(config_per_model, files, strict=True)]
+    return [
+        load_model(config, source, overrides, ema) for config, source in zip(config_per_model, sources, strict=True)
+    ]
+
+
+def note_drawn_scenes(networks: Iterable[SpatialFlow], images: Iterable[Path]) -> None:
+    """Print a message if networks that know only drawn scenes are to predict images that `synthesize` did not draw.
+
+    Args:
+        networks: the networks.
+        images: paths of images; none, as for a camera, are photographs.
+    """
+    known = next((network.trained_on for network in networks if network.trained_on is not None), None)
+    if known is None:
+        return
+    from spatialflow.data.synthetic import is_drawn
+
+    folders = {Path(image).parent for image in images}
+    if not folders or not all(is_drawn(folder.parent / "panoptic.json") for folder in folders):
+        print_error(
+            f"these weights know only {known}: their maps of photographs are meaningless; for photographs, train on "
+            f"your own (`spatialflow train`) or give other weights with --model (docs/weights.md)"
+        )

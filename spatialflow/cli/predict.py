@@ -11,17 +11,29 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import spatialflow
-from spatialflow.cli.common import CommandError, add_path, format_error, print_error, set_threads
+from spatialflow.cli.arguments import add_settings_option, numbers
+from spatialflow.cli.common import CommandError, add_path, as_command_errors, format_error, print_error, set_threads
+from spatialflow.cli.drawing_options import (
+    CONTACT_SHEET,
+    DEFAULT_STYLE,
+    add_drawing_options,
+    drawing_style,
+    write_contact_sheet,
+)
 from spatialflow.cli.input_images import InputImage, resolve_images
-from spatialflow.cli.networks import add_ema_option, configs_paragraph, load_models
+from spatialflow.cli.networks import (
+    add_config_option,
+    add_ema_option,
+    add_model_option,
+    configs_paragraph,
+    load_models,
+    note_drawn_scenes,
+)
 from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
-from spatialflow.threads import leave_cores_to_others
 
 if TYPE_CHECKING:
     from spatialflow.engine.predict import Predictor
     from spatialflow.models.spatialflow import SpatialFlow
-
-DEFAULT_CONFIG = "spatialflow_r50_coco"
 
 SUMMARY = "write panoptic maps and overlay pictures of images"
 DESCRIPTION = (
@@ -30,10 +42,13 @@ DESCRIPTION = (
     "ones while the network runs.\n\n" + configs_paragraph()
 )
 EXAMPLES = (
-    "predict photos --config demo --output out",
-    "predict photos --config spatialflow_r50_coco --checkpoint weights.pth --output out",
-    "predict photos --recursive --config demo --output out",
-    "predict a.jpg b.jpg --config demo --size 256 384 --flip --score 0.5 --output out",
+    "synthesize scenes --count 20 --size 256x384",
+    "predict scenes/images --model demo --output out",
+    "predict photos --model runs/mine --output out",
+    "predict photos --recursive --model runs/mine --output out",
+    "predict photos --model weights.pth --config spatialflow_r50_coco --output out",
+    "predict a.jpg b.jpg --model runs/mine --size 512x768 --flip score_threshold=0.1 --output out",
+    "predict photos --model runs/mine --output out --opacity 0.3 --legend --contact-sheet 16",
 )
 
 
@@ -42,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_input_options(parser)
     _add_device_options(parser)
     _add_inference_options(parser)
+    add_drawing_options(parser)
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -49,21 +65,8 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add_path(parser, "images", "IMAGE", "image files, or folders of images", nargs="+")
     files = "panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg"
     add_path(parser, "--output", "FOLDER", f"folder for {files}", required=True)
-    add(
-        "--config",
-        action="append",
-        metavar="NAME",
-        help=f"configuration of the package, or YAML file (default: {DEFAULT_CONFIG})",
-    )
-    add_path(
-        parser,
-        "--checkpoint",
-        "FILE",
-        "weights: safetensors, torch, or a released checkpoint (default: the weights that the package has for the "
-        "configuration, such as demo; random weights if it has none). Repeat the option for an ensemble, with one "
-        "--config for all checkpoints or one for each",
-        action="append",
-    )
+    add_model_option(parser, "network, repeated for an ensemble", action="append")
+    add_config_option(parser, "configuration of all models, or repeated one for each", action="append")
     add_ema_option(parser)
     add("--detections", action="store_true", help="also write detections.json (COCO results)")
     add("--no-overlay", action="store_true", help="do not write overlay pictures")
@@ -98,17 +101,15 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--size",
-        nargs="+",
-        type=int,
-        metavar=("SHORT", "LONG"),
+        type=numbers,
+        metavar="SHORTxLONG",
         help="resize images so that the short edge has SHORT pixels, or the long edge LONG pixels if that is "
         "smaller; without LONG, it is SHORT * 1333 / 800 (default of the option: sizes of the configuration)",
     )
     add(
         "--short-edges",
-        nargs="+",
-        type=int,
-        metavar="SHORT",
+        type=numbers,
+        metavar="SHORT,SHORT",
         help="test-time augmentation: process every image with each of these short edges (pixels) and combine the "
         "results; with a long edge of at most 1333 / 800 of the largest (default: the configuration's)",
     )
@@ -123,14 +124,7 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="minimum score of an instance in the panoptic map, 0 to 1 (default: the configuration's)",
     )
-    add(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="settings",
-        help="values of other fields of the configuration, e.g. stuff_area_threshold=2000",
-    )
+    add_settings_option(parser, "stuff_area_threshold=2000")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -138,23 +132,24 @@ def run(options: argparse.Namespace) -> int:
 
     An image that cannot be read or written is reported and skipped.
     """
-    leave_cores_to_others()
     from spatialflow.panoptic.detection import has_pycocotools
 
-    results = [options.output / name for name in RESULTS]
+    style = _drawing_style(options)
+    results = [options.output / name for name in (*RESULTS, CONTACT_SHEET)]
     images, failed = resolve_images(options.images, options.recursive, results)
     if not images:
         print_error("no image to predict")
         return 1
     if options.detections and not has_pycocotools():
         print_error("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
-    predictor, settings = _make_predictor(options)
+    predictor, settings = _make_predictor(options, images)
     output = PredictionFolder(
         options.output,
         images,
         predictor.categories.as_coco(),
         settings,
         overlays=not options.no_overlay,
+        style=style,
         detections=options.detections,
         resume=not options.restart,
     )
@@ -216,7 +211,9 @@ def _report(
     times: dict[str, float],
     elapsed: float,
 ) -> None:
-    """Print times and counts of a run with `new` images that took `elapsed` seconds."""
+    """Print times and counts of a run with `new` images that took `elapsed` seconds, and write the contact sheet."""
+    from spatialflow.images import ImageError
+
     if new:
         stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in times.items())
         print(
@@ -224,6 +221,9 @@ def _report(
             f"overlapped {elapsed / new * 1e3:.1f} ms"
         )
     done = len(output.done)
+    if done and options.contact_sheet is not None:
+        with as_command_errors(ImageError):
+            write_contact_sheet(options.output, output.overlays_done(), options.contact_sheet)
     if done:
         print(
             f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
@@ -238,7 +238,16 @@ def _report(
         )
 
 
-def _make_predictor(options: argparse.Namespace) -> tuple[Predictor, dict[str, Any]]:
+def _drawing_style(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the style of overlays; raise CommandError for an option that needs them if there are none."""
+    style = drawing_style(options)
+    if options.no_overlay and (options.contact_sheet is not None or style != DEFAULT_STYLE):
+        names = "--opacity, --no-labels, --no-outlines, --legend and --contact-sheet"
+        raise CommandError(f"{names} are for overlay pictures, which --no-overlay excludes")
+    return style
+
+
+def _make_predictor(options: argparse.Namespace, images: Sequence[InputImage]) -> tuple[Predictor, dict[str, Any]]:
     """Build the predictor; also return the settings that determine its results."""
     import torch
 
@@ -252,13 +261,12 @@ def _make_predictor(options: argparse.Namespace) -> tuple[Predictor, dict[str, A
     if options.cuda_graph and device.type != "cuda":
         raise CommandError(f"--cuda-graph needs a CUDA device, got --device {device}")
     try:
-        models = load_models(
-            options.config or [DEFAULT_CONFIG], options.checkpoint or [], _overrides(options), options.ema
-        )
+        models = load_models(options.config or [], options.model or [], _overrides(options), options.ema)
         dtype = getattr(torch, options.dtype)
         predictor = Predictor(models, device, dtype, options.cuda_graph, detection_masks=options.detections)
     except ValueError as error:  # settings, categories, or networks that do not form an ensemble
         raise CommandError(str(error)) from None
+    note_drawn_scenes(models, [image.path for image in images])
     return predictor, _settings(options, models)
 
 
@@ -276,6 +284,7 @@ def _settings(options: argparse.Namespace, models: Sequence[SpatialFlow]) -> dic
         "overlays": not options.no_overlay,
         "models": len(models),
     }
+    settings |= {f"overlay {field}": value for field, value in _drawing_style(options).items()}
     for number, model in enumerate(models, 1):
         prefix = f"model {number}: " if len(models) > 1 else ""
         for section in (model.config.model, model.config.test, model.config.data):

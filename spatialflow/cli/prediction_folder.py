@@ -51,6 +51,7 @@ class PredictionFolder:
         categories: copied into `panoptic.json`.
         settings: the settings that determine the results; only a run with equal settings resumes an interrupted run.
         overlays: write overlay pictures.
+        style: keyword arguments of `PanopticResult.overlay` for them.
         detections: write `detections.json`.
         resume: resume an interrupted run.
 
@@ -69,11 +70,13 @@ class PredictionFolder:
         overlays: bool,
         detections: bool,
         resume: bool,
+        style: Mapping[str, Any] | None = None,
     ) -> None:
         from spatialflow.panoptic import InUseError, PanopticWriter, ResumeError
 
         self.folder, self.overlay_folder = (root / name for name in RESULTS)
         self._root, self._overlays, self._detections = root, overlays, detections
+        self._style = dict(style or {})
         self._images, self._ids = images, _image_ids(images)
         self.left_out = 0
         self._active_writes = 0
@@ -87,6 +90,7 @@ class PredictionFolder:
                 info=_INFO,
                 settings=settings,
                 resume=resume,
+                colors=True,
                 detections_path=root / "detections.json" if detections else None,
             )
         except InUseError as error:
@@ -125,6 +129,11 @@ class PredictionFolder:
 
     def _overlay_path(self, image: InputImage) -> Path:
         return self.overlay_folder / f"{without_suffix(image.name)}.jpg"
+
+    def overlays_done(self) -> list[tuple[str, Path]]:
+        """List name and overlay of the images that are done, in the order of the inputs."""
+        done = set(self.done)
+        return [(image.name, self._overlay_path(image)) for image in self._images if image.name in done]
 
     def add_all(
         self, images: Iterable[InputImage], outcomes: Iterable[Outcome], threads: int = 1
@@ -172,7 +181,7 @@ class PredictionFolder:
         image_id, picture = self._ids[image.name], self._overlay_path(image)
         if self._overlays:
             with path_in_oserror(picture):
-                write_jpeg(picture, result.overlay(pixels))
+                write_jpeg(picture, result.overlay(pixels, **self._style))
         path = self._map_path(image)
         try:
             with path_in_oserror(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from spatialflow.cli.common import CommandError, add_path, check_count, print_error, set_threads
-from spatialflow.cli.networks import add_ema_option, check_ema, configs_paragraph
+from spatialflow.cli.networks import add_ema_option, add_model_option, check_ema, configs_paragraph
 
 if TYPE_CHECKING:
     from spatialflow.config import Config, ModelConfig
@@ -28,7 +28,7 @@ DESCRIPTION = (
     "and resuming.\n\n" + configs_paragraph()
 )
 EXAMPLES = (
-    "synthesize scenes --count 20 --size 256 384",
+    "synthesize scenes --count 20 --size 256x384",
     "train demo epochs=5 --images scenes/images --annotations scenes/panoptic.json --output run",
     "train spatialflow_r50_cityscapes --cityscapes cityscapes --backbone r50.pth --device cuda --output run",
 )
@@ -42,12 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = "checkpoint.pt, model.safetensors, log.jsonl, curves.png, ..."
     add_path(parser, "--output", "FOLDER", f"folder for {files}", required=True)
     _add_data_options(parser)
-    add_path(
+    add_model_option(
         parser,
-        "--checkpoint",
-        "FILE",
-        "fine-tune these weights; layers whose shape depends on the classes start from random weights if the classes "
+        "fine-tune this network; layers whose shape depends on the classes start from random weights if the classes "
         "differ",
+        dest="checkpoint",
     )
     add_ema_option(parser)
     add_path(parser, "--backbone", "FILE", "ImageNet weights with torchvision's names")
@@ -127,7 +126,7 @@ def _check_options(options: argparse.Namespace) -> None:
     check_count("--workers", options.workers, minimum=0)
     if options.checkpoint is not None and options.backbone is not None:
         raise CommandError(
-            "--checkpoint and --backbone exclude each other: a whole network's weights include the backbone's"
+            "--model and --backbone exclude each other: a whole network's weights include the backbone's"
         )
     check_ema(options.ema, options.checkpoint is not None)
     if options.device not in ("cpu", "cuda"):
@@ -163,7 +162,7 @@ def _warn_of_random_statistics(options: argparse.Namespace, model: ModelConfig) 
     is_fixed = model.backbone_frozen_stages >= 0 or not model.backbone_norm_trains
     if is_fixed and options.checkpoint is None and options.backbone is None:
         print_error(
-            "no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random initial "
+            "no --backbone or --model: frozen stages and BatchNorm's statistics keep their random initial "
             "values; from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1"
         )
 

@@ -89,7 +89,7 @@ def _catalog(options: argparse.Namespace) -> Catalog:
     from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, read_side
 
     def read(key: str, path: Path, title: str) -> Side:
-        json_path = _results_json(path)
+        json_path = panoptic_json(path)
         return read_side(key, title, json_path, png_folder(json_path))
 
     main = read(PREDICTION_SIDE, options.results, "Prediction")
@@ -113,14 +113,6 @@ def _titles(first: Path, second: Path) -> tuple[str, str]:
         if names[0] != names[1]:
             return names[0], names[1]
     return "Prediction", "Compared"
-
-
-def _results_json(path: Path) -> Path:
-    """Find a panoptic JSON as `panoptic_json` does, also in the folder of a training run."""
-    evaluation = path / "evaluation"
-    if os.path.isdir(evaluation) and not os.path.exists(path / "panoptic.json"):
-        return panoptic_json(evaluation)
-    return panoptic_json(path)
 
 
 def _serve(options: argparse.Namespace, catalog: Catalog, scan: Scan) -> int:

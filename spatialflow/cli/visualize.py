@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from spatialflow.cli.arguments import add_settings_option
 from spatialflow.cli.common import (
     CommandError,
     add_path,
@@ -18,8 +19,9 @@ from spatialflow.cli.common import (
     png_folder,
     print_error,
 )
+from spatialflow.cli.drawing_options import CONTACT_SHEET, add_drawing_options, drawing_style, write_contact_sheet
 from spatialflow.cli.input_images import InputImage, resolve_images, without_suffix
-from spatialflow.cli.networks import add_ema_option, check_ema, load_model
+from spatialflow.cli.networks import add_config_option, add_ema_option, add_model_option, check_ema, load_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +68,7 @@ class Picture(NamedTuple):
 
 SUMMARY = "draw ground truth, prediction and activations side by side"
 DESCRIPTION = "Draw the ground truth, the prediction and class-activation maps of photographs side by side."
-EXAMPLES = ("visualize photos --ground-truth truth.json --prediction out --config demo --output pictures",)
+EXAMPLES = ("visualize photos --ground-truth truth.json --prediction out --model runs/mine --output pictures",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,38 +94,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of pictures in each of worst.jpg and best.jpg (default: %(default)s)",
     )
     add("--recursive", action="store_true", help="include photographs in sub-folders")
-    add(
-        "--config",
-        metavar="NAME",
-        help="also draw class-activation maps of this network: of its cls sub-network and its stuff head",
-    )
-    add_path(parser, "--checkpoint", "FILE", "weights of the network, as for `predict`")
+    add_model_option(parser, "also draw class-activation maps of this network, of its cls sub-network and stuff head")
+    add_config_option(parser, "configuration of the network")
+    add_settings_option(parser, "test_short_edges=[256]")
     add_ema_option(parser)
+    add_drawing_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw the pictures and the pages that show them; return the exit code."""
+    from spatialflow.images import ImageError
     from spatialflow.panoptic.rules import PREDICTION, TRUTH, summary
 
     _check_options(options)
-    results = [options.output / name for name in (PICTURES, *(f"{sheet}.jpg" for sheet in SHEETS))]
+    style = drawing_style(options)
+    results = [options.output / name for name in (PICTURES, CONTACT_SHEET, *(f"{sheet}.jpg" for sheet in SHEETS))]
     images, failed = resolve_images(options.images, options.recursive, results)
     folders: dict[str, PanopticFolder] = {}
     if options.ground_truth is not None:
         folders["ground truth"] = _read_folder(options.ground_truth, TRUTH, None)
     if options.prediction is not None:
         folders["prediction"] = _read_folder(options.prediction, PREDICTION, folders.get("ground truth"))
-    check_ema(options.ema, options.checkpoint is not None)
-    model = None if options.config is None else load_model(options.config, options.checkpoint, {}, options.ema)
+    model = _load_model(options)
     pictures: list[Picture] = []
     try:
-        _draw_all(images, folders, model, options.output, pictures, failed)
+        _draw_all(images, folders, model, options.output, style, pictures, failed)
     except KeyboardInterrupt as stop:
         stop.args = (f"{len(pictures)} of {len(images)} pictures are done",)
         raise
     finally:
         if pictures:  # after an interrupt, the page shows the pictures drawn before it
-            with as_command_errors():
+            with as_command_errors(ImageError):
+                if options.contact_sheet is not None:
+                    shown = [("", picture.path) for picture in pictures]  # a picture has its name in it
+                    write_contact_sheet(options.output, shown, options.contact_sheet, cell=960)
                 _write_pages(pictures, options.output, options.sheet)
     for folder in folders.values():
         if folder.problems:
@@ -135,12 +139,27 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _load_model(options: argparse.Namespace) -> SpatialFlow | None:
+    """Load the network whose activations are drawn; None without one."""
+    from spatialflow.config import ConfigError, parse_settings
+
+    check_ema(options.ema, options.model is not None)
+    if options.model is None and options.config is None:
+        return None
+    try:
+        overrides = parse_settings(options.settings)
+    except ConfigError as error:
+        raise CommandError(str(error)) from None
+    return load_model(options.config, options.model, overrides, options.ema)
+
+
 def _check_options(options: argparse.Namespace) -> None:
     """Raise CommandError for options that do not fit together."""
-    if options.checkpoint is not None and options.config is None:
-        raise CommandError("--checkpoint needs --config, the configuration of its network")
-    if options.ground_truth is None and options.prediction is None and options.config is None:
-        raise CommandError("nothing to show: give --ground-truth, --prediction or --config")
+    has_network = options.model is not None or options.config is not None
+    if options.settings and not has_network:
+        raise CommandError(f"{options.settings[0]}: settings need --model, the network that they apply to")
+    if options.ground_truth is None and options.prediction is None and not has_network:
+        raise CommandError("nothing to show: give --ground-truth, --prediction or --model")
     if options.sheet < 1:
         raise CommandError(f"--sheet must be at least 1, got {options.sheet}")
 
@@ -150,6 +169,7 @@ def _draw_all(
     folders: dict[str, PanopticFolder],
     model: SpatialFlow | None,
     output: Path,
+    style: dict[str, Any],
     pictures: list[Picture],
     failed: list[str],
 ) -> None:
@@ -166,7 +186,7 @@ def _draw_all(
     with tqdm(images, desc="visualize", unit="image", disable=None) as bar:
         for image in bar:
             try:
-                pictures.append(_draw(image, folders, model, output))
+                pictures.append(_draw(image, folders, model, output, style))
             except (ImageError, PanopticFormatError, OSError) as error:
                 failed.append(format_error(error))
                 print_error(failed[-1])
@@ -209,19 +229,25 @@ def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> Panoptic
     return PanopticFolder(path, folder, use, annotation_by_name, annotations_by_key, categories, problems)
 
 
-def _draw(image: InputImage, folders: dict[str, PanopticFolder], model: SpatialFlow | None, output: Path) -> Picture:
-    """Write the picture of one photograph."""
+def _draw(
+    image: InputImage,
+    folders: dict[str, PanopticFolder],
+    model: SpatialFlow | None,
+    output: Path,
+    style: dict[str, Any],
+) -> Picture:
+    """Write the picture of one photograph; `style` has keyword arguments of `overlay`."""
     from spatialflow.files import write_jpeg
     from spatialflow.images import read_image
     from spatialflow.panoptic import overlay
-    from spatialflow.panoptic.pages import side_by_side
+    from spatialflow.panoptic.pages import side_by_side, with_equal_heights
 
     pixels = read_image(image.path)
     panels, maps = {"photograph": pixels}, []
     for title, folder in folders.items():
         ids, segments = _read_map(image, pixels, title, folder)
         maps.append((ids, segments))
-        panels[title] = overlay(pixels, ids, segments, folder.categories)
+        panels[title] = overlay(pixels, ids, segments, folder.categories, **style)
     if model is not None:
         from spatialflow.engine.activations import class_activation_maps, heat_picture
 
@@ -230,6 +256,8 @@ def _draw(image: InputImage, folders: dict[str, PanopticFolder], model: SpatialF
         if activations.stuff is not None:
             name = "other (all things)" if activations.stuff_class is None else activations.stuff_class.name
             panels[f"stuff head: {name}"] = heat_picture(pixels, activations.stuff)
+    if style["legend"]:
+        panels = with_equal_heights(panels)
     quality = _quality(image.path, folders["ground truth"].categories, *maps) if len(maps) == 2 else None
     heading = image.name if quality is None else f"{image.name}: PQ {100 * quality:.1f}"
     path = output / PICTURES / f"{without_suffix(image.name)}.jpg"

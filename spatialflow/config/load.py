@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of the package and of YAML files."""
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from spatialflow.config.parse import make_config, place_overrides, read_yaml
 from spatialflow.config.rules import ConfigError, short_repr
 from spatialflow.config.sections import SECTIONS, Config
 
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth")
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -81,11 +83,27 @@ def _locate(config: str | Path, folder: Path | None) -> Path:
         for candidate in candidates:
             if os.path.isfile(candidate):
                 return candidate.resolve()
-        raise ConfigError(f"config: no such file: {text:.200}")
+        raise ConfigError(f"config: no such file: {text:.200}{_similar_file(Path(text))}")
     path_by_name = {path.stem: path for path in CONFIG_FOLDER.rglob("*.yaml")}
     if text not in path_by_name:
         names = [name for name in list_configs() if not name.startswith("ablation_")]
+        similar = difflib.get_close_matches(text, path_by_name, n=2)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        if text.endswith(WEIGHTS_SUFFIXES):
+            hint = "; weights are given as the model (--model)"
         raise ConfigError(
-            f"config: must be a path ending in .yaml or one of {', '.join(names)}, ablation_...; got {short_repr(text)}"
+            f"config: must be a path ending in .yaml or one of {', '.join(names)}, ablation_...; got "
+            f"{short_repr(text)}{hint}"
         )
     return path_by_name[text].resolve()
+
+
+def _similar_file(path: Path) -> str:
+    """Suggest a YAML file in the folder in which `path` should be, or a configuration of the package."""
+    try:
+        files = [str(path.with_name(name)) for name in os.listdir(path.parent) if name.endswith((".yaml", ".yml"))]
+    except (OSError, ValueError):
+        files = []
+    similar = difflib.get_close_matches(str(path), files, n=1)
+    similar = similar or [name for name in list_configs() if name == path.stem]
+    return f"; did you mean {similar[0]}?" if similar else ""

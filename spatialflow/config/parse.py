@@ -10,10 +10,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
 from spatialflow.config.rules import ConfigError, require_value, short_repr
 from spatialflow.config.sections import SECTIONS, Config
+from spatialflow.requirements import require_packages
 
 
 def make_config(name: str, settings: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -55,6 +54,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 def read_yaml(text: str) -> Any:
     """Parse a YAML text; raise ConfigError ("is not YAML: ...") if that fails."""
+    require_packages("yaml")
+    import yaml
+
     try:
         return yaml.safe_load(text)
     except Exception as error:  # conversion of numbers, dates and the like raises other exceptions than YAMLError

@@ -7,10 +7,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from spatialflow.config import Config
 from spatialflow.panoptic.rules import is_color
 from spatialflow.structures import UNLABELED
 
@@ -46,7 +47,9 @@ class Categories:
         source: name of the table for error messages.
 
     Attributes:
+        rows: the rows in the order of the table.
         things, stuff: the rows by label; `stuff` has None at the index of "other".
+        other_id: the argument.
         other_index: semantic index of "other", None without it.
     """
 
@@ -63,6 +66,7 @@ class Categories:
             raise CategoryError(
                 f"{source}: category ids must be unique, got {sorted(i for i in set(ids) if ids.count(i) > 1)} twice"
             )
+        self.other_id = other_id
         self.things: tuple[Category, ...] = tuple(row for row in self.rows if row.isthing)
         plain_stuff = sorted((row for row in self.rows if not row.isthing), key=lambda row: row.id)
         stuff: list[Category | None] = [*plain_stuff]
@@ -102,6 +106,51 @@ class Categories:
         return [
             {"id": row.id, "name": row.name, "isthing": int(row.isthing), "color": list(row.color)} for row in self.rows
         ]
+
+    def same_classes(self, other: Categories) -> bool:
+        """Return whether two tables have the same ids, names, kinds and numbering; colors may differ."""
+        first, second = ([row._replace(color=(0, 0, 0)) for row in table.rows] for table in (self, other))
+        return first == second and self.other_index == other.other_index
+
+    def __str__(self) -> str:
+        """The classes in short, for messages: "3 classes (1 person, 2 rock, ...)"."""
+        names = ", ".join(f"{row.id} {row.name:.40}" for row in self.rows[:4])
+        return f"{len(self.rows)} classes ({names}{', ...' * (len(self.rows) > 4)})"
+
+    def as_table(self) -> dict[str, Any]:
+        """Return all that determines the numbering, as plain values for JSON; `from_table` is the inverse."""
+        return {"categories": self.as_coco(), "has_other": self.other_index is not None, "other_id": self.other_id}
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], source: str) -> Categories:
+        """Make the categories of a mapping from `as_table`; `source` is its name for error messages.
+
+        Raises:
+            CategoryError: the mapping has another form.
+        """
+        rows, has_other, other_id = (table.get(name) for name in ("categories", "has_other", "other_id"))
+        if not isinstance(rows, list) or type(has_other) is not bool or type(other_id) not in (int, type(None)):
+            raise CategoryError(f"{source}: holds no list of categories with their numbering")
+        return cls(rows, has_other, other_id, source)
+
+
+class Network(Protocol):
+    """The attributes of a network that decide its categories."""
+
+    config: Config
+    categories: Categories | None
+
+
+def network_categories(network: Network) -> Categories:
+    """Return the categories of a network: those that it was trained or loaded with, else those of its configuration.
+
+    Raises:
+        CategoryError: the configuration's categories cannot be read, or do not fit the network.
+    """
+    if network.categories is not None:
+        return network.categories
+    model = network.config.model
+    return load_categories(network.config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
 
 
 def load_categories(

@@ -2,7 +2,9 @@
 """Training batches: the schedule of images over steps and processes, and the data loader."""
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from spatialflow.config import DataConfig
 from spatialflow.data.augment import TrainingSample, augment
+from spatialflow.data.categories import Categories
 from spatialflow.data.samples import Sample, SampleError
 from spatialflow.panoptic.rules import Problem
 from spatialflow.structures import UNLABELED, GroundTruth
@@ -22,6 +25,7 @@ class DataSet(Protocol):
 
     names: list[str]
     sizes: list[tuple[int, int]]
+    categories: Categories
 
     def __len__(self) -> int: ...
 
@@ -233,6 +237,8 @@ def make_loader(
     """
     # A worker forked from this process would inherit OpenCV's and OpenMP's thread pools without their threads, and
     # deadlock. The fork server has no threads.
+    if workers > 0:
+        _start_fork_server()
     loader = DataLoader(
         _Samples(data, config, strict),
         batch_sampler=_SinglePass(requests),
@@ -246,6 +252,20 @@ def make_loader(
         if isinstance(batch, SampleError):
             raise batch
         yield batch
+
+
+def _start_fork_server() -> None:
+    """Start the server that forks the workers, with SIGINT blocked in it and in them.
+
+    Ctrl-C interrupts all processes of a terminal. The main process ends the workers; interrupted themselves, each would
+    print a traceback.
+    """
+    resource_tracker.ensure_running()  # before, as it unblocks SIGINT when it starts
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class _SinglePass:

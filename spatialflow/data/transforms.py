@@ -28,17 +28,6 @@ class ResizeGeometry(NamedTuple):
     scale: tuple[float, float]  # x and y factor original -> valid, rounded to float32
 
 
-def check_image(image: np.ndarray, name: str = "image") -> np.ndarray:
-    """Return `image` if it is (H, W, 3) uint8 with at least one pixel; raise ImageError otherwise."""
-    if not isinstance(image, np.ndarray):
-        raise ImageError(f"{name}: must be a path or an (H, W, 3) uint8 array, got {type(image).__name__}")
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ImageError(f"{name}: must be (H, W, 3) uint8 in BGR order, got {image.shape} {image.dtype}")
-    if image.size == 0:
-        raise ImageError(f"{name}: has no pixels, got shape {image.shape}")
-    return image
-
-
 def compute_resized_size(size: tuple[int, int], short_edge: int, long_edge: float) -> tuple[int, int]:
     """Compute the largest size (H, W) of the same aspect ratio within `short_edge` and `long_edge`.
 

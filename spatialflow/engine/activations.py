@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spatialflow.data.categories import Category, load_categories
+from spatialflow.data.categories import Category, network_categories
 from spatialflow.data.transforms import compute_resize
 from spatialflow.models.heads import upsample_stuff_logits
 from spatialflow.models.spatialflow import SpatialFlow
@@ -61,7 +61,7 @@ def class_activation_maps(model: SpatialFlow, image: np.ndarray) -> ActivationMa
     things = torch.stack([to_image((logits[0] - bias).amax(dim=0)) for logits in output.class_logits]).amax(dim=0)
     if output.stuff_logits is None:
         return ActivationMaps(_scaled(things), None, None)
-    categories = load_categories(data.categories, config.model.num_things, config.model.num_stuff)
+    categories = network_categories(model)
     stuff_logits, index = upsample_stuff_logits(output.stuff_logits), categories.other_index
     if index is None:
         labels = stuff_logits[0, :, : geometry.valid_size[0], : geometry.valid_size[1]].argmax(dim=0)

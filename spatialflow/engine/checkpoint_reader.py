@@ -2,11 +2,12 @@
 """Reading of weights from files of this package, of mmdetection and of common trainers, under this package's names."""
 
 import logging
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,13 @@ class CheckpointError(RuntimeError):
         self.missing, self.unexpected, self.wrong_shape = list(missing), list(unexpected), list(wrong_shape)
 
 
+class Weights(NamedTuple):
+    """Content of a file of weights."""
+
+    state: dict[str, Tensor]  # under the names of this package, on the CPU
+    entries: dict[str, str]  # the texts beside the tensors, such as the configuration of this package's files
+
+
 def name_from_released(name: str) -> str:
     """Convert the name of a released state-dict entry; a name without a counterpart is returned unchanged."""
     block = re.fullmatch(r"stuff_head\.lateral_convs\.(\d+)\.(\d+)\.(conv|gn)\.(\w+)", name)
@@ -97,7 +105,19 @@ def is_released(state: Mapping[str, Tensor]) -> bool:
 
 
 def read_state(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors or torch file, under the names of this package.
+    """Read the tensors of a safetensors or torch file, under the names of this package; see `read_weights`.
+
+    Returns:
+        name -> tensor, on the CPU.
+
+    Raises:
+        CheckpointError: as `read_weights`.
+    """
+    return read_weights(path, ema).state
+
+
+def read_weights(path: str | Path, ema: bool = False) -> Weights:
+    """Read a safetensors or torch file of weights.
 
     The format is recognized by content. What trainers and wrappers add is removed: keys that hold the weights
     (`CONTAINERS`, `EMA_CONTAINERS`), parts of names (`WRAPPERS`, `OUTER_NAMES`), averages `ema_*` beside the weights.
@@ -109,7 +129,7 @@ def read_state(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
             weights.
 
     Returns:
-        name -> tensor, on the CPU.
+        Weights.
 
     Raises:
         CheckpointError: the file is absent or damaged; it holds objects other than tensors and plain values; or it
@@ -119,12 +139,16 @@ def read_state(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file:
             head = file.read(9)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        content, entries = _read_safetensors(path)  # first, as the length of its header may begin like a torch file
+    elif head[:2] == b"PK" or head[:1] == b"\x80":
         content = read_torch(path)
+        entries = _texts(content)
     elif head[8:9] == b"{":
-        content = _read_safetensors(path)
+        raise CheckpointError(f"{path}: is damaged: it ends within the header")
     else:
         raise CheckpointError(f"{path}: is neither a safetensors nor a torch file")
     notes: list[str] = []
@@ -138,9 +162,21 @@ def read_state(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: holds no weights")
     if ema and not (is_average or has_average):
         raise CheckpointError(f"{path}: holds no moving average (EMA) of the weights")
-    if notes:
+    if notes and not entries:  # a file of this package needs no note
         logger.info("%s: %s", path, "; ".join(notes))
-    return {name_from_released(name): value for name, value in state.items()} if is_released(state) else state
+    if is_released(state):
+        state = {name_from_released(name): value for name, value in state.items()}
+    return Weights(state, entries)
+
+
+def _texts(content: Any) -> dict[str, str]:
+    """Return the entries that this package writes beside the weights, `spatialflow.*`."""
+    items = content.items() if isinstance(content, dict) else ()
+    return {
+        name: value
+        for name, value in items
+        if isinstance(name, str) and name.startswith("spatialflow.") and isinstance(value, str)
+    }
 
 
 def _is_state(content: Any) -> bool:
@@ -290,12 +326,12 @@ def read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path}: is damaged: {_first_line(error)}") from None
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, _texts(file.metadata())
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: is damaged: {_first_line(error)}") from None
 

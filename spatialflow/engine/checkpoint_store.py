@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spatialflow.config import Config
 from spatialflow.data.loader import DataSet
 from spatialflow.engine.checkpoint_reader import CheckpointError, read_torch
 from spatialflow.engine.checkpoints import not_finite, save_checkpoint, shorten
+from spatialflow.engine.description import describe
 from spatialflow.files import atomic_write
+from spatialflow.models.spatialflow import SpatialFlow
 
 RESUMABLE_FIELDS = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
 """Fields of the configuration that may change between the start of a run and its resumption. Those of the section
@@ -60,7 +62,7 @@ class CheckpointStore:
     def __init__(
         self,
         folder: Path,
-        network: nn.Module,
+        network: SpatialFlow,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         identity: Mapping[str, Any],
@@ -99,6 +101,7 @@ class CheckpointStore:
             "step": step,
             "random": torch.get_rng_state(),
             "identity": json.dumps(self.identity),
+            **describe(self.network).entries(),
         }
         with atomic_write(self.path) as file:
             torch.save(state, file)

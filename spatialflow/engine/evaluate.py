@@ -84,6 +84,7 @@ def evaluate_network(
         folder / f"panoptic{process_group.rank or ''}.json",  # the file of the first process is the result
         predictor.categories.as_coco(),
         detections_path=folder / "detections.json",
+        colors=True,
     )
     quality = PanopticQuality(content["categories"])
     annotations = content["annotations"][process_group.rank :: process_group.size]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction: image files or arrays to panoptic results, one by one or in overlapped batches."""
+"""Prediction: images of several kinds to panoptic results, one by one or in overlapped batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numbers
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
@@ -16,9 +15,20 @@ import torch
 from torch import Tensor
 
 from spatialflow.config import Config, ConfigError, load_config, place_overrides
-from spatialflow.data.categories import Categories, load_categories
-from spatialflow.data.transforms import LARGEST_SIDE, ResizeGeometry, check_image
+from spatialflow.data.categories import Categories, network_categories
+from spatialflow.data.transforms import LARGEST_SIDE, ResizeGeometry
 from spatialflow.engine.cuda_graphs import GraphCache
+from spatialflow.engine.inputs import (
+    ChannelOrder,
+    Image,
+    Source,
+    check_images,
+    check_order,
+    is_one_image,
+    is_path,
+    make_sources,
+    pixels_of,
+)
 from spatialflow.engine.pipeline import FixedResult, Pipeline
 from spatialflow.engine.result import PanopticResult
 from spatialflow.engine.stage_times import STAGES, record_stages, stage, zero_times
@@ -37,8 +47,6 @@ DECODERS = {"cpu": 1, "cuda": 6}
 
 PATIENCE = 4
 """A batch that is not full runs when `PATIENCE * batch_size` images have been read after its first image."""
-
-Image = str | Path | np.ndarray
 
 
 class Outcome(NamedTuple):
@@ -68,7 +76,10 @@ class _Running(NamedTuple):
 
 
 class Predictor:
-    """Inference from image files to panoptic maps, with one model or an ensemble.
+    """Inference from images to panoptic maps, with one model or an ensemble.
+
+    NumPy arrays are read as BGR, the order of `cv2.imread`, unless `channel_order="rgb"` is given. Images of Pillow and
+    tensors are always RGB. `__call__` lists the kinds of images.
 
     Several short edges (`test_short_edges`) or mirrored images (`test_flip`) are test-time augmentation. The outputs
     for all views of an image, and of all models of an ensemble, are combined into one map. See `Pipeline`.
@@ -91,6 +102,8 @@ class Predictor:
             GPU, flags in device memory select the detections, and only the optimized mask head skips the others.
         batch_size: images that go through the network together. Only images of equal padded size share a batch, so
             that results do not depend on the other images. See `stream` for how long an image waits for others.
+        channel_order: "bgr" or "rgb", of the channels of NumPy arrays; each method takes another for its call. None:
+            "bgr", with a `spatialflow.images.ChannelOrderWarning` for an array that is probably RGB.
         overrides: fields of the configuration's `test` section, for instance `test_short_edges=(600,)`,
             `test_flip=True`, `score_threshold=0.3`.
 
@@ -98,8 +111,8 @@ class Predictor:
         ConfigError: an override is not a field of the section `test`, or breaks a rule.
         CategoryError: the configuration's categories do not fit the model.
         ValueError: the device does not exist or is neither a CPU nor a CUDA device; the dtype is not supported;
-            `cuda_graph` is True without a CUDA device; the batch size is below 1; there is no model; or the models of
-            an ensemble differ in their classes, heads or inputs.
+            `cuda_graph` is True without a CUDA device; the batch size is below 1; the channel order is unknown; there
+            is no model; or the models of an ensemble differ in their classes, heads or inputs.
         TypeError: `model` is neither a SpatialFlow network nor a sequence of them.
 
     Note:
@@ -116,6 +129,7 @@ class Predictor:
         optimize: bool = True,
         batch_size: int = 1,
         detection_masks: bool = True,
+        channel_order: ChannelOrder | None = None,
         **overrides: Any,
     ) -> None:
         unknown = [section for section in place_overrides(overrides) if section != "test"]
@@ -134,10 +148,7 @@ class Predictor:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         graphs = graph_cache(self.device, cuda_graph)
         self.config: Config = load_config(models[0].config, **overrides)
-        model_config = self.config.model
-        self.categories: Categories = load_categories(
-            self.config.data.categories, model_config.num_things, model_config.num_stuff, model_config.stuff_head
-        )
+        self.categories: Categories = _shared_categories(models)
         networks = [
             optimize_for_inference(model, self.device, dtype)
             if optimize
@@ -148,48 +159,73 @@ class Predictor:
         ignored = () if other_index is None else (other_index,)
         self.pipeline: Pipeline = Pipeline(networks, self.config, ignored, self.device, dtype, detection_masks, graphs)
         self.batch_size: int = batch_size
+        self.channel_order: ChannelOrder | None = check_order(channel_order)
         self._transfers: Transfers = Transfers(self.device)
 
     @overload
-    def __call__(self, images: Image) -> PanopticResult: ...  # type: ignore[overload-overlap]  # str is iterable
+    def __call__(  # type: ignore[overload-overlap]  # str is iterable
+        self, images: Image, *, channel_order: ChannelOrder | None = None
+    ) -> PanopticResult: ...
 
     @overload
-    def __call__(self, images: Iterable[Image]) -> list[PanopticResult]: ...
+    def __call__(
+        self, images: Iterable[Image], *, channel_order: ChannelOrder | None = None
+    ) -> list[PanopticResult]: ...
 
-    def __call__(self, images: Image | Sequence[Image] | Iterable[Image]) -> PanopticResult | list[PanopticResult]:
+    def __call__(
+        self, images: Image | Iterable[Image], *, channel_order: ChannelOrder | None = None
+    ) -> PanopticResult | list[PanopticResult]:
         """Predict one image or many.
 
+        Arrays are BGR by default, images of Pillow and tensors are RGB.
+
         Args:
-            images: a path or an (H, W, 3) uint8 BGR array, or an iterable of them.
+            images: one image, or an iterable of images, of any kinds and sizes:
+
+                - the path of a file, see `spatialflow.images.read_image`;
+                - a PIL image of any mode except "I" and "F"; its EXIF orientation is applied;
+                - a uint8 array (H, W, 3), (H, W, 4) or, in gray, (H, W); an (N, H, W, 3) array is N images;
+                - a tensor (3, H, W), (4, H, W) or, in gray, (1, H, W) or (H, W), uint8 or floating-point in 0..1, on
+                  any device; an (N, C, H, W) tensor is N images.
+
+                Transparency is dropped.
+            channel_order: "bgr" or "rgb", of the channels of arrays; None: that of the Predictor.
 
         Returns:
             A PanopticResult for one image, a list in the order given for many, see `stream`.
 
         Raises:
-            ImageError: an image cannot be read or has another shape or type; the file and the reason are named.
+            ImageError: an image cannot be read, or has another shape, type or range of values; the message names the
+                image, the rule and the value.
+            ValueError: the channel order is unknown.
+            TypeError: `images` is neither an image nor an iterable.
         """
-        if not isinstance(images, (str, Path, np.ndarray)):
-            return list(self.stream(images))
-        ((_, outcome),) = self._finish(self._queue([self._load((0, images))])).items()
+        if not is_one_image(images):
+            return list(self.stream(cast("Iterable[Image]", images), channel_order=channel_order))
+        (source,) = make_sources([cast("Image", images)], check_order(channel_order) or self.channel_order)
+        ((_, outcome),) = self._finish(self._queue([self._load(source)])).items()
         return cast("PanopticResult", outcome.result)
 
-    def stream(self, images: Iterable[Image]) -> Iterator[PanopticResult]:
+    def stream(self, images: Iterable[Image], *, channel_order: ChannelOrder | None = None) -> Iterator[PanopticResult]:
         """Predict many images, and yield the results in the order of the images.
 
-        Worker threads decode the next images while the network runs. On a GPU the next batch is queued before the host
+        Worker threads decode the next files while the network runs. On a GPU the next batch is queued before the host
         waits for the previous one. The iterable is read in the caller's thread, at most
         `2 * DECODERS[device] + (2 * PATIENCE + 1) * batch_size` images ahead. So the memory is bounded, and the
         iterable may be infinite.
 
         Args:
-            images: paths or (H, W, 3) uint8 BGR arrays. An iterator may reuse the array that it yielded.
+            images: an iterable of images as for `__call__`. An iterator may reuse the memory of an image that it
+                yielded.
+            channel_order: see `__call__`.
 
         Yields:
             A PanopticResult per image, in the order given.
 
         Raises:
             ImageError: see `__call__`; raised after the results of the previous images.
-            TypeError: `images` is one path or one array, or is not iterable.
+            ValueError: the channel order is unknown.
+            TypeError: `images` is one image, or is not iterable.
 
         Note:
             After an early exit from the loop, the threads end when the iterator is closed or garbage-collected.
@@ -200,7 +236,7 @@ class Predictor:
             >>> for result in predictor.stream(sorted(folder.glob("*.jpg"))):  # doctest: +SKIP
             ...     result.save("out")
         """
-        with closing(self.outcomes(images)) as outcomes:
+        with closing(self.outcomes(images, channel_order=channel_order)) as outcomes:
             for outcome in outcomes:
                 if outcome.error is not None:
                     try:
@@ -209,7 +245,9 @@ class Predictor:
                         del outcome  # the error's traceback refers to this frame
                 yield cast("PanopticResult", outcome.result)
 
-    def outcomes(self, images: Iterable[Image]) -> Generator[Outcome, None, None]:
+    def outcomes(
+        self, images: Iterable[Image], *, channel_order: ChannelOrder | None = None
+    ) -> Generator[Outcome, None, None]:
         """Predict many images as `stream` does, and yield the decoded pixels too.
 
         An image that cannot be used gives an Outcome with an ImageError. Any other exception is raised.
@@ -217,19 +255,12 @@ class Predictor:
         Yields:
             An Outcome per image, in the order given.
         """
-        if isinstance(images, (str, Path)):
-            raise TypeError(f"images: must be an iterable of images, got one path, {str(images)!r}; call the Predictor")
-        if isinstance(images, np.ndarray) and images.ndim < 4:
-            rule = "images: must be an iterable of images"
-            raise TypeError(f"{rule}, got one array of shape {images.shape}; call the Predictor")
-        try:
-            iter(images)
-        except TypeError:
-            raise TypeError(f"images: must be an iterable of images, got {images!r:.80}") from None
+        check_images(images)
+        sources = make_sources(images, check_order(channel_order) or self.channel_order)
         done: dict[int, Outcome] = {}  # by position, not yet yielded
         running: deque[_Running] = deque()
         next_position = 0
-        with closing(self._batches(images, done)) as batches:
+        with closing(self._batches(sources, done)) as batches:
             for batch in batches:
                 if batch:
                     running.append(self._queue(batch))
@@ -245,11 +276,11 @@ class Predictor:
                             del outcome  # the error's traceback refers to this frame
                     yield outcome
 
-    def _batches(self, images: Iterable[Image], failed: dict[int, Outcome]) -> Generator[list[_Item], None, None]:
+    def _batches(self, sources: Iterator[Source], failed: dict[int, Outcome]) -> Generator[list[_Item], None, None]:
         """Group images of equal padded size into batches.
 
         Args:
-            images: as for `stream`.
+            sources: from `make_sources`.
             failed: receives the outcomes, by position, of images that cannot be read.
 
         Yields:
@@ -259,7 +290,7 @@ class Predictor:
         # Images without a full batch, by their padded sizes. The group that begins with the earliest image is first.
         waiting: dict[tuple[tuple[int, int], ...], list[_Item]] = {}
         threads, error = DECODERS[self.device.type], None
-        with closing(map_ahead(self._load, _with_positions(images), threads, 2 * threads + self.batch_size)) as loads:
+        with closing(map_ahead(self._load, sources, threads, 2 * threads + self.batch_size)) as loads:
             try:
                 for position, load in enumerate(loads):
                     if not load.done():
@@ -284,13 +315,11 @@ class Predictor:
             finally:
                 del error  # the error's traceback refers to this frame
 
-    def _load(self, numbered_image: tuple[int, Image]) -> _Item:
+    def _load(self, source: Source) -> _Item:
         """Read and check one image; `stream` calls this method in worker threads."""
-        position, image = numbered_image
-        times = zero_times()
-        name = Path(image).name if isinstance(image, (str, Path)) else f"image {position}"
+        position, name, times = source.position, source.name, source.times
         with record_stages(times), stage("decode"):
-            pixels = read_image(image) if isinstance(image, (str, Path)) else check_image(image, name)
+            pixels = read_image(source.image) if is_path(source.image) else pixels_of(source)
             staged = self._transfers.stage(pixels)
         geometries = self.pipeline.geometries(pixels.shape[:2])
         for geometry in geometries:
@@ -337,6 +366,7 @@ class Predictor:
             self.categories,
             item.name,
             item.times,
+            item.pixels,
         )
 
 
@@ -374,7 +404,7 @@ def check_ensemble(configs: Sequence[Config]) -> None:
         raise ValueError("model: an ensemble needs at least one model, got none")
     shared = {
         "model": ("num_things", "num_stuff", "thing_head", "stuff_head", "roi_size"),
-        "data": ("categories", "image_mean", "image_std", "size_divisor"),
+        "data": ("image_mean", "image_std", "size_divisor"),
     }
     for section, names in shared.items():
         for name in names:
@@ -384,6 +414,15 @@ def check_ensemble(configs: Sequence[Config]) -> None:
                     raise ValueError(
                         f"model: the models of an ensemble must agree in {name}, got {first!r} and {value!r}"
                     )
+
+
+def _shared_categories(models: Sequence[SpatialFlow]) -> Categories:
+    """Return the categories of an ensemble; raise ValueError unless they are the same in all models."""
+    first, *further = (network_categories(model) for model in models)
+    for other in further:
+        if not other.same_classes(first):
+            raise ValueError(f"model: the models of an ensemble must agree in categories, got {first} and {other}")
+    return first
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -399,10 +438,3 @@ def usable_device(device: str | torch.device) -> torch.device:
             f"device {usable}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here"
         )
     return usable
-
-
-def _with_positions(images: Iterable[Image]) -> Iterator[tuple[int, Image]]:
-    """Enumerate images. An array from an iterator is copied, as the iterator may overwrite it in its next step."""
-    for position, image in enumerate(images):
-        may_change = isinstance(image, np.ndarray) and not isinstance(images, Sequence)
-        yield position, cast("np.ndarray", image).copy() if may_change else image

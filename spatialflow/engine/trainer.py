@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from spatialflow.config import Config, TrainingConfig
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
+from spatialflow.data.synthetic import DRAWN_SCENES, is_drawn
 from spatialflow.engine.checkpoint_store import CheckpointStore, TrainingError, run_identity
 from spatialflow.engine.checkpoints import largest_value, load_backbone, load_matching, shorten
 from spatialflow.engine.distributed import ProcessGroup, synchronize_norms
@@ -162,6 +163,9 @@ class Trainer:
         self.total_steps = training.epochs * self.schedule.steps_per_epoch
         torch.manual_seed(training.seed)
         self.network, self.reinitialized_layers = _initial_network(config, initial_weights)
+        self.network.categories = data.categories
+        if initial_weights.checkpoint is None and is_drawn(getattr(data, "json_path", "")):
+            self.network.trained_on = DRAWN_SCENES
         if process_group.size > 1 and config.model.backbone_norm_trains:
             synchronize_norms(self.network.backbone)
         self.network.to(process_group.device).train()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The SpatialFlow network, assembled from backbone, FPN, sub-networks and heads."""
 
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, Optional, cast
 
 from torch import Tensor, nn
 
@@ -9,6 +9,9 @@ from spatialflow.config import Config
 from spatialflow.models.anchors import STRIDES
 from spatialflow.models.subnets import SEGMENTATION_LEVELS, SubnetFeatures
 from spatialflow.ops import multilevel_roi_align
+
+if TYPE_CHECKING:
+    from spatialflow.data.categories import Categories
 
 
 class NetworkOutput(NamedTuple):
@@ -33,7 +36,15 @@ class SpatialFlow(nn.Module):
         thing_head: RoI features -> mask logits, or None.
         stuff_head: stuff features -> stuff logits, or None.
         config: the configuration that the parts were built from, for inference and checkpoints.
+
+    Attributes:
+        categories: the classes that the network was trained or loaded with, for inference and checkpoints; None: those
+            that `config` names.
+        trained_on: the only images that the weights know, in words; None: not known, or photographs.
     """
+
+    categories: Optional["Categories"] = None
+    trained_on: str | None = None
 
     def __init__(
         self,

@@ -8,6 +8,10 @@ import importlib
 import warnings
 from typing import Any
 
+from spatialflow.requirements import require_packages
+
+require_packages()
+
 _MODULE_BY_NAME = {
     "InUseError": "journal",
     "MergeResult": "merging",
@@ -15,7 +19,8 @@ _MODULE_BY_NAME = {
     "PanopticQuality": "quality",
     "PanopticWriter": "writer",
     "ResumeError": "journal",
-    "color_of": "drawing",
+    "color_ids": "colors",
+    "color_of": "colors",
     "decode_ids": "formats",
     "encode_ids": "formats",
     "evaluate": "quality",

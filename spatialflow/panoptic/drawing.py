@@ -1,65 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of panoptic results: colored segments with outlines, labels and scores over the photograph."""
 
-import colorsys
 import functools
 import numbers
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatialflow.panoptic.extents import extents, run_begins
+from spatialflow.panoptic.colors import segment_colors
+from spatialflow.panoptic.extents import extents, number_ids
 from spatialflow.panoptic.formats import as_id_map
-from spatialflow.panoptic.rules import is_color
-
-_GOLDEN_RATIO_CONJUGATE = 0.618033988749895  # its multiples, modulo 1, spread hue or lightness evenly over [0, 1)
-
-
-def color_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
-    """Compute the color of a segment from its category and its number within the category.
-
-    Args:
-        category_id: the category's id.
-        index: 0 for stuff and the first instance of a category in an image, then 1, 2, ...
-        base: (red, green, blue) of the category, 0 to 255; None for one derived from the id.
-
-    Returns:
-        (red, green, blue), 0 to 255. With an index above 0, the hue is at most 36 degrees from that of the category,
-        and the lightness varies with the index.
-
-    Raises:
-        ValueError: base is not three numbers from 0 to 255.
-    """
-    if base is None:
-        hue, lightness, saturation = (category_id % 2**32 * _GOLDEN_RATIO_CONJUGATE) % 1.0, 0.55, 0.65
-    elif not is_color(base):
-        raise ValueError(f"base must be three numbers from 0 to 255, got {base!r:.80}")
-    else:
-        hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in base))
-    if index:
-        # Lightness is a low-discrepancy sequence over a visible range. The hue alternates around that of the category.
-        # Grays get some saturation, so that the hue is visible.
-        lightness = 0.3 + 0.48 * ((lightness + index * _GOLDEN_RATIO_CONJUGATE) % 1.0)
-        hue = (hue + (-1) ** index * 0.02 * (1 + index % 5)) % 1.0
-        saturation = max(saturation, 0.45)
-    red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
-    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def overlay(
-    image: np.ndarray,
+    image: Any,
     id_map: np.ndarray,
     segments: Iterable[Mapping[str, Any]],
     categories: Iterable[Mapping[str, Any]] | None = None,
     *,
     opacity: float = 0.5,
     labels: bool = True,
+    legend: bool = False,
+    outlines: bool = True,
 ) -> np.ndarray:
     """Draw a panoptic result over its photograph.
 
     Args:
-        image: (H, W, 3) uint8, BGR as OpenCV reads it.
+        image: (H, W, 3) uint8, BGR as OpenCV reads it; or a PIL image, whose EXIF orientation is applied.
         id_map: (H, W) integer segment ids. Pixels whose id is not in `segments`, such as void, keep the photograph,
             except under a label.
         segments: mappings with `id`, `category_id` and optionally `isthing` and `score`. A `score` that `float()` does
@@ -69,18 +38,19 @@ def overlay(
         opacity: weight of the segment colors, 0 to 1; the photograph has the weight 1 - opacity.
         labels: write the category name, and the score if the segment has one, where labels do not cover each other.
             Segments that are too small have no label.
+        legend: add lines below the picture with the colors and the names of the categories in it, the category of
+            the largest area first. The number of instances follows the name where it is above one.
+        outlines: draw a light and a dark line at the border of each segment.
 
     Returns:
-        (H, W, 3) uint8, BGR. The same arguments give the same picture.
+        (H, W, 3) uint8, BGR; with a legend more than H lines. The same arguments give the same picture.
 
     Raises:
         ValueError: image or id_map has another shape or dtype, opacity is not a number in [0, 1], or a color is not
             three numbers from 0 to 255. Also if a uint32, int64 or uint64 id_map has an id outside [0, 2^24).
     """
-    image = np.asarray(image)
+    image = _as_bgr(image)
     id_map = as_id_map(id_map, "id_map")
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
     if image.shape[:2] != id_map.shape:
         raise ValueError(f"id_map must have the image's size {image.shape[:2]}, got {id_map.shape}")
     if not isinstance(opacity, numbers.Real) or not 0 <= opacity <= 1:
@@ -89,26 +59,20 @@ def overlay(
     if id_map.size == 0:
         return image.copy()
 
-    category_by_id = {category["id"]: category for category in categories or ()}
-    segments = list(segments)
-    ids, slots = _number(id_map)
+    name_by_id = {category["id"]: category.get("name", category["id"]) for category in categories or ()}
+    ids, slots = number_ids(id_map)
     slot_by_id = {int(segment_id): slot for slot, segment_id in enumerate(ids)}
+    drawn = [segment for segment in segments if int(segment["id"]) in slot_by_id]
     palette = np.zeros((len(ids), 3), np.float32)
     listed = np.zeros(len(ids), bool)
+    names: list[tuple[int, str]] = []
     texts: list[tuple[int, str]] = []
-    last_index: dict[int, int] = {}
-    for segment in segments:
-        slot = slot_by_id.get(int(segment["id"]))
-        if slot is None:
-            continue
+    for segment, color in zip(drawn, segment_colors(drawn, categories), strict=True):
+        slot = slot_by_id[int(segment["id"])]
+        palette[slot], listed[slot] = color[::-1], True
         category_id = int(segment["category_id"])
-        category = category_by_id.get(category_id, {})
-        index = 0
-        if segment.get("isthing", category.get("isthing")):
-            index = last_index[category_id] = last_index.get(category_id, -1) + 1
-        palette[slot] = color_of(category_id, index, category.get("color"))[::-1]
-        listed[slot] = True
-        texts.append((slot, str(category.get("name", category_id)) + _score_text(segment.get("score"))))
+        names.append((slot, str(name_by_id.get(category_id, category_id))))
+        texts.append((slot, names[-1][1] + _score_text(segment.get("score"))))
 
     import cv2
 
@@ -116,10 +80,23 @@ def overlay(
     picture = cv2.addWeighted(image, 1 - opacity, colors, opacity, 0)
     if not listed.all():
         cv2.copyTo(image, (~listed).view(np.uint8).take(slots), picture)
-    _draw_outlines(picture, slots, palette, listed)
+    if outlines:
+        _draw_outlines(picture, slots, palette, listed)
     if labels:
         _draw_labels(picture, slots, texts, palette)
-    return picture
+    return np.vstack([picture, _legend(slots, names, palette)]) if legend and names else picture
+
+
+def _as_bgr(image: Any) -> np.ndarray:
+    """Convert a PIL image to a BGR array, upright by its EXIF orientation, and check an array."""
+    from PIL import Image, ImageOps
+
+    if isinstance(image, Image.Image):
+        return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[..., ::-1])
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
+    return image
 
 
 def _score_text(score: Any) -> str:
@@ -130,18 +107,6 @@ def _score_text(score: Any) -> str:
         return ""
 
 
-def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids (N,) of the map in ascending order, and the (H, W) int32 map of each pixel's index into them.
-
-    For speed, only the first pixel of each run of equal ids is sorted.
-    """
-    flat = id_map.ravel()
-    starts = np.flatnonzero(run_begins(flat))
-    ids, numbers = np.unique(flat[starts], return_inverse=True)
-    lengths = np.diff(np.append(starts, flat.size))
-    return ids, np.repeat(numbers.ravel().astype(np.int32), lengths).reshape(id_map.shape)
-
-
 def _look_up(palette: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """Look up (N, 3) uint8 colors by (H, W) indices; return (H, W, 4) uint8 with zeros in the last channel.
 
@@ -149,6 +114,11 @@ def _look_up(palette: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """
     words = np.pad(palette, ((0, 0), (0, 1))).view(np.uint32)[:, 0]
     return words.take(slots)[..., None].view(np.uint8)
+
+
+def _text_size(shape: Sequence[int]) -> int:
+    """Return the height of letters in pixels for a picture of shape (H, W, ...)."""
+    return max(10, round(min(shape[:2]) / 34))
 
 
 def _line_width(shape: Sequence[int]) -> int:
@@ -213,7 +183,7 @@ def _draw_labels(picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[i
     import cv2
 
     height, width = slots.shape
-    size = max(10, round(min(height, width) / 34))
+    size = _text_size(slots.shape)
     extent_by_slot = extents(slots)
     taken: list[tuple[int, int, int, int]] = []
     for slot, text in sorted(texts, key=lambda item: -extent_by_slot[item[0]].pixels):
@@ -240,3 +210,52 @@ def _draw_labels(picture: np.ndarray, slots: np.ndarray, texts: Sequence[tuple[i
         taken.append((x1, y1, x2, y2))
         pixels = picture[y1:y2, x1:x2]
         pixels[...] = np.rint(label.keep * pixels + label.shade * (palette[slot] // 4) + label.light)
+
+
+_PAPER, _INK = (255, 255, 255), (30, 30, 30)
+_LONGEST_NAME = 60  # letters of a name in a legend
+_STRIPES = 4  # colors of instances that a legend shows per category
+
+
+def _legend(slots: np.ndarray, names: Sequence[tuple[int, str]], palette: np.ndarray) -> np.ndarray:
+    """Draw the legend of a picture, (H', W, 3) uint8 BGR: an entry per name, as many in a line as fit.
+
+    Args:
+        slots: (H, W) indices into `palette`.
+        names: index and name of every segment.
+        palette: (N, 3) BGR colors.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    width = slots.shape[1]
+    size = _text_size(slots.shape)
+    font, swatch, gap = ImageFont.load_default(size), round(1.6 * size), max(3, size // 3)
+    pixels = np.bincount(slots.ravel(), minlength=len(palette))
+    area: Counter[str] = Counter()
+    slots_by_name: dict[str, list[int]] = {}
+    for slot, name in names:
+        area[name] += int(pixels[slot])
+        slots_by_name.setdefault(name, []).append(slot)
+
+    entries: list[tuple[int, int, str, list[int]]] = []  # left, line, text, slots
+    x, line = gap, 0
+    for name, _ in area.most_common():
+        short = " ".join(name.split())
+        text = short if len(short) <= _LONGEST_NAME else f"{short[: _LONGEST_NAME - 3]}..."
+        if len(slots_by_name[name]) > 1:
+            text += f" ({len(slots_by_name[name])})"
+        length = swatch + gap + round(font.getlength(text)) + 2 * gap
+        if x > gap and x + length > width:
+            x, line = gap, line + 1
+        entries.append((x, line, text, slots_by_name[name][:_STRIPES]))
+        x += length
+    step = size + 2 * gap
+    canvas = Image.new("RGB", (width, (line + 1) * step + gap), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for x, line, text, shown in entries:
+        top = gap + line * step
+        edges = [x + round(swatch * index / len(shown)) for index in range(len(shown) + 1)]
+        for slot, left, right in zip(shown, edges, edges[1:], strict=False):
+            draw.rectangle((left, top, right - 1, top + size), fill=tuple(map(round, palette[slot][::-1].tolist())))
+        draw.text((x + swatch + gap, top + size // 2), text, font=font, fill=_INK, anchor="lm")
+    return np.asarray(canvas)[..., ::-1]

@@ -64,3 +64,15 @@ def ids_of(id_map: np.ndarray) -> np.ndarray:
     """Return the ids (N,) of an integer map of any shape, in ascending order."""
     flat = np.ascontiguousarray(id_map).ravel()
     return np.unique(flat[run_begins(flat)])
+
+
+def number_ids(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids (N,) of the map in ascending order, and the (H, W) int32 map of each pixel's index into them.
+
+    For speed, only the first pixel of each run of equal ids is sorted.
+    """
+    flat = np.ascontiguousarray(id_map).ravel()
+    starts = np.flatnonzero(run_begins(flat))
+    ids, numbers = np.unique(flat[starts], return_inverse=True)
+    lengths = np.diff(np.append(starts, flat.size))
+    return ids, np.repeat(numbers.ravel().astype(np.int32), lengths).reshape(id_map.shape)

@@ -44,6 +44,14 @@ def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_widt
     return np.vstack([_line(heading, row.shape[1]), row]) if heading else row
 
 
+def with_equal_heights(panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Pad pictures (H, W, 3) uint8 at the bottom to the height of the highest one, such as one with a legend."""
+    height = max(panel.shape[0] for panel in panels.values())
+    return {
+        title: np.vstack([panel, _blank(height - panel.shape[0], panel.shape[1])]) for title, panel in panels.items()
+    }
+
+
 def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Stack one or more pictures (H, W, 3) uint8 vertically, padded at the right to the widest."""
     width = max(picture.shape[1] for picture in pictures)
@@ -51,6 +59,43 @@ def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
     for picture in pictures:
         rows += [np.hstack([picture, _blank(picture.shape[0], width - picture.shape[1])]), _blank(3 * _GAP, width)]
     return np.vstack(rows[:-1])
+
+
+def thumbnails(pictures: Iterable[tuple[str, np.ndarray]], columns: int, cell: int = 320) -> np.ndarray:
+    """Arrange pictures in lines of cells of one width, each below its title.
+
+    Args:
+        pictures: one or more pairs of a title, which may be empty, and (H, W, 3) uint8 BGR, of any sizes. They are
+            read one by one and scaled to fit a square cell.
+        columns: pictures in a line.
+        cell: width of a cell in pixels.
+
+    Returns:
+        (H', columns * cell + gaps, 3) uint8 BGR.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    import cv2
+
+    cells = []
+    for title, picture in pictures:
+        height, width = picture.shape[:2]
+        scale = cell / max(width, height)
+        size = (max(round(width * scale), 1), max(round(height * scale), 1))
+        small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        line = np.hstack([small, _blank(size[1], cell - size[0])])
+        cells.append(np.vstack([_line(title, cell), line]) if title else line)
+    if not cells:
+        raise ValueError("pictures must be one or more, got none")
+    rows = []
+    for begin in range(0, len(cells), columns):
+        row = cells[begin : begin + columns]
+        row += [_blank(row[0].shape[0], cell)] * (min(columns, len(cells)) - len(row))
+        height = max(part.shape[0] for part in row)
+        parts = [np.vstack([part, _blank(height - part.shape[0], cell)]) for part in row]
+        rows.append(np.hstack([piece for part in parts for piece in (part, _blank(height, _GAP))][:-1]))
+    return contact_sheet(rows)
 
 
 def html_page(title: str, pictures: Iterable[tuple[str, str]]) -> str:

@@ -12,6 +12,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from spatialflow.files import atomic_write
+from spatialflow.panoptic.colors import color_ids
 from spatialflow.panoptic.extents import ids_of
 from spatialflow.panoptic.formats import write_id_map
 from spatialflow.panoptic.journal import Journal, dumps
@@ -127,6 +128,7 @@ class PanopticWriter:
         detections_path: file of the COCO results from `add`; None writes none.
         settings: JSON-serializable values that determine the results, such as thresholds and a hash of the weights.
         resume: continue the journal of an earlier run, see `is_done`; False replaces it.
+        colors: write ids that are colors of the categories, as COCO's are, instead of the ids given; see `color_ids`.
 
     Raises:
         ResumeError: the journal to resume was written with other settings or categories.
@@ -151,6 +153,7 @@ class PanopticWriter:
         detections_path: str | os.PathLike[str] | None = None,
         settings: Mapping[str, Any] | None = None,
         resume: bool = False,
+        colors: bool = False,
     ) -> None:
         self.folder = Path(folder)
         if json_path is None:
@@ -159,6 +162,7 @@ class PanopticWriter:
         self.json_path = Path(json_path)
         self.detections_path = None if detections_path is None else Path(detections_path)
         self._info = info
+        self._colors = colors
         self._categories = None if categories is None else [dict(category) for category in categories]
         self._entries: dict[str, _Entry] = {}  # image name -> location of its row, and its files
         self._taken: dict[tuple[str, int | str], str] = {}  # id, PNG or name (`_keys`) -> name of its image
@@ -211,7 +215,8 @@ class PanopticWriter:
             image_id: the image's id in the data set.
             image_name: file name of the photograph.
             id_map: (H, W) integer segment ids, 0 for void.
-            segments: mappings with at least `id` and `category_id`; every id of the map once, and no other.
+            segments: mappings with at least `id` and `category_id`; every id of the map once, and no other. With
+                `colors`, other ids are written.
             png_name: path of the PNG inside the folder; by default the stem of `image_name` with ".png".
             detections: COCO results of the image.
             photograph: the file, which `is_done` checks for changes.
@@ -232,6 +237,9 @@ class PanopticWriter:
             "photograph": _stamp(photograph),
             "path": None if photograph is None else os.path.abspath(photograph),
         }
+        if self._colors:
+            annotation = row["annotation"]
+            id_map, annotation["segments_info"] = color_ids(id_map, annotation["segments_info"], self._categories)
         path = self.folder / png_name
         with self._reserved(row):
             write_id_map(path, id_map)

@@ -2,14 +2,14 @@
 """The images that the viewer shows: panoptic JSONs joined by image, with the problems of their entries."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatialflow.panoptic.drawing import color_of
+from spatialflow.panoptic.colors import color_of, segment_colors
 from spatialflow.panoptic.formats import load_json, read_id_map
 from spatialflow.panoptic.photographs import find_photograph, match_images, photograph_names
 from spatialflow.panoptic.quality import default_folder
@@ -156,6 +156,7 @@ class Catalog:
         self.notes = [f"{side.path}: {text}" for side in sides for text in side.problems]
         self.images = self._join()
         self.categories = self._merge_categories()
+        self._category_rows = [row._asdict() for row in self.categories.values()]
         self._folder = images
         self._folders = {side.key: _guess_folder(side) for side in sides} if images is None else {}
 
@@ -208,6 +209,11 @@ class Catalog:
         """Return the annotation of an image on one side; None if the side has none."""
         side = self.sides.get(key)
         return None if side is None or key not in image.ids else side.annotations.get(image.ids[key])
+
+    def colors(self, segments: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int, int]]:
+        """Compute the color (red, green, blue) of each segment of an image by its id, as overlays have it."""
+        numbers = (segment["id"] for segment in segments)
+        return dict(zip(numbers, segment_colors(segments, self._category_rows), strict=True))
 
     def read_map(self, index: int, key: str) -> np.ndarray:
         """Read the id map of an image on one side, (H, W) int32.
@@ -292,18 +298,3 @@ def _guess_folder(side: Side) -> Path | None:
         return next((folder for folder in candidates if os.path.isfile(find_photograph(folder, name))), None)
     except ValueError:  # not a file name
         return None
-
-
-def segment_colors(
-    segments: list[dict[str, Any]], categories: Mapping[int, Category]
-) -> dict[int, tuple[int, int, int]]:
-    """Compute the color (red, green, blue) of each segment by its id; instances of a class differ, as in overlays."""
-    colors: dict[int, tuple[int, int, int]] = {}
-    last: dict[int, int] = {}
-    for segment in segments:
-        category = categories[segment["category_id"]]
-        index = 0
-        if segment.get("isthing", category.isthing):
-            index = last[category.id] = last.get(category.id, -1) + 1
-        colors[segment["id"]] = color_of(category.id, index, category.color)
-    return colors

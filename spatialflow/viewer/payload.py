@@ -9,7 +9,7 @@ import numpy as np
 from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.quality import Matches, PanopticQuality
 from spatialflow.panoptic.rules import VOID, PanopticFormatError, is_finite
-from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, ViewError, segment_colors
+from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, ViewError
 from spatialflow.viewer.pictures import fit
 from spatialflow.viewer.scan import BINS, SMALLEST_SHARE, Scan, image_quality, map_problems
 
@@ -133,7 +133,7 @@ def image_payload(catalog: Catalog, scan: Scan, index: int, side_length: int) ->
 
 def _segments(catalog: Catalog, listed: list[dict[str, Any]], extent_of: Mapping[int, Extent]) -> list[dict[str, Any]]:
     """Describe the segments of a map: those that the JSON lists, then others."""
-    color_of = segment_colors(listed, catalog.categories)
+    color_of = catalog.colors(listed)
     unlisted = extent_of.keys() - {VOID}
     rows: list[dict[str, Any]] = []
     for segment in listed:

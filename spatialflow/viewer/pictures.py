@@ -12,10 +12,10 @@ import deflate
 import numpy as np
 
 from spatialflow.images import ImageError, read_image
-from spatialflow.panoptic.extents import run_begins
+from spatialflow.panoptic.extents import number_ids
 from spatialflow.panoptic.rules import PanopticFormatError
 from spatialflow.threads import available_cores
-from spatialflow.viewer.catalog import Catalog, ViewError, segment_colors
+from spatialflow.viewer.catalog import Catalog, ViewError
 
 THUMBNAIL_SIDE = 320
 """Longer side of a thumbnail in pixels."""
@@ -108,8 +108,8 @@ class Pictures:
                 return _jpeg(_resize(photograph, *fit(photograph.shape, THUMBNAIL_SIDE)), 82)
             id_map = self._catalog.read_map(index, key)
             height, width = fit(id_map.shape, THUMBNAIL_SIDE)
-            ids, slots = _number(_sample(id_map, height, width))
-            color_of = segment_colors(annotation["segments_info"], self._catalog.categories)
+            ids, slots = number_ids(_sample(id_map, height, width))
+            color_of = self._catalog.colors(annotation["segments_info"])
             is_segment = np.array([number in color_of for number in ids.tolist()])
             palette = np.array([color_of.get(number, (0, 0, 0))[::-1] for number in ids.tolist()], np.uint8)
             background = (
@@ -145,21 +145,13 @@ def encode_slots(id_map: np.ndarray) -> bytes:
     Raises:
         ViewError: the map has more than 65,536 ids.
     """
-    ids, indices = _number(id_map)
+    ids, indices = number_ids(id_map)
     if len(ids) > _LARGEST_SLOT + 1:
         raise ViewError(f"the map has {len(ids)} ids; the page shows at most {_LARGEST_SLOT + 1}")
     height, width = id_map.shape
     head = struct.pack("<III", width, height, len(ids))
     content = head + ids.astype("<u4").tobytes() + indices.astype("<u2").tobytes()
     return bytes(deflate.zlib_compress(content, 6))
-
-
-def _number(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids (N,) of a map in ascending order, and the (H, W) index of each pixel's id; runs are sorted."""
-    flat = np.ascontiguousarray(id_map).ravel()
-    starts = np.flatnonzero(run_begins(flat))
-    ids, indices = np.unique(flat[starts], return_inverse=True)
-    return ids, np.repeat(indices.astype(np.int32), np.diff(starts, append=flat.size)).reshape(id_map.shape)
 
 
 def fit(shape: Any, side: int) -> tuple[int, int]:

@@ -5,6 +5,6 @@ Stuff is textured. Things are drawn in perspective and occlude each other.
 """
 
 from spatialflow.data.synthetic.canvas import CATEGORIES, SMALLEST_SHARE, Scene
-from spatialflow.data.synthetic.dataset import make_scene, synthesize
+from spatialflow.data.synthetic.dataset import DRAWN_SCENES, is_drawn, make_scene, synthesize
 
-__all__ = ["CATEGORIES", "SMALLEST_SHARE", "Scene", "make_scene", "synthesize"]
+__all__ = ["CATEGORIES", "DRAWN_SCENES", "SMALLEST_SHARE", "Scene", "is_drawn", "make_scene", "synthesize"]

@@ -15,6 +15,14 @@ from spatialflow.panoptic.writer import PanopticWriter, earlier_files
 
 _INFO = {"description": "written by spatialflow synthesize"}
 
+DRAWN_SCENES = "drawn scenes of `spatialflow synthesize`"
+"""What networks know that were trained on scenes alone, for `SpatialFlow.trained_on`."""
+
+
+def is_drawn(json_path: str | os.PathLike[str]) -> bool:
+    """Return whether a panoptic JSON, or its unfinished journal, is that of a data set from `synthesize`."""
+    return bool(earlier_files(Path(json_path), _INFO)[0])
+
 
 def make_scene(size: tuple[int, int], seed: int, index: int) -> Scene:
     """Draw one scene.

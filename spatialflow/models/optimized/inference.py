@@ -47,4 +47,5 @@ def optimize_for_inference(
             stuff_head=None if source.stuff_head is None else PackedStuffHead(source.stuff_head),
             config=source.config,
         )
+        fast.categories, fast.trained_on = source.categories, source.trained_on
     return fast.requires_grad_(False).eval()

@@ -64,7 +64,7 @@ def test_states_of_segments_equal_the_counts(data):
     scan = scanned(catalog)
     seen = set()
     for index in range(4):
-        sides = image_payload(catalog, scan, index, 2560)["sides"]
+        sides = image_payload(catalog, scan, Pictures(catalog, 2560), index)["sides"]
         states = {key: [segment["status"]["prediction"] for segment in sides[key]["segments"]] for key in sides}
         maps = {key: catalog.read_map(index, key) for key in sides}
         counts = scan.counts(catalog.images[index], maps)[0]["prediction"].values()
@@ -152,7 +152,7 @@ def test_data_errors_are_shown_at_the_image(data):
     edit_json(out, add_broken)
     catalog = make_catalog(truth, out)
     scan = scanned(catalog)
-    payloads = [image_payload(catalog, scan, index, 2560) for index in range(len(catalog.images))]
+    payloads = [image_payload(catalog, scan, Pictures(catalog, 2560), index) for index in range(len(catalog.images))]
     assert "000001.png: cannot be read" in payloads[0]["problems"][0]
     assert any("the ground truth is 128x96 pixels, the prediction 64x48" in text for text in payloads[1]["problems"])
     assert any("segments_info" in text for text in payloads[3]["problems"])
@@ -161,9 +161,21 @@ def test_data_errors_are_shown_at_the_image(data):
     by_index = {row[0]: row for row in scores_payload(catalog, scan, 0)["rows"]}
     assert by_index[2][1] is not None  # a photograph does not matter for the score
     assert by_index[0][1] is None and by_index[0][3] and by_index[1][1] is None and by_index[3][3]
-    with pytest.raises(Exception, match="not an image"):
-        Pictures(catalog, 64).photograph(2)
+    assert any("000003.jpg: is not an image" in text for text in payloads[2]["problems"])
     Pictures(catalog, 64).thumbnail(2, "truth")  # over gray
+
+
+def test_a_photograph_of_another_size_is_named(data):
+    truth, _ = data
+    cv2.imwrite(str(truth / "images" / "000001.jpg"), np.zeros((30, 40, 3), np.uint8))
+    (truth / "panoptic" / "000002.png").unlink()
+    catalog = make_catalog(truth)
+    scan, pictures = scanned(catalog), Pictures(catalog, 64)
+    payload = image_payload(catalog, scan, pictures, 0)
+    assert payload["problems"] == ["the photograph is 40x30 pixels, the map 128x96"]
+    assert (payload["width"], payload["height"], payload["shown"]) == (128, 96, (64, 48))
+    payload = image_payload(catalog, scan, pictures, 1)  # without a map, the photograph gives the size
+    assert payload["photo"] and payload["sides"] == {} and payload["shown"] == (64, 48)
 
 
 def test_segments_in_one_of_map_and_json_are_named(data):
@@ -176,7 +188,7 @@ def test_segments_in_one_of_map_and_json_are_named(data):
     edit_json(truth, edit)
     catalog = make_catalog(truth)
     scan = scanned(catalog)
-    payload = image_payload(catalog, scan, 0, 2560)
+    payload = image_payload(catalog, scan, Pictures(catalog, 2560), 0)
     assert scores_payload(catalog, scan, 0)["rows"][0][3] == len(payload["problems"]) == 2
     assert any("segment 4000000 is in the JSON and not in the PNG" in text for text in payload["problems"])
     assert any(segment["category"] is None for segment in payload["sides"]["truth"]["segments"])

@@ -102,7 +102,7 @@ def _image(catalog: Catalog, scan: Scan, pictures: Pictures, index: int) -> dict
     image = catalog.images[index]
     shown = [key for key in catalog.sides if key in image.ids]
     return {
-        "payload": image_payload(catalog, scan, index, PICTURE_SIDE),
+        "payload": image_payload(catalog, scan, pictures, index),
         "photo": encoded(pictures.photograph),
         "thumbs": {key: encoded(pictures.thumbnail, key) for key in (PHOTOGRAPH, *shown)},
         "maps": {key: encoded(pictures.slots, key) for key in shown},

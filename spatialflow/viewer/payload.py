@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from spatialflow.images import ImageError
 from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.quality import Matches, PanopticQuality
 from spatialflow.panoptic.rules import VOID, PanopticFormatError, is_finite
 from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, ViewError
-from spatialflow.viewer.pictures import fit
+from spatialflow.viewer.pictures import Pictures
 from spatialflow.viewer.scan import BINS, SMALLEST_SHARE, Scan, image_quality, map_problems
 
 UNLISTED_COLOR = (255, 0, 255)
@@ -82,14 +83,14 @@ def _rounded(quality: float | None) -> float | None:
     return None if quality is None else round(quality, 5)
 
 
-def image_payload(catalog: Catalog, scan: Scan, index: int, side_length: int) -> dict[str, Any]:
+def image_payload(catalog: Catalog, scan: Scan, pictures: Pictures, index: int) -> dict[str, Any]:
     """Describe one image: the segments of every side with area, score, color and match, and all problems.
 
     Args:
         catalog: the images.
         scan: computes the PQ.
+        pictures: knows the sizes of the photographs.
         index: of the image.
-        side_length: longer side of the pictures of the page.
     """
     image = catalog.images[index]
     problems = list(image.problems)
@@ -113,19 +114,23 @@ def image_payload(catalog: Catalog, scan: Scan, index: int, side_length: int) ->
     problems += unscored
     for key in counts:
         _add_matches(catalog, index, key, maps, sides)
-    payload: dict[str, Any] = {"name": image.name, "sides": sides, "photo": None}
-    try:
-        path = catalog.photograph(image)
-        payload["photo"] = str(path)
-    except ViewError as error:
-        problems.append(str(error))
     sizes = {(row["width"], row["height"]) for row in sides.values()}
     if len(sizes) > 1 and not unscored:
         problems.append("the maps have different sizes: " + ", ".join(f"{w}x{h}" for w, h in sorted(sizes)))
+    payload: dict[str, Any] = {"name": image.name, "sides": sides, "photo": False}
+    try:
+        width, height = pictures.photograph_size(index)
+    except (ViewError, ImageError) as error:
+        problems.append(str(error))
+    else:
+        payload["photo"] = True
+        if sizes and (width, height) not in sizes:
+            map_width, map_height = max(sizes)
+            problems.append(f"the photograph is {width}x{height} pixels, the map {map_width}x{map_height}")
+        sizes = sizes or {(width, height)}
     if sizes:
         width, height = max(sizes)
-        shown_height, shown_width = fit((height, width), side_length)
-        payload |= {"width": width, "height": height, "shown": [shown_width, shown_height]}
+        payload |= {"width": width, "height": height, "shown": pictures.shown_size(width, height)}
     payload["pq"] = {key: _rounded(image_quality(row)) for key, row in counts.items()}
     payload["problems"] = list(dict.fromkeys(problems))
     return payload

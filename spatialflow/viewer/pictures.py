@@ -66,6 +66,7 @@ class Pictures:
 
     def __init__(self, catalog: Catalog, side: int) -> None:
         self._catalog, self._side = catalog, side
+        self._sizes: dict[int, tuple[int, int]] = {}
         self._small, self._large = ByteCache(48 << 20), ByteCache(48 << 20)
         self._decoding = threading.Semaphore(available_cores())  # bounds the memory of decoded images
 
@@ -78,9 +79,21 @@ class Pictures:
         """
         return self._large.get((index, PHOTOGRAPH), lambda: self._photograph(index))
 
+    def photograph_size(self, index: int) -> tuple[int, int]:
+        """Return the width and height of the file of a photograph, with the errors of `photograph`."""
+        if index not in self._sizes:
+            self.photograph(index)
+        return self._sizes[index]
+
+    def shown_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height in which an image of a size is shown."""
+        shown_height, shown_width = fit((height, width), self._side)
+        return shown_width, shown_height
+
     def _photograph(self, index: int) -> bytes:
         with self._decoding:
             pixels = read_image(self._catalog.photograph(self._catalog.images[index]))
+            self._sizes[index] = pixels.shape[1], pixels.shape[0]
             return _jpeg(_resize(pixels, *fit(pixels.shape, self._side)), 88)
 
     def thumbnail(self, index: int, key: str) -> bytes:

@@ -116,7 +116,7 @@ class Site:
     def _answer_image(self, kind: str, key: str | None, index: int, suffix: str) -> Response:
         try:
             if kind == "api/image" and key is None and suffix == "json":
-                body = as_json(image_payload(self._catalog, self._scan, index, PICTURE_SIDE))
+                body = as_json(image_payload(self._catalog, self._scan, self._pictures, index))
                 return Response(HTTPStatus.OK, suffix, body)
             if kind == "photo" and key is None and suffix == "jpg":
                 return Response(HTTPStatus.OK, suffix, self._pictures.photograph(index), cached=True)

@@ -116,7 +116,7 @@ const detail = {
         }),
       );
     } catch (error) {
-      payload = { name: data.index.names[index], sides: {}, photo: null, pq: {}, problems: [] };
+      payload = { name: data.index.names[index], sides: {}, photo: false, pq: {}, problems: [] };
       failures.push(`the image cannot be shown: ${error.message}`);
     }
     if (this.index !== index) return; // another image was opened meanwhile
@@ -180,7 +180,7 @@ const detail = {
       const side = chosen[i] === "photo" ? this.mainSide() : chosen[i];
       layer.show({
         title: this.titleOf(chosen[i]),
-        address: payload.photo === null ? "" : source.photo(this.index),
+        address: payload.photo ? source.photo(this.index) : "",
         side,
         map: maps.get(side) ?? null,
         segments: payload.sides[side]?.segments,

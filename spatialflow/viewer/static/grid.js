@@ -176,7 +176,9 @@ const grid = {
       image.src = address;
       picture.append(image);
     } else picture.append(element("span", "missing", "no picture"));
-    const link = element("a", "card", null, picture, element("span", "name", name), element("span", "values"));
+    const start = name.lastIndexOf("/") + 1; // a long folder is cut, so that the file name can be read
+    const parts = [element("span", "folder", name.slice(0, start)), element("span", "file", name.slice(start))];
+    const link = element("a", "card", null, picture, element("span", "name", null, ...parts), element("span", "values"));
     link.href = `#/image/${index}`;
     link.title = name;
     link.draggable = false;

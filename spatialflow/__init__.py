@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the names that `__getattr__` resolves, for type checkers an
     from spatialflow.engine.model_files import load_model, pretrained_model
     from spatialflow.engine.predict import Predictor
     from spatialflow.engine.result import PanopticResult
+    from spatialflow.engine.train import train
     from spatialflow.images import ImageError
     from spatialflow.models.build import build_model
     from spatialflow.models.optimized.inference import optimize_for_inference
@@ -44,6 +45,7 @@ _MODULE_BY_NAME = {
     "optimize_for_inference": "spatialflow.models.optimized.inference",
     "pretrained_model": "spatialflow.engine.model_files",
     "save_checkpoint": "spatialflow.engine.checkpoints",
+    "train": "spatialflow.engine.train",
 }
 _SUBPACKAGES = ("data", "engine", "models", "ops", "panoptic")
 
@@ -62,6 +64,7 @@ __all__ = [  # written out, because type checkers do not evaluate `sorted(_MODUL
     "optimize_for_inference",
     "pretrained_model",
     "save_checkpoint",
+    "train",
 ]
 
 

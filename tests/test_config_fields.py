@@ -29,6 +29,7 @@ from spatialflow.data.synthetic import make_scene
 from spatialflow.engine import trainer as trainer_module
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.predict import Predictor
+from spatialflow.engine.run_advice import settings_without_effect
 from spatialflow.models.build import build_model
 from spatialflow.models.postprocess import pyramid_anchors, pyramid_base_anchors
 from spatialflow.models.training_step import TrainingStep
@@ -235,7 +236,7 @@ ROWS = [
     Row("proposal_nms_threshold", 0.9, losses, dict(positive_iou=0.1, negative_iou=0.1)),
     Row("finetune_class_layers_epochs", 1, rates, dict(finetune_learning_rate=0.1)),
     Row("finetune_learning_rate", 0.1, rates, dict(finetune_class_layers_epochs=1)),
-    Row("evaluate_every_epochs", 2, run, dict(epochs=2)),
+    Row("evaluate_every_epochs", 3, run, dict(epochs=3)),
     Row("checkpoint_every_steps", 1, run),
 ]
 
@@ -326,7 +327,7 @@ def test_a_setting_without_effect_is_refused(overrides, words):
 
 def test_a_schedule_that_the_run_is_too_short_for_is_named():
     short = load_config("tiny", epochs=3, learning_rate_epochs=[2, 3, 9], warmup_iterations=6).training
-    decay, warmup = trainer_module.settings_without_effect(short, total_steps=6)
+    decay, warmup = settings_without_effect(short, total_steps=6)
     assert "learning_rate_epochs [2, 3, 9]" in decay and "does not fall after epoch 3 and 9" in decay
     assert "warmup_iterations 6: the run ends after 6 steps" in warmup
-    assert trainer_module.settings_without_effect(load_config("demo").training, total_steps=3000) == []
+    assert settings_without_effect(load_config("demo").training, total_steps=3000) == []

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not PAGES[0].is_file(), reason="not in a source 
 # Words with a slash that are not files of the source tree: inputs and outputs of commands, torch headers, patterns, and
 # the operator that CONTRIBUTING.md adds as an example.
 NOT_OURS = re.compile(
-    r"[A-Z<*]|count_above|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check(_second)?_logs)/|^(mydata|out|pictures|run|scenes)/"
+    r"[A-Z<*]|count_above|torch/|goldens/|build/|(evaluation|tensorboard|overlays|panoptic_\w+|gpu_check(_second)?_logs)/|^(clip|mydata|one|out|photos|pictures|run|scenes|two)/"
 )
 
 
@@ -68,7 +68,11 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings}
+    options = {option for action in parser._actions for option in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):  # the actions of `dataset`
+            options = options.union(*map(options_of, action.choices.values()))
+    return options
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -81,7 +85,7 @@ def test_commands(page):
         used = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
         assert used <= options_of(known[name]), f"{page.name}: spatialflow {name}: {used - options_of(known[name])}"
         configs = [value for option, value in itertools.pairwise(arguments) if option == "--config" and value.islower()]
-        configs += arguments[:1] if name == "train" else []
+        configs += [word for word in arguments[:1] if name == "train" and "=" not in word and word[0] != "-"]
         configs = [config for config in configs if not config.endswith(".yaml")]  # written by the reader
         assert set(configs) <= set(spatialflow.list_configs()), f"{page.name}: {configs}"
         settings = [argument for argument in arguments if re.match(r"[a-z_]+=", argument)]
@@ -152,15 +156,16 @@ def test_tutorial(page, tmp_path):
         elif block.language == "python" and not block.reason:
             python.append(block.text)  # a later block may use names of an earlier one
             run([sys.executable, "-c", "\n".join(python)], tmp_path, environment)
-            python = [] if "rename(" in block.text else python  # moving a file works once
         elif block.language == "console":
             for arguments in commands_of(f"```\n{block.text}```\n"):
-                inputs = {"photos": "scenes/images", "weights.pth": "", "run/model.safetensors": ""}
+                inputs = {"photos": "scenes/images", "weights.pth": "", "run" if arguments[0] != "train" else "": ""}
                 if any(argument in inputs and not (tmp_path / argument).exists() for argument in arguments):
                     continue  # these need files of the user
                 count = arguments.index("--count") + 1 if "--count" in arguments else None
                 if count:
                     arguments[count] = "4"
+                if arguments[0] == "train":
+                    arguments.insert(1, "epochs=1")
                 run([sys.executable, "-m", "spatialflow.cli", *arguments], tmp_path, environment)
 
 

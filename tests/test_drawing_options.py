@@ -143,3 +143,23 @@ class TestContactSheet:
         assert sheet.shape[1] == 206 and (sheet[30, 50] == 9).all() and (sheet[100, 110] == 99).all()
         with pytest.raises(ValueError, match="pictures must be one or more"):
             thumbnails([], 2)
+
+
+def test_a_sheet_of_an_earlier_run_is_removed(truth, weights, tmp_path):
+    assert predict(truth, weights, tmp_path, "--contact-sheet", "2") == 0
+    assert (tmp_path / "contact_sheet.jpg").is_file()
+    assert predict(truth, weights, tmp_path) == 0
+    assert not (tmp_path / "contact_sheet.jpg").exists()
+
+
+def test_a_sheet_shows_frames_of_a_video(truth, weights, tmp_path, capsys):
+    """The frames of a video are pictures too; a legend would change their sizes."""
+    writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 5, (96, 64))
+    for name in ("000001", "000002", "000003"):
+        writer.write(read_image(truth / "images" / f"{name}.jpg"))
+    writer.release()
+    command = ["predict", str(tmp_path / "clip.avi"), "--checkpoint", str(weights), "--output", str(tmp_path / "out")]
+    assert main([*command, *FAST, "--legend"]) == 2
+    assert "--legend is for images: the pictures of a video must have one size" in error_messages(capsys)[-1]
+    assert main([*command, *FAST, "--contact-sheet", "4"]) == 0
+    assert read_image(tmp_path / "out" / "contact_sheet.jpg").shape[1] == 2 * 320 + 6

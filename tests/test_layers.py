@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "threads": set(),
     "image_formats": set(),
     "images": {"errors", "image_formats", "requirements"},
+    "video": {"images"},
     "config": {"requirements"},
     "ops": {"_library", "deprecated"},
     "panoptic": GROUND | {"_evaluation", "ops"},
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "engine": GROUND | {"config", "ops", "panoptic", "models", "data"},
     "": {"_library"},  # spatialflow/__init__.py when it is imported; its names are resolved on first use
     "__main__": {"cli"},
-    "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine", "viewer"},
+    "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine", "video", "viewer"},
 }
 """For each module or package of `spatialflow`, the others that it may import, inside functions too."""
 

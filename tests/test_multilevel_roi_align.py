@@ -197,7 +197,7 @@ class TestShapes:
         assert torch.equal(ops.multilevel_roi_align(features, boxes, 2, STRIDES, 2, True, 6), expected)
         module = ops.MultilevelRoIAlign(2, STRIDES, 2, True, 6)
         assert torch.equal(module(features, boxes), expected)
-        assert "strides=(2, 4, 8)" in repr(module)
+        assert "strides=(2.0, 4.0, 8.0)" in repr(module)
 
     @pytest.mark.parametrize(
         "change, message",

@@ -197,9 +197,9 @@ class TestCases:
             (
                 torch.zeros(3, 4),
                 torch.zeros(3),
-                torch.zeros(3).int(),
+                torch.zeros(3, dtype=torch.complex64),
                 0.5,
-                "batched_nms: idxs must be int64, got int32",
+                "batched_nms: idxs must be int64, got ComplexFloat",
             ),
         ],
     )

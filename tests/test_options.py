@@ -71,7 +71,9 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("option", PAIRS)
-@pytest.mark.parametrize("value", [(1, 2, 3), "a", None, 1.5, (1, "a"), range(2), np.array([1, 1])], ids=str)
+@pytest.mark.parametrize(
+    "value", [(1, 2, 3), "a", None, 1.5, 7.0, (1, "a"), range(2), np.array([1.5, 1]), np.array([1])], ids=str
+)
 def test_what_is_no_pair_is_named(option, value):
     with pytest.raises(ValueError, match=rf"^{option} must be one integer or a pair, got ") as caught:
         PAIRS[option](value)
@@ -80,7 +82,8 @@ def test_what_is_no_pair_is_named(option, value):
 
 def test_integers_of_other_libraries_are_integers():
     expected = ops.roi_align(FEATURES, ROIS, (2, 3))
-    assert torch.equal(ops.roi_align(FEATURES, ROIS, (np.int64(2), np.int32(3))), expected)
+    for size in ((np.int64(2), np.int32(3)), np.array([2, 3]), torch.tensor([2, 3]), [2, 3], torch.Size([2, 3])):
+        assert torch.equal(ops.roi_align(FEATURES, ROIS, size), expected)
 
 
 @pytest.mark.parametrize("op", ["roi_align", "multilevel_roi_align"])
@@ -98,3 +101,16 @@ def test_boxes_of_images_are_named(op):
         call([ROIS[:, 1:]] * 2)
     with pytest.raises(ValueError, match=rf"^{op}: boxes\[0\] must have shape \(K, 4\), got \(1, 5\)"):
         call([ROIS])
+
+
+@pytest.mark.parametrize("value", [2.0, 2.5, "2", None, (2, 2), np.array([2, 2])], ids=str)
+@pytest.mark.parametrize("op", ["roi_align", "multilevel_roi_align", "MultiScaleRoIAlign"])
+def test_a_sampling_ratio_that_is_no_integer_is_named(op, value):
+    calls = {
+        "roi_align": lambda: ops.roi_align(FEATURES, ROIS, 2, 1.0, value),
+        "multilevel_roi_align": lambda: ops.multilevel_roi_align([FEATURES], ROIS, 2, [4], value),
+        "MultiScaleRoIAlign": lambda: ops.MultiScaleRoIAlign(["0"], 2, value),
+    }
+    with pytest.raises(ValueError, match=f"^{op}: sampling_ratio must be an integer, got ") as caught:
+        calls[op]()
+    assert str(caught.value).endswith(repr(value))

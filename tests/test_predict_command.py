@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `predict`: its output, its input images, the files that it does not replace, and its exit codes."""
 
+import json
 import os
 import re
 import resource
@@ -25,6 +26,12 @@ from spatialflow.cli.prediction_folder import MAX_UNWRITTEN, PredictionFolder
 from spatialflow.engine import predict
 from spatialflow.engine.pipeline import Pipeline
 from spatialflow.panoptic import color_ids, read_id_map, read_panoptic_json, writer
+from spatialflow.panoptic.photographs import join_images
+
+
+def resolved(*arguments, **options):
+    with resolve_images(*arguments, **options) as inputs:
+        return inputs
 
 
 def assert_complete(output, names):
@@ -193,17 +200,36 @@ class TestPredict:
             ("8.jpg", 8),
         ]
 
-    @pytest.mark.parametrize("names", [("a/x.jpg", "b/x.jpg"), ("a/x.jpg", "a/x.png")])
-    def test_names_that_coincide(self, photographs, tmp_path, capsys, names):
-        """Equal names are refused before any work, as one image's results would overwrite the other's."""
-        paths = [tmp_path / name for name in names]
+    @pytest.mark.parametrize(
+        "names, listed, stems",
+        [
+            (("a/x.jpg", "b/x.jpg"), ["a/x.jpg", "b/x.jpg"], ["a/x", "b/x"]),
+            (("x.jpg", "x.png"), ["x.jpg", "x.png"], ["x.jpg", "x.png"]),
+            (("a/x.jpg", "b/x.jpg", "b/x.bmp"), ["a/x.jpg", "b/x.jpg", "x.bmp"], ["a/x", "b/x", "x"]),
+            (("x.jpg", "x.png", "x.jpg.bmp"), ["x.jpg", "x.png", "x.jpg.bmp"], ["x.jpg", "x.png", "x.jpg.bmp"]),
+        ],
+    )
+    def test_names_that_coincide(self, photographs, weights, tmp_path, names, listed, stems):
+        """Names that coincide get folders in front; names that differ in the suffix keep it in the output files."""
+        paths, output = [tmp_path / name for name in names], tmp_path / "out"
         for path in paths:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes((photographs / "plain.jpg").read_bytes())
-        assert main(["predict", *map(str, paths), "--output", str(tmp_path / "out"), *FAST]) == 2
-        (message,) = error_messages(capsys)
-        assert message.startswith(f"{paths[1]}: has the same name as {paths[0]}, and output files are named by it")
-        assert not (tmp_path / "out").exists()
+        command = ["predict", *map(str, paths), "--checkpoint", str(weights), "--output", str(output), *FAST]
+        assert main(command) == 0
+        content = read_panoptic_json(output / "panoptic.json")
+        assert [image["file_name"] for image in content["images"]] == listed
+        assert [row["file_name"] for row in content["annotations"]] == [f"{stem}.png" for stem in stems]
+        assert len({image["id"] for image in content["images"]}) == len(names)
+        for stem, image, path in zip(stems, content["images"], paths, strict=True):
+            assert (output / "overlays" / f"{stem}.jpg").is_file() and (output / "panoptic" / f"{stem}.png").is_file()
+            assert (output / image["path"]).samefile(path)
+        truth = {"images": content["images"], "annotations": content["annotations"]}  # of the same names, other ids
+        truth = json.loads(json.dumps(truth))
+        for number, (image, row) in enumerate(zip(truth["images"], truth["annotations"], strict=True)):
+            image["id"] = row["image_id"] = number
+        joined = join_images(truth, content)
+        assert [joined[number] for number in range(len(names))] == [image["id"] for image in content["images"]]
 
     def test_one_file_passed_twice(self, photographs, weights, tmp_path):
         inputs = [str(photographs / "dot.png"), str(photographs), os.path.relpath(photographs / "dot.png")]
@@ -231,7 +257,9 @@ class TestPredict:
             assert (output / "overlays" / name).with_suffix(".jpg").is_file()
         assert main(command) == 0
         left_out = "2 images in its sub-folders are left out; --recursive includes them"
-        assert error_messages(capsys) == [f"{tmp_path}: {left_out}", replaces]
+        removed = "; those of 2 images that are no inputs now are removed: one/plain.jpg, one/two/dot.png"
+        assert error_messages(capsys) == [f"{tmp_path}: {left_out}", replaces + removed]
+        assert [path.name for path in (output / "panoptic").iterdir()] == ["plain.png"]
         assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]
 
     def test_a_folder_of_folders_alone(self, photographs, weights, tmp_path, capsys):
@@ -255,10 +283,10 @@ class TestPredict:
         (tmp_path / "in" / "other" / "back").symlink_to(tmp_path / "in")
         (tmp_path / "in" / "gone.jpg").symlink_to(tmp_path / "absent.jpg")
         (tmp_path / "in" / "loop.jpg").symlink_to(tmp_path / "in" / "loop.jpg")
-        images, failed = resolve_images([tmp_path / "in"], recursive=True)
+        images, _, failed = resolved([tmp_path / "in"], recursive=True)
         names = ["a.jpg", "folder.jpg/c.png", "gone.jpg", "linked/b.png", "loop.jpg", "other/b.png"]
         assert [image.name for image in images] == names and not failed
-        resolve_images([tmp_path / "in"])
+        resolved([tmp_path / "in"])
         left_out = "2 images in its sub-folders are left out; --recursive includes them"  # the count follows no links
         assert error_messages(capsys) == [f"{tmp_path / 'in'}: {left_out}"]
 
@@ -273,10 +301,10 @@ class TestPredict:
             return iterdir(path)
 
         monkeypatch.setattr(Path, "iterdir", refusing)
-        images, failed = resolve_images([tmp_path])
+        images, _, failed = resolved([tmp_path])
         assert [image.name for image in images] == ["a.jpg"]
         assert failed == error_messages(capsys) == []  # sub-folders are skipped without --recursive
-        images, failed = resolve_images([tmp_path], recursive=True)
+        images, _, failed = resolved([tmp_path], recursive=True)
         assert [image.name for image in images] == ["a.jpg"]
         assert failed == error_messages(capsys) == [f"{tmp_path / 'closed'}: cannot be read: Permission denied"]
 

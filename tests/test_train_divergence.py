@@ -178,7 +178,7 @@ class TestDivergence:
         assert main([*command, "--output", str(tmp_path / "run")]) == 2
         message = capsys.readouterr().err
         assert "spatialflow: step 1: not finite after step 1: " in message and "a lower learning_rate" in message
-        assert {path.name for path in (tmp_path / "run").iterdir()} <= {"log.jsonl", "tensorboard"}
+        assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", "log.jsonl", "tensorboard"}
 
     def test_all_processes_end(self, tmp_path):
         """If an update overflows, both processes end with an error, and none waits for the other."""

@@ -21,6 +21,7 @@ from spatialflow.cli import (
     benchmark,
     completion,
     convert,
+    dataset,
     evaluate,
     info,
     predict,
@@ -40,6 +41,7 @@ _COMMANDS: tuple[Any, ...] = (
     evaluate,
     view,
     validate,
+    dataset,
     train,
     visualize,
     synthesize,
@@ -189,13 +191,24 @@ def _signals_raise() -> Iterator[list[signal.Signals]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received
         return
+
+    def repeat(unraisable: Any) -> None:
+        """Send a signal again whose exception Python could not raise, as in `__del__`, instead of printing it."""
+        if received and isinstance(unraisable.exc_value, KeyboardInterrupt):
+            threading.Timer(0.02, os.kill, (os.getpid(), received[-1])).start()
+        else:
+            hook(unraisable)
+
+    hook = sys.unraisablehook
     handlers = {number: signal.getsignal(number) for number in _EXCEPTION_BY_SIGNAL}
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:  # signals that are ignored stay so: shells ignore SIGINT in background jobs
             signal.signal(number, stop)
+    sys.unraisablehook = repeat
     try:
         yield received
     finally:
+        sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

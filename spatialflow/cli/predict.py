@@ -4,23 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import spatialflow
 from spatialflow.cli.arguments import add_settings_option, numbers
-from spatialflow.cli.common import CommandError, add_path, as_command_errors, format_error, print_error, set_threads
-from spatialflow.cli.drawing_options import (
-    CONTACT_SHEET,
-    DEFAULT_STYLE,
-    add_drawing_options,
-    drawing_style,
-    write_contact_sheet,
-)
-from spatialflow.cli.input_images import InputImage, resolve_images
+from spatialflow.cli.common import CommandError, add_path, print_error, set_threads
+from spatialflow.cli.drawing_options import CONTACT_SHEET, DEFAULT_STYLE, add_drawing_options, drawing_style
+from spatialflow.cli.input_images import InputImage, Inputs, add_images, resolve_images
+from spatialflow.cli.label_folders import RESULT_FILES, RESULTS
 from spatialflow.cli.networks import (
     add_config_option,
     add_ema_option,
@@ -29,17 +23,20 @@ from spatialflow.cli.networks import (
     load_models,
     note_drawn_scenes,
 )
-from spatialflow.cli.prediction_folder import RESULTS, PredictionFolder, writers
+from spatialflow.cli.prediction_folder import PredictionFolder
+from spatialflow.cli.prediction_run import PredictionRun
 
 if TYPE_CHECKING:
     from spatialflow.engine.predict import Predictor
     from spatialflow.models.spatialflow import SpatialFlow
 
-SUMMARY = "write panoptic maps and overlay pictures of images"
+SUMMARY = "write panoptic maps and overlay pictures of images and videos"
 DESCRIPTION = (
-    "Write a panoptic map and an overlay picture for every image. Files that are not images are reported and skipped.\n"
-    "The same command, given again, resumes an interrupted run. Threads decode the next images and write the previous\n"
-    "ones while the network runs.\n\n" + configs_paragraph()
+    "Write a panoptic map and an overlay picture for every image, and for every frame of a video, of which an overlay\n"
+    "video is written too. Files that are not images are reported and skipped.\n"
+    "The same command, given again, resumes an interrupted run. After a completed run it replaces all results of that\n"
+    "run; --skip-existing keeps them and adds the others. Threads decode the next images and write the previous ones\n"
+    "while the network runs.\n\n" + configs_paragraph()
 )
 EXAMPLES = (
     "synthesize scenes --count 20 --size 256x384",
@@ -48,6 +45,9 @@ EXAMPLES = (
     "predict photos --recursive --model runs/mine --output out",
     "predict photos --model weights.pth --config spatialflow_r50_coco --output out",
     "predict a.jpg b.jpg --model runs/mine --size 512x768 --flip score_threshold=0.1 --output out",
+    "predict 'photos/**/*.jpg' --model runs/mine --output out --skip-existing",
+    "predict clip.mp4 --every 5 --model runs/mine --output out",
+    "predict --camera 0 --frames 100 --model runs/mine --output out",
     "predict photos --model runs/mine --output out --opacity 0.3 --legend --contact-sheet 16",
 )
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add_path(parser, "images", "IMAGE", "image files, or folders of images", nargs="+")
+    add_images(parser, "images, folders of images, and videos", nargs="*")
     files = "panoptic.json, panoptic/*.png (COCO panoptic format) and overlays/*.jpg"
     add_path(parser, "--output", "FOLDER", f"folder for {files}", required=True)
     add_model_option(parser, "network, repeated for an ensemble", action="append")
@@ -72,6 +72,15 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     add("--no-overlay", action="store_true", help="do not write overlay pictures")
     add("--recursive", action="store_true", help="include images in sub-folders; the output has the same sub-folders")
     add("--restart", action="store_true", help="start from the beginning instead of resuming an interrupted run")
+    add(
+        "--skip-existing",
+        action="store_true",
+        help="keep the results that earlier runs with the same settings left in the folder, and predict only images "
+        "without one (default: they are replaced)",
+    )
+    add("--camera", type=int, metavar="N", help="predict the frames of camera N, 0 for the first one, until Ctrl-C")
+    add("--every", type=int, default=1, metavar="N", help="predict every N-th frame of a video (default: %(default)s)")
+    add("--frames", type=int, metavar="N", help="predict at most N frames of each video (default: all)")
 
 
 def _add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -132,110 +141,124 @@ def run(options: argparse.Namespace) -> int:
 
     An image that cannot be read or written is reported and skipped.
     """
+    _check_input_options(options)
+    results = [options.output / name for name in (*RESULTS, *RESULT_FILES, CONTACT_SHEET)]
+    with resolve_images(options.images, options.recursive, results) as inputs:
+        return _run(options, inputs)
+
+
+def _check_input_options(options: argparse.Namespace) -> None:
+    """Raise CommandError for input options that do not fit together."""
+    if not options.images and options.camera is None:
+        raise CommandError("no input: give images, folders or videos, or --camera 0")
+    if options.camera is not None and options.images:
+        raise CommandError(f"--camera takes no other input, got {options.images[0]}")
+    for name, value, least in (
+        ("--camera", options.camera, 0),
+        ("--every", options.every, 1),
+        ("--frames", options.frames, 1),
+    ):
+        if value is not None and value < least:
+            raise CommandError(f"{name} must be at least {least}, got {value}")
+    if options.skip_existing and (options.restart or options.camera is not None):
+        raise CommandError(f"--skip-existing and {'--restart' if options.restart else '--camera'} exclude each other")
+
+
+def _run(options: argparse.Namespace, inputs: Inputs) -> int:
     from spatialflow.panoptic.detection import has_pycocotools
 
     style = _drawing_style(options)
-    results = [options.output / name for name in (*RESULTS, CONTACT_SHEET)]
-    images, failed = resolve_images(options.images, options.recursive, results)
-    if not images:
+    has_camera = options.camera is not None
+    videos: list[tuple[InputImage, int | None]] = [(video, None) for video in inputs.videos]
+    if has_camera:
+        name = f"camera{options.camera}"
+        videos.append((InputImage(Path(), name, output=name, source=f"camera {options.camera}"), options.camera))
+    if not inputs.images and not videos:
         print_error("no image to predict")
         return 1
+    if videos and options.legend:
+        raise CommandError("--legend is for images: the pictures of a video must have one size")
+    if not videos and (options.every != 1 or options.frames is not None):
+        raise CommandError(f"{'--every' if options.every != 1 else '--frames'} is for videos, and there is none")
     if options.detections and not has_pycocotools():
         print_error("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
-    predictor, settings = _make_predictor(options, images)
+    predictor, settings = _make_predictor(options, [*inputs.images, *(video for video, _ in videos)])
     output = PredictionFolder(
         options.output,
-        images,
+        inputs.images,
         predictor.categories.as_coco(),
         settings,
         overlays=not options.no_overlay,
         style=style,
+        contact_sheet=options.contact_sheet,
         detections=options.detections,
-        resume=not options.restart,
+        resume=not options.restart and not has_camera,
+        keep=options.skip_existing,
+        videos=[video for video, _ in videos],
+        is_live=has_camera,
     )
-    done_before = set(output.done)
-    if output.replaces_results:
-        print_error(f"{options.output}: holds the results of an earlier run, which this one replaces")
-    if done_before:
-        print_error(
-            f"{options.output}: {len(done_before)} of {len(images)} images were done by an interrupted run, "
-            f"which this run continues"
-        )
+    process = PredictionRun(predictor, output, inputs.failed, options.every, options.frames)
     begin = time.perf_counter()
     try:
-        times = _predict_images(predictor, output, images, done_before, failed)
+        with output:
+            _print_earlier_results(options, output)
+            process.predict_images()
+            for video, camera in videos:
+                process.predict_video(video, camera)
     except KeyboardInterrupt as stop:
-        stop.args = (f"{len(output.done)} of {len(images)} images are done; run the same command again for the others",)
+        count = f"{len(output.done)} of {len(output.images)} images" if not videos else f"{len(output.done)} images"
+        advice = "" if has_camera else "; run the same command again for the others"
+        stop.args = (f"{count} are done{advice}",)
         raise
-    _report(options, output, len(output.done) - len(done_before), failed, times, time.perf_counter() - begin)
-    return 1 if failed else 0
+    _report(options, output, process, time.perf_counter() - begin)
+    return 1 if process.failed else 0
 
 
-def _predict_images(
-    predictor: Predictor, output: PredictionFolder, images: Sequence[InputImage], done: set[str], failed: list[str]
-) -> dict[str, float]:
-    """Predict and write the images that are not `done`; return the total seconds by stage.
-
-    Messages about images that cannot be read or written are printed and added to `failed`.
-    """
-    from tqdm import tqdm
-
-    from spatialflow.images import ImageError
-    from spatialflow.panoptic import PanopticFormatError
-
-    remaining = [image for image in images if image.name not in done]
-    times: dict[str, float] = {}
-    with (
-        output,
-        contextlib.closing(predictor.outcomes([image.path for image in remaining])) as outcomes,
-        tqdm(desc="predict", unit="image", total=len(images), initial=len(done), disable=None) as bar,
-        contextlib.closing(output.add_all(remaining, outcomes, writers(predictor.device.type))) as files,
-    ):
-        for written in files:
-            try:
-                for stage, seconds in written.result().items():
-                    times[stage] = times.get(stage, 0.0) + seconds
-            except (ImageError, PanopticFormatError, OSError) as error:
-                failed.append(format_error(error))
-                with bar.external_write_mode(file=sys.stderr):
-                    print_error(failed[-1])
-            bar.update()
-    return times
+def _print_earlier_results(options: argparse.Namespace, output: PredictionFolder) -> None:
+    """Print what happens to the results that are in the output folder."""
+    folder, others = options.output, output.other_images()
+    counts = [f"{len(output.done)} of {len(output.images)} images"] if output.images or not output.frames_done else []
+    counts += [f"{output.frames_done} frames"] if output.frames_done else []
+    done = " and ".join(counts)
+    if options.skip_existing:
+        if output.earlier:
+            rest = f"; it has {len(others)} results of other images, which are kept too" if others else ""
+            print_error(f"{folder}: {done} have results, which are kept{rest}")
+        if output.changed:
+            print_error(f"{folder}: {output.changed} images changed since, or lack a file, and are predicted again")
+    elif output.done or output.frames_done:
+        print_error(f"{folder}: {done} were done by an interrupted run, which this run continues")
+    elif output.replaces_results or output.earlier:
+        listed = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        rest = f"; those of {len(others)} images that are no inputs now are removed: {listed}" if others else ""
+        print_error(f"{folder}: holds the results of an earlier run, which this one replaces{rest}")
+    if not options.detections and output.has_other_detections():
+        print_error(f"{folder}/detections.json: is not a result of this run, and stays")
 
 
-def _report(
-    options: argparse.Namespace,
-    output: PredictionFolder,
-    new: int,
-    failed: Sequence[str],
-    times: dict[str, float],
-    elapsed: float,
-) -> None:
-    """Print times and counts of a run with `new` images that took `elapsed` seconds, and write the contact sheet."""
-    from spatialflow.images import ImageError
-
-    if new:
-        stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in times.items())
+def _report(options: argparse.Namespace, output: PredictionFolder, process: PredictionRun, elapsed: float) -> None:
+    """Print times and counts of a run that took `elapsed` seconds."""
+    if new := process.count:
+        stages = ", ".join(f"{stage} {seconds / new * 1e3:.1f} ms" for stage, seconds in process.times.items())
         print(
-            f"mean time per image: {stages}, together {sum(times.values()) / new * 1e3:.1f} ms; "
+            f"mean time per image: {stages}, together {sum(process.times.values()) / new * 1e3:.1f} ms; "
             f"overlapped {elapsed / new * 1e3:.1f} ms"
         )
-    done = len(output.done)
-    if done and options.contact_sheet is not None:
-        with as_command_errors(ImageError):
-            write_contact_sheet(options.output, output.overlays_done(), options.contact_sheet)
-    if done:
-        print(
-            f"{done} of {done + len(failed)} images done: {options.output / 'panoptic.json'}, {output.folder}/"
-            + ("" if options.no_overlay else f", {output.overlay_folder}/")
-        )
-    else:
-        print_error("no image could be predicted")
     if output.left_out:
         print_error(
             f"{options.output}: {output.left_out} more images were done by the interrupted run; "
             f"panoptic.json does not list them, and the journal keeps them"
         )
+    done = len(output.done)
+    if done:
+        files = [str(options.output / "panoptic.json"), f"{output.folder}/"]
+        files += [] if options.no_overlay else [f"{output.overlay_folder}/"]
+        files += [str(options.output / name) for name in output.overlay_videos]
+        files += [str(options.output / "detections.json")] if options.detections else []
+        files += [str(options.output / CONTACT_SHEET)] if options.contact_sheet is not None else []
+        print(f"{done} of {done + len(process.failed)} images done: {', '.join(files)}")
+    else:
+        print_error("no image could be predicted")
 
 
 def _drawing_style(options: argparse.Namespace) -> dict[str, Any]:
@@ -282,6 +305,7 @@ def _settings(options: argparse.Namespace, models: Sequence[SpatialFlow]) -> dic
         "dtype": options.dtype,
         "detections": options.detections,
         "overlays": not options.no_overlay,
+        "every": options.every,
         "models": len(models),
     }
     settings |= {f"overlay {field}": value for field, value in _drawing_style(options).items()}

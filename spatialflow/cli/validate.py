@@ -63,14 +63,14 @@ def run(options: argparse.Namespace) -> int:
         if options.output is not None:
             with path_in_oserror(options.output):
                 _write(options.output, path, result)
-    print(_table(result), end="")
+    print(problem_table(result), end="")
     count = len(result.problems)
     verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
     print(f"{path}: {result.images} images, {result.segments} segments: {verdict}")
     return 1 if result.problems else 0
 
 
-def _table(result: Validation) -> str:
+def problem_table(result: Validation) -> str:
     """Make a table with a line for every broken rule and its first examples below."""
     from spatialflow.panoptic.rules import PREDICTION, RULES, TRAINING, TRUTH
 

@@ -20,7 +20,7 @@ from spatialflow.cli.common import (
     print_error,
 )
 from spatialflow.cli.drawing_options import CONTACT_SHEET, add_drawing_options, drawing_style, write_contact_sheet
-from spatialflow.cli.input_images import InputImage, resolve_images, without_suffix
+from spatialflow.cli.input_images import InputImage, Inputs, add_images, resolve_images, without_suffix
 from spatialflow.cli.networks import add_config_option, add_ema_option, add_model_option, check_ema, load_model
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ EXAMPLES = ("visualize photos --ground-truth truth.json --prediction out --model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument
-    add_path(parser, "images", "IMAGE", "photographs, or folders of photographs", nargs="+")
+    add_images(parser, "photographs, or folders of photographs")
     add_path(
         parser,
         "--output",
@@ -103,13 +103,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Draw the pictures and the pages that show them; return the exit code."""
+    _check_options(options)
+    drawing_style(options)
+    results = [options.output / name for name in (PICTURES, CONTACT_SHEET, *(f"{sheet}.jpg" for sheet in SHEETS))]
+    with resolve_images(options.images, options.recursive, results) as inputs:
+        if inputs.videos:
+            raise CommandError(f"{inputs.videos[0].path}: is a video; `visualize` shows images")
+        return _run(options, inputs)
+
+
+def _run(options: argparse.Namespace, inputs: Inputs) -> int:
     from spatialflow.images import ImageError
     from spatialflow.panoptic.rules import PREDICTION, TRUTH, summary
 
-    _check_options(options)
     style = drawing_style(options)
-    results = [options.output / name for name in (PICTURES, CONTACT_SHEET, *(f"{sheet}.jpg" for sheet in SHEETS))]
-    images, failed = resolve_images(options.images, options.recursive, results)
+    images, failed = inputs.images, inputs.failed
     folders: dict[str, PanopticFolder] = {}
     if options.ground_truth is not None:
         folders["ground truth"] = _read_folder(options.ground_truth, TRUTH, None)
@@ -188,7 +196,7 @@ def _draw_all(
             try:
                 pictures.append(_draw(image, folders, model, output, style))
             except (ImageError, PanopticFormatError, OSError) as error:
-                failed.append(format_error(error))
+                failed.append(image.named(format_error(error)))
                 print_error(failed[-1])
             except CategoryError as error:  # of the configuration; the same for every picture
                 raise CommandError(str(error)) from None
@@ -260,7 +268,7 @@ def _draw(
         panels = with_equal_heights(panels)
     quality = _quality(image.path, folders["ground truth"].categories, *maps) if len(maps) == 2 else None
     heading = image.name if quality is None else f"{image.name}: PQ {100 * quality:.1f}"
-    path = output / PICTURES / f"{without_suffix(image.name)}.jpg"
+    path = output / PICTURES / f"{image.stem}.jpg"
     with path_in_oserror(path):
         write_jpeg(path, side_by_side(panels, heading), JPEG_QUALITY)
     return Picture(heading, path, quality)

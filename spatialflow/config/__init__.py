@@ -6,7 +6,7 @@ are unique over the sections, so that an override needs no section: `build_model
 lists all fields with their types, defaults, rules and documentation.
 """
 
-from spatialflow.config.load import list_configs, load_config
+from spatialflow.config.load import list_configs, load_config, own_settings
 from spatialflow.config.parse import make_config, parse_settings, place_overrides
 from spatialflow.config.rules import ConfigError
 from spatialflow.config.sections import (
@@ -35,6 +35,7 @@ __all__ = [
     "list_configs",
     "load_config",
     "make_config",
+    "own_settings",
     "parse_settings",
     "place_overrides",
 ]

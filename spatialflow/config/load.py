@@ -43,9 +43,24 @@ def load_config(config: str | Path | Config, **overrides: Any) -> Config:
     return make_config(name, settings)
 
 
-def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+def own_settings(config: str | Path) -> dict[str, Any]:
+    """Read the fields that a YAML file and the files of its `base` set, except files of the package.
+
+    Args:
+        config: name of a configuration of the package, which sets no field here, or path of a YAML file.
+
+    Raises:
+        ConfigError: unknown name, or unreadable file.
+    """
+    settings = _read(config, (), with_package=False)
+    return {name: value for section in settings.values() for name, value in section.items()}
+
+
+def _read(config: str | Path, chain: tuple[Path, ...], with_package: bool = True) -> dict[str, dict[str, Any]]:
     """Read the settings of one file, which replace those of its `base`; `chain`: the files whose `base` led to it."""
     path = _locate(config, chain[-1].parent if chain else None)
+    if not with_package and CONFIG_FOLDER in path.parents:
+        return {}
     if path in chain:
         raise ConfigError(f"{path}: base: refers back to itself ({' -> '.join(p.name for p in (*chain, path))})")
     try:
@@ -60,7 +75,7 @@ def _read(config: str | Path, chain: tuple[Path, ...]) -> dict[str, dict[str, An
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold sections ({', '.join(SECTIONS)}), got {type(content).__name__}")
     base = content.pop("base", None)
-    settings = {} if base is None else _read(base, (*chain, path))
+    settings = {} if base is None else _read(base, (*chain, path), with_package)
     for section, values in content.items():
         if not isinstance(values, dict):
             raise ConfigError(

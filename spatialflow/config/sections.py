@@ -292,7 +292,9 @@ class TrainingConfig:
     finetune_learning_rate: float = setting(
         0.005, "learning rate in the epochs of finetune_class_layers_epochs", POSITIVE
     )
-    evaluate_every_epochs: int = setting(1, "epochs between evaluations; 0 = only after the last epoch", NOT_NEGATIVE)
+    evaluate_every_epochs: int = setting(
+        1, "epochs between evaluations, besides one after the first epoch; 0 = only after the last epoch", NOT_NEGATIVE
+    )
     checkpoint_every_steps: int = setting(
         1000,
         "steps between checkpoints; one is also written after an epoch, if the previous one is over 5 s old",

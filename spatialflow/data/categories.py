@@ -161,7 +161,7 @@ def load_categories(
     Args:
         table: "coco", "cityscapes", "synthetic" or a JSON file (a COCO category list, or a COCO or panoptic file with
             `categories`). None: classes numbered from id 1, first things and then stuff, without "other".
-        num_things: thing classes of the network.
+        num_things: thing classes of the network; 1 for a table without things, whose network detects nothing.
         num_stuff: stuff classes of the network; one more than in the table adds the class "other".
         has_stuff_head: False: `num_stuff` need not fit the table.
 
@@ -175,7 +175,7 @@ def load_categories(
     path = TABLES / f"{table}.json" if os.path.isfile(TABLES / f"{table}.json") else Path(table)
     rows = read_rows(path)
     things, stuff = sum(bool(row["isthing"]) for row in rows), sum(not row["isthing"] for row in rows)
-    if things != num_things or (has_stuff_head and num_stuff not in (stuff, stuff + 1)):
+    if max(things, 1) != num_things or (has_stuff_head and num_stuff not in (stuff, stuff + 1)):
         raise CategoryError(
             f"{table}: has {things} things and {stuff} stuff classes; the network has num_things = {num_things} and "
             f'num_stuff = {num_stuff} (as many as the table, or one more for "other")'

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training batches: the schedule of images over steps and processes, and the data loader."""
 
+import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -237,8 +238,6 @@ def make_loader(
     """
     # A worker forked from this process would inherit OpenCV's and OpenMP's thread pools without their threads, and
     # deadlock. The fork server has no threads.
-    if workers > 0:
-        _start_fork_server()
     loader = DataLoader(
         _Samples(data, config, strict),
         batch_sampler=_SinglePass(requests),
@@ -248,24 +247,26 @@ def make_loader(
         worker_init_fn=_use_one_thread,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
-    for batch in loader:
+    with _without_interrupts():
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, SampleError):
             raise batch
         yield batch
 
 
-def _start_fork_server() -> None:
-    """Start the server that forks the workers, with SIGINT blocked in it and in them.
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Within the block, delay Ctrl-C; processes that are started here, and theirs, never receive it.
 
-    Ctrl-C interrupts all processes of a terminal. The main process ends the workers; interrupted themselves, each would
-    print a traceback.
+    A terminal sends it to all processes. This process ends the workers, which would otherwise print tracebacks.
     """
-    resource_tracker.ensure_running()  # before, as it unblocks SIGINT when it starts
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # with the first worker it would start, and end the delay
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _SinglePass:

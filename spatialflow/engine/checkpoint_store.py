@@ -22,9 +22,9 @@ from spatialflow.engine.description import describe
 from spatialflow.files import atomic_write
 from spatialflow.models.spatialflow import SpatialFlow
 
-RESUMABLE_FIELDS = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps")
+RESUMABLE_FIELDS = ("epochs", "evaluate_every_epochs", "checkpoint_every_steps", "categories")
 """Fields of the configuration that may change between the start of a run and its resumption. Those of the section
-`test` may change too, except `PROPOSAL_FIELDS`."""
+`test` may change too, except `PROPOSAL_FIELDS`. `categories` is a path: its content is compared by itself."""
 
 REMEDY_FIELDS = (
     "learning_rate",
@@ -160,15 +160,15 @@ class CheckpointStore:
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
         differences = _differences(identity["config"], self.identity["config"])
+        remedy = "use another folder, or start over (--restart)"
         changed = [text for field, text in differences.items() if field not in REMEDY_FIELDS]
         self.changed_settings = [text for field, text in differences.items() if field in REMEDY_FIELDS]
         if changed:
-            raise TrainingError(
-                f"{self.path}: belongs to a run with other settings: {', '.join(changed)}; use another folder, or "
-                f"start over"
-            )
+            raise TrainingError(f"{self.path}: belongs to a run with other settings: {', '.join(changed)}; {remedy}")
         if identity["data"] != self.identity["data"]:
-            raise TrainingError(f"{self.path}: belongs to a run on other images; use another folder, or start over")
+            raise TrainingError(f"{self.path}: belongs to a run on other images; {remedy}")
+        if identity.get("classes", self.identity["classes"]) != self.identity["classes"]:  # older files have none
+            raise TrainingError(f"{self.path}: belongs to a run with other classes; {remedy}")
 
     def not_finite(self) -> list[str]:
         """List the names of the weights, statistics and momenta that hold NaN or infinity."""
@@ -193,7 +193,11 @@ def run_identity(config: Config, data: DataSet) -> dict[str, Any]:
     """
     sections = {section: vars(getattr(config, section)) for section in ("model", "test", "data", "training")}
     images = json.dumps([list(data.names), list(data.sizes)]).encode()
-    return {"config": json.loads(json.dumps(sections)), "data": hashlib.sha256(images).hexdigest()}
+    return {
+        "config": json.loads(json.dumps(sections)),
+        "data": hashlib.sha256(images).hexdigest(),
+        "classes": [[row.id, row.name, row.isthing] for row in data.categories.rows],
+    }
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

@@ -27,7 +27,7 @@ Image: TypeAlias = "str | os.PathLike[str] | np.ndarray | Tensor | PIL.Image.Ima
 ChannelOrder: TypeAlias = Literal["bgr", "rgb"]
 """Order of the channels of NumPy arrays."""
 
-_PACKAGE = str(Path(__file__).resolve().parents[1])
+_PACKAGE = os.path.join(Path(__file__).parents[1], "")
 _COUNTS = (1, 3, 4)  # gray, color, color with transparency
 _NUMPY_DTYPES = (torch.uint8, torch.float32, torch.float64)
 

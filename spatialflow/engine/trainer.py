@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,27 +13,27 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from spatialflow.config import Config, TrainingConfig
+from spatialflow.data.categories import Categories
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
 from spatialflow.data.synthetic import DRAWN_SCENES, is_drawn
 from spatialflow.engine.checkpoint_store import CheckpointStore, TrainingError, run_identity
-from spatialflow.engine.checkpoints import largest_value, load_backbone, load_matching, shorten
+from spatialflow.engine.checkpoints import largest_value, load_backbone, shorten
 from spatialflow.engine.distributed import ProcessGroup, synchronize_norms
 from spatialflow.engine.evaluate import ScoredData, evaluate_network
+from spatialflow.engine.finetuning import CLASS_LAYERS, TakenWeights, load_for_finetuning
 from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
+from spatialflow.engine.progress import Progress
 from spatialflow.engine.run_monitor import REMEDIES, DivergenceMonitor, ProblemReporter
+from spatialflow.engine.run_settings import categories_of
 from spatialflow.models.build import build_model
 from spatialflow.models.criterion import Losses
 from spatialflow.models.optimized.training import optimize_for_training
 from spatialflow.models.spatialflow import SpatialFlow
 from spatialflow.models.training_step import TrainingStep
 from spatialflow.panoptic.rules import Problem
-
-CLASS_LAYERS = ("box_head.class_logits", "thing_head.logits", "stuff_head.logits")
-"""Layers whose shape depends on the classes. The first phase of finetuning trains them alone."""
 
 LOG_INTERVAL = 10
 """Maximum number of steps between downloads of the losses, each with a check of the weights and optimizer state."""
@@ -58,11 +59,13 @@ class InitialWeights:
             at random.
         backbone: ImageNet weights of the backbone.
         ema: take the moving average of the weights of `checkpoint`.
+        categories: of `checkpoint`. If they are known, classes of the same name keep their weights.
     """
 
     checkpoint: Path | None = None
     backbone: Path | None = None
     ema: bool = False
+    categories: Categories | None = None
 
 
 def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> float:
@@ -79,26 +82,6 @@ def learning_rate(step: int, steps_per_epoch: int, training: TrainingConfig) -> 
     if step < training.warmup_iterations:
         rate *= training.warmup_factor + (1 - training.warmup_factor) * step / training.warmup_iterations
     return rate
-
-
-def settings_without_effect(training: TrainingConfig, total_steps: int) -> list[str]:
-    """List messages about settings of the learning rate that do not fit a run of `total_steps`.
-
-    These are decays that the run does not reach, and a warm-up that it does not complete.
-    """
-    messages = []
-    late = [limit for limit in training.learning_rate_epochs if limit >= training.epochs]
-    if late:
-        messages.append(
-            f"learning_rate_epochs {list(training.learning_rate_epochs)}: the run ends with epoch {training.epochs}, "
-            f"so the learning rate does not fall after epoch {' and '.join(map(str, late))}"
-        )
-    if training.warmup_iterations >= total_steps:
-        messages.append(
-            f"warmup_iterations {training.warmup_iterations}: the run ends after {total_steps} steps, before the end "
-            f"of the warm-up"
-        )
-    return messages
 
 
 class _PendingLosses(NamedTuple):
@@ -126,17 +109,17 @@ class Trainer:
         initial_weights: files of the initial weights.
         workers: number of processes that load data.
         strict: stop at a broken image or annotation.
-        progress: show a progress bar.
-        resume: continue from the folder's checkpoint, if there is one.
+        progress: show a bar on a terminal, and print lines elsewhere.
+        resume: continue from the folder's checkpoint. None: if there is one; True: it must exist; False: start over.
 
     Attributes:
         step: steps done.
-        reinitialized_layers: layers with random initial weights, as `initial_weights.checkpoint` lacks them or has
-            them in another shape; empty without that file.
+        taken_weights: the part of the initial weights that `initial_weights.checkpoint` has; None without that file.
 
     Raises:
         TrainingError: the processes cannot share the batch; a data set is empty; the folder's checkpoint was written
-            by a run with other settings or images; or the processes would resume at different steps.
+            by a run with other settings or images, or is missing although `resume` is True; or the processes would
+            resume at different steps.
         CheckpointError: weights cannot be read or do not fit.
     """
 
@@ -152,7 +135,7 @@ class Trainer:
         workers: int = 0,
         strict: bool = False,
         progress: bool = False,
-        resume: bool = True,
+        resume: bool | None = None,
     ) -> None:
         training = config.training
         _check_sizes(training, process_group, data, validation)
@@ -162,9 +145,9 @@ class Trainer:
         self.schedule = Schedule(data.sizes, training.images_per_step, training.seed)
         self.total_steps = training.epochs * self.schedule.steps_per_epoch
         torch.manual_seed(training.seed)
-        self.network, self.reinitialized_layers = _initial_network(config, initial_weights)
+        self.network, self.taken_weights = _initial_network(config, initial_weights)
         self.network.categories = data.categories
-        if initial_weights.checkpoint is None and is_drawn(getattr(data, "json_path", "")):
+        if is_drawn(getattr(data, "json_path", "")):
             self.network.trained_on = DRAWN_SCENES
         if process_group.size > 1 and config.model.backbone_norm_trains:
             synchronize_norms(self.network.backbone)
@@ -177,7 +160,9 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(process_group.device.type, enabled=training.mixed_precision == "fp16")
         self.store = CheckpointStore(self.folder, self.network, self.optimizer, self.scaler, run_identity(config, data))
-        self.step = self.store.restore() if resume and self.store.has_checkpoint() else 0
+        self.step = self.store.restore() if resume is not False and self.store.has_checkpoint() else 0
+        if resume and not self.step:
+            raise TrainingError(f"{self.store.path}: no such checkpoint, so there is no run to resume")
         steps = process_group.gather(self.step)
         if len(set(steps)) > 1:
             raise TrainingError(
@@ -188,6 +173,7 @@ class Trainer:
         self.monitor = DivergenceMonitor(self.log, self.store, self.network, initial_largest_weight, LOG_INTERVAL)
         self.unreported_problems: list[str | Problem] = []  # of this process, not yet reported to the first one
         self._last_plot_time = -math.inf
+        self._progress: Progress | None = None
 
     def run(self) -> SpatialFlow:
         """Train to the end.
@@ -202,21 +188,26 @@ class Trainer:
             SampleError: a broken image in a strict run, or no image that can be used.
             OSError: a file cannot be written; the last complete checkpoint stays.
         """
-        bar = self._progress_bar()
+        self._progress = Progress(
+            self.step,
+            self.total_steps,
+            self.schedule.steps_per_epoch,
+            self.config.training.images_per_step,
+            self.progress,
+        )
         try:
-            self._run(bar)
+            self._run(self._progress)
         finally:
-            if bar is not None:
-                bar.close()
+            self._progress.close()
             if self.log is not None:
                 self.log.close()
         return self.network
 
-    def _run(self, bar: "tqdm[Any] | None") -> None:
+    def _run(self, progress: Progress) -> None:
         training, per_epoch = self.config.training, self.schedule.steps_per_epoch
         batches = self._batches()
         pending: list[_PendingLosses] = []
-        module, phase = None, None
+        module, phase, first_step = None, None, self.step
         if self.step == 0 and self.process_group.is_first:
             self.store.discard()  # the checkpoint of an earlier run in this folder, which no later call may resume
         if self.step and self.step % per_epoch == 0:  # the end of the epoch may have been interrupted
@@ -228,11 +219,14 @@ class Trainer:
             rate = learning_rate(self.step, per_epoch, training)
             losses = self._advance(module, batches, rate)
             self.step += 1
+            if self.step == first_step + 1:
+                progress.begin(self.step)
             pending.append(_PendingLosses(self.step, rate, losses))
             epoch_ends = self.step % per_epoch == 0
             save_due = self.step == self.total_steps or self.step % training.checkpoint_every_steps == 0
-            if save_due or epoch_ends or len(pending) == LOG_INTERVAL:
-                self._log_losses(pending, bar)
+            is_due = self.process_group.size == 1 and progress.is_due  # clocks of several processes differ
+            if save_due or epoch_ends or len(pending) == LOG_INTERVAL or is_due:
+                self._log_losses(pending, progress)
                 pending = []
             elapsed = time.monotonic() - self.store.last_save_time
             save = save_due or (epoch_ends and elapsed > CHECKPOINT_INTERVAL_S)
@@ -306,7 +300,7 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.process_group.device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
-    def _log_losses(self, pending: Sequence[_PendingLosses], bar: "tqdm[Any] | None") -> None:
+    def _log_losses(self, pending: Sequence[_PendingLosses], progress: Progress) -> None:
         """Download and log the losses and problems of the last steps.
 
         Raises:
@@ -333,9 +327,9 @@ class Trainer:
             scale = self.scaler.get_scale()
             raise self._divergence_error(self.step, f"gradients overflow float16 at a loss scale of {scale:g}")
         self.monitor.check([row[0] for row in values], self.step)
-        if bar is not None:
-            bar.update(self.step - bar.n)
-            bar.set_postfix(loss=f"{values[-1][0]:.4f}", refresh=False)
+        if self.log is not None:
+            self.log.flush()  # for `tail -f`
+        progress.show(self.step, values[-1][0], pending[-1].learning_rate)
 
     def _loss_by_name(self, row: Sequence[float]) -> dict[str, float]:
         """Map names to the total loss and the terms of a step; tasks without a head are left out."""
@@ -369,7 +363,7 @@ class Trainer:
             self.store.save_weights()
         interval = self.config.training.evaluate_every_epochs
         is_last = self.step == self.total_steps
-        is_due = is_last or (interval > 0 and epoch % interval == 0)
+        is_due = is_last or (interval > 0 and (epoch % interval == 0 or epoch == 1))  # early, to show what is broken
         if self.validation is not None and is_due and not self._is_evaluated():
             self._evaluate(self.validation, epoch)
         if self.log is not None:
@@ -387,9 +381,13 @@ class Trainer:
         # holds.
         predictor = Predictor(self.network, cuda_graph=False, **single_view)
         folder = self.folder / "evaluation"
-        scores = evaluate_network(predictor, data, folder, self.process_group, self.progress)
+        start = time.monotonic()
+        show_bar = self.progress and sys.stderr.isatty()
+        scores = evaluate_network(predictor, data, folder, self.process_group, show_bar)
         self.network.train()
         self.reporter.report(scores["problems"], self.step)
+        if self._progress is not None:
+            self._progress.evaluated(self.step, scores["All"]["pq"], time.monotonic() - start)
         if self.log is not None:
             detection = {f"{kind}_ap": row["ap"] for kind, row in (scores["detection"] or {}).items()}
             self.log.add(
@@ -409,11 +407,6 @@ class Trainer:
         in_log = any(row["kind"] == "evaluation" and row["step"] == self.step for row in rows)
         return any(self.process_group.gather(in_log))
 
-    def _progress_bar(self) -> "tqdm[Any] | None":
-        if not self.progress:
-            return None
-        return tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step")
-
 
 def _check_sizes(
     training: TrainingConfig, process_group: ProcessGroup, data: DataSet, validation: ScoredData | None
@@ -429,11 +422,12 @@ def _check_sizes(
             raise TrainingError(f"the {name} set has no images")
 
 
-def _initial_network(config: Config, weights: InitialWeights) -> tuple[SpatialFlow, list[str]]:
-    """Build a network with its initial weights; also return the class layers that `load_matching` left random."""
+def _initial_network(config: Config, weights: InitialWeights) -> tuple[SpatialFlow, TakenWeights | None]:
+    """Build a network with its initial weights."""
     network = build_model(config)
     if weights.checkpoint is not None:
-        return network, load_matching(network, weights.checkpoint, CLASS_LAYERS, weights.ema)
+        new = categories_of(config) if weights.categories is not None else None
+        return network, load_for_finetuning(network, weights.checkpoint, weights.ema, weights.categories, new)
     if weights.backbone is not None:
         load_backbone(network, weights.backbone)
-    return network, []
+    return network, None

@@ -102,7 +102,8 @@ def with_arrays(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
 @functools.cache
 def _annotations(function: Callable[..., Any]) -> dict[str, str]:
     """Return the annotations of the operator's arguments, as written."""
-    return {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+    parameters = inspect.signature(function).parameters.items()
+    return {name: value.annotation for name, value in parameters if value.kind is not value.VAR_POSITIONAL}
 
 
 def _map(function: Callable[[str, Any], Any], name: str, value: Any) -> Any:

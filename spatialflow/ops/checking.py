@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -48,6 +48,13 @@ def items(op: str, name: str, values: Iterable[Any]) -> list[Any]:
     return list(values)
 
 
+def integer(op: str, name: str, value: Any) -> int:
+    """Return `value` if it is an integer, also one of another library; ValueError otherwise."""
+    if not _is_integer(value):
+        raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
+    return value
+
+
 def number(op: str, name: str, value: Any) -> float:
     """Return `value` as a float; ValueError if it is not a number. Strings and bytes are not numbers."""
     try:
@@ -71,10 +78,14 @@ def height_and_width(op: str, name: str, value: Size) -> Size:
 
 
 def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """Return `value`, one integer or two, as a pair for rows and columns; ValueError if it is neither."""
+    """Return `value`, one integer or two, as a pair for rows and columns; ValueError if it is neither.
+
+    Two integers may be a tuple, a list or an array.
+    """
     if type(value) is int:
         return value, value
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    is_sequence = isinstance(value, (tuple, list)) or getattr(value, "ndim", 0) == 1  # an array of numbers
+    values = tuple(cast("Sequence[int]", value)) if is_sequence else (cast("int", value),) * 2
     if len(values) != 2 or not all(map(_is_integer, values)):
         raise ValueError(f"{op}: {name} must be one integer or a pair, got {value!r}")
     return values

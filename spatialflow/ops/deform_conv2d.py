@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def deform_conv2d(
     weight: Tensor | PackedDeformConv,
     bias: Tensor | None = None,
     stride: int | tuple[int, int] = (1, 1),
-    padding: int | tuple[int, int] = (0, 0),
+    padding: int | tuple[int, int] | str = (0, 0),
     dilation: int | tuple[int, int] = (1, 1),
     mask: Tensor | None = None,
     algorithm: str = "auto",
@@ -75,7 +76,7 @@ def deform_conv2d(
             and apply sigmoid and ReLU, except in calls that use its unpacked weight (see `PackedDeformConv`).
         bias: (C_out), the dtype of `input`, or None.
         stride: of the undeformed convolution; (height, width), or one number for both.
-        padding: as `stride`.
+        padding: as `stride`; or "valid", which is 0, or "same", with which the result has the size of `input`.
         dilation: as `stride`.
         mask: factor of every sample (N, offset_groups * kernel_h * kernel_w, H_out, W_out), or None (version 1); dtype
             as for `offset`.
@@ -99,7 +100,8 @@ def deform_conv2d(
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
         ValueError: an unknown `algorithm`, or "winograd"; `stride`, `padding` or `dilation` of a wrong kind;
-            `mask_sigmoid` without a mask; a bias beside a `PackedDeformConv`; within `spatialflow.ops.checked()` also
+            `padding` "same" with a stride, or with a kernel that needs more padding on one side; `mask_sigmoid`
+            without a mask; a bias beside a `PackedDeformConv`; within `spatialflow.ops.checked()` also
             an offset or mask that is not finite.
 
     Note:
@@ -146,7 +148,11 @@ def deform_conv2d(
     code = algorithm_code("deform_conv2d", algorithm, input, without="winograd")
     settings = (
         *pair("deform_conv2d", "stride", stride),
-        *pair("deform_conv2d", "padding", padding),
+        *(
+            _padding("deform_conv2d", padding, stride, dilation, weight.shape[2:])
+            if isinstance(padding, str)
+            else pair("deform_conv2d", "padding", padding)
+        ),
         *pair("deform_conv2d", "dilation", dilation),
         code,
     )
@@ -206,6 +212,29 @@ def pack_deform_conv2d(
     return PackedDeformConv(packed, weight, bias, groups, offset_groups, algorithm, code)
 
 
+def _padding(
+    op: str,
+    padding: int | tuple[int, int] | str,
+    stride: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    kernel_size: Sequence[int],
+) -> tuple[int, int]:
+    """Return `padding`, which may be a name, as a pair for rows and columns."""
+    if padding == "valid":
+        return 0, 0
+    if padding != "same":
+        return pair(op, "padding", cast("int", padding))
+    if pair(op, "stride", stride) != (1, 1):
+        raise ValueError(f"{op}: padding must be numbers if stride is not 1, got 'same' for a stride of {stride}")
+    both = [factor * (size - 1) for factor, size in zip(pair(op, "dilation", dilation), kernel_size, strict=True)]
+    if any(total % 2 for total in both):
+        raise ValueError(
+            f"{op}: padding must be numbers if dilation * (kernel size - 1) is odd, got 'same' for a kernel of "
+            f"{tuple(kernel_size)} with a dilation of {dilation}"
+        )
+    return both[0] // 2, both[1] // 2
+
+
 class DeformConv2d(nn.Module):
     """Module of `deform_conv2d` with a weight and bias: `forward(input, offset, mask=None)`.
 
@@ -229,7 +258,7 @@ class DeformConv2d(nn.Module):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
@@ -246,8 +275,8 @@ class DeformConv2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = pair("DeformConv2d", "kernel_size", kernel_size)
         self.stride = pair("DeformConv2d", "stride", stride)
-        self.padding = pair("DeformConv2d", "padding", padding)
         self.dilation = pair("DeformConv2d", "dilation", dilation)
+        self.padding = _padding("DeformConv2d", padding, self.stride, self.dilation, self.kernel_size)
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None

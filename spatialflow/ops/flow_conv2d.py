@@ -246,7 +246,8 @@ def _convolve_group(x: Any, flow: Any, weights: list[PackedConv], bias: Any, rel
     entries = [as_list(entry) for entry in x]
     maps = [autocast(level) for entry in entries for level in entry]
     parameters = [t for conv in weights for t in (conv.weight, conv.bias)]
-    if not entries or not all(entries) or needs_gradient([*maps, *parameters]):
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # it cannot trace lists of sizes
+    if not entries or not all(entries) or is_traced or needs_gradient([*maps, *parameters]):
         return [flow_conv2d(entry, None, conv, None, relu) for entry, conv in zip(x, weights, strict=True)]
     biases = [conv.packed.new_empty(0) if conv.packed_bias is None else conv.packed_bias for conv in weights]
     outputs = iter(

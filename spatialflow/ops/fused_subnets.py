@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
@@ -104,7 +105,8 @@ def fused_subnets(levels: Sequence[Tensor], parameters: SubnetParameters, algori
     levels = [autocast(level) for level in levels]
     _check(levels, parameters)
     tensors = [t for name in _LISTS for conv in getattr(parameters, name) if conv is not None for t in _pair(conv)]
-    if needs_gradient([*levels, *tensors]):
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if needs_gradient([*levels, *tensors]) or is_traced:  # TorchScript fails in a traced list of weights
         return _compose(levels, parameters, algorithm)
     packed, biases, codes = [], [], []
     for name in _LISTS:

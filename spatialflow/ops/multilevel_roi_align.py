@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
-from spatialflow.ops.checking import is_checking, items, number, numbers, pair, require_batch_indices, require_finite
+from spatialflow.ops.checking import (
+    integer,
+    is_checking,
+    number,
+    numbers,
+    pair,
+    require_batch_indices,
+    require_finite,
+)
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
@@ -44,8 +52,8 @@ def multilevel_roi_align(
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: `features`, `output_size`, `strides`, `finest_scale` or `boxes` of a wrong kind; within
-            `spatialflow.ops.checked()` also a box that is not finite or a batch index outside the batch.
+        ValueError: `features`, `output_size`, `strides`, `sampling_ratio`, `finest_scale` or `boxes` of a wrong kind;
+            within `spatialflow.ops.checked()` also a box that is not finite or a batch index outside the batch.
 
     Note:
         Level of a RoI: clamp(floor(log2(sqrt(area) / finest_scale + 1e-6)), 0, L - 1), with the area in square pixels.
@@ -60,8 +68,9 @@ def multilevel_roi_align(
         Complexity: as for `roi_align`. On CUDA all levels share one launch, and the host does not wait for the device.
 
         Difference from torchvision's `MultiScaleRoIAlign`: features are a list and strides are arguments. `aligned` is
-        True by default. `finest_scale` is `canonical_scale / 2 ** (canonical_level - log2(strides[0]))`, also for
-        detectron2's `ROIPooler`. mmdetection's `SingleRoIExtractor` has the same levels.
+        True by default. This package has that class too. `finest_scale` is
+        `canonical_scale / 2 ** (canonical_level - log2(strides[0]))`, also for detectron2's `ROIPooler`. mmdetection's
+        `SingleRoIExtractor` has the same levels.
 
     Examples:
         >>> features = [torch.rand(1, 256, 100, 168), torch.rand(1, 256, 50, 84), torch.rand(1, 256, 25, 42)]
@@ -81,6 +90,8 @@ def multilevel_roi_align(
     height, width = pair("multilevel_roi_align", "output_size", output_size)
     boxes = as_rows("multilevel_roi_align", boxes, features[0])
     strides = numbers("multilevel_roi_align", "strides", strides)
+    if type(sampling_ratio) is not int:
+        sampling_ratio = integer("multilevel_roi_align", "sampling_ratio", sampling_ratio)
     pooled = _multilevel_roi_align(
         [autocast(feature) for feature in features],
         boxes,
@@ -118,12 +129,12 @@ class MultilevelRoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         self.output_size = output_size
-        self.strides = tuple(items("MultilevelRoIAlign", "strides", strides))
+        self.strides = tuple(numbers("MultilevelRoIAlign", "strides", strides))
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
-        self.finest_scale = finest_scale
+        self.finest_scale = number("MultilevelRoIAlign", "finest_scale", finest_scale)
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor | list[Tensor]) -> Tensor:
+    def forward(self, features: list[Tensor], boxes: Tensor | list[Tensor]) -> Tensor:
         """Call `multilevel_roi_align` with the module's settings."""
         return multilevel_roi_align(
             features, boxes, self.output_size, self.strides, self.sampling_ratio, self.aligned, self.finest_scale

@@ -66,7 +66,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Args:
         boxes: as for `nms`.
         scores: as for `nms`.
-        idxs: (N) int64, the class of each box; any values, including negative and huge ones.
+        idxs: (N), the class of each box; any values, including negative and huge ones. int64 needs no conversion; all
+            other real dtypes are converted, and floating-point classes are different if their values are.
         iou_threshold: as for `nms`.
 
     Returns:
@@ -96,10 +97,21 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         return with_arrays(batched_nms, locals())
     if is_checking():
         _require_finite("batched_nms", boxes, scores)
+    if idxs.dtype != torch.int64:
+        idxs = _as_int64(idxs)
     return _batched_nms(boxes, scores, idxs, number("batched_nms", "iou_threshold", iou_threshold))
 
 
 _nms, _batched_nms = without_gradient("nms"), without_gradient("batched_nms")
+
+
+def _as_int64(idxs: Tensor) -> Tensor:
+    """Return classes of another real dtype as int64: equal where they are equal, different where they differ."""
+    if idxs.is_complex():
+        return idxs  # the operator refuses them
+    if idxs.is_floating_point():
+        return torch.unique(idxs, return_inverse=True)[1]
+    return idxs.to(torch.int64)
 
 
 def _require_finite(op: str, boxes: Tensor, scores: Tensor) -> None:

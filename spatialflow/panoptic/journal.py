@@ -62,11 +62,9 @@ class Journal:
                 if _loads(stream.readline()) is None:  # no image was done
                     return
                 self.close()
-                before, now = _flat(header), _flat(self._header)
-                changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise ResumeError(
                     f"{self.path}: is the journal of an interrupted run with other settings: "
-                    + ", ".join(f"{key} {before.get(key)!r:.60} -> {now.get(key)!r:.60}" for key in changed)
+                    + changes(header, self._header)
                 )
             self._restored = first
             for line in stream:
@@ -223,6 +221,13 @@ def _loads(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """List the fields in which two first lines of journals differ, with both values."""
+    before, now = _flat(before), _flat(now)
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    return ", ".join(f"{key} {before.get(key)!r:.60} -> {now.get(key)!r:.60}" for key in changed)
 
 
 def _flat(header: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,9 +62,9 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
 
     Ids are compared first. They are ignored if an id in `images` of the prediction has the name of another image of the
     ground truth. They are also ignored if both files list different names for one id. If ids are ignored or do not
-    match, names are compared: those of `images`, or else those of the PNGs, without suffixes. Names are compared with
-    their folders, then without. Last, ids that are strings are compared as names. A prediction is used for at most one
-    image.
+    match, names are compared: those of `images`, or else those of the PNGs. Whole names are compared first, then names
+    without suffixes, then those without folders. Last, ids that are strings are compared as names. A prediction is used
+    for at most one image.
 
     Args:
         truth: content of the ground truth's JSON.
@@ -112,7 +112,8 @@ def _join(
     joined = {image: image for image in truth_names if wrong_id is None and image in prediction_names}
     if len(joined) == len(truth_names):
         return joined, wrong_id
-    for truth_keys, prediction_keys in zip(_keys(truth_names), _keys(prediction_names), strict=True):
+    keys = ([list(names.items()), *_keys(names)] for names in (truth_names, prediction_names))  # whole names first
+    for truth_keys, prediction_keys in zip(*keys, strict=True):
         image_by_key, predicted_by_key = _unique(truth_keys), _unique(prediction_keys)
         taken = set(joined.values())
         for key in image_by_key.keys() & predicted_by_key.keys():

@@ -195,8 +195,8 @@ class PanopticWriter:
         entry = self._entries.get(image_name)
         if entry is None or entry.image_id != image_id:
             return False
-        png = _stamp(self.folder / entry.png_name)
-        return png is not None and png[0] == entry.png_bytes and entry.photograph == _stamp(photograph)
+        png = file_stamp(self.folder / entry.png_name)
+        return png is not None and png[0] == entry.png_bytes and entry.photograph == file_stamp(photograph)
 
     def add(
         self,
@@ -208,6 +208,7 @@ class PanopticWriter:
         png_name: str | None = None,
         detections: Iterable[Mapping[str, Any]] = (),
         photograph: str | os.PathLike[str] | None = None,
+        image_fields: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write the PNG and the segments of one image.
 
@@ -220,6 +221,7 @@ class PanopticWriter:
             png_name: path of the PNG inside the folder; by default the stem of `image_name` with ".png".
             detections: COCO results of the image.
             photograph: the file, which `is_done` checks for changes.
+            image_fields: further fields of the image's row in "images".
 
         Returns:
             Path of the PNG.
@@ -234,9 +236,10 @@ class PanopticWriter:
         row = {
             **panoptic_row(image_id, image_name, png_name, id_map, segments),
             "detections": list(detections),
-            "photograph": _stamp(photograph),
+            "photograph": file_stamp(photograph),
             "path": None if photograph is None else os.path.abspath(photograph),
         }
+        row["image"] |= image_fields or {}
         if self._colors:
             annotation = row["annotation"]
             id_map, annotation["segments_info"] = color_ids(id_map, annotation["segments_info"], self._categories)
@@ -288,11 +291,14 @@ class PanopticWriter:
             self._check_free(row)
             self._append(row)
 
-    def write_json(self, image_names: Iterable[str] | None = None) -> Path:
+    def write_json(
+        self, image_names: Iterable[str] | None = None, further_fields: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write the JSON, and the detections, of all images added so far; the journal stays.
 
         Args:
             image_names: images in order, as for `rows`.
+            further_fields: JSON-serializable fields of the JSON beside "images", "annotations" and "categories".
 
         Returns:
             Path of the JSON.
@@ -309,6 +315,8 @@ class PanopticWriter:
             _write_list(stream, (row["annotation"] for row in self.rows(names)))
             if self._categories is not None:
                 stream.write(f', "categories": {dumps(self._categories)}')
+            for key, value in (further_fields or {}).items():
+                stream.write(f", {dumps(key)}: {dumps(value)}")
             stream.write("}")
             _sync(stream)
         if self.detections_path is not None:
@@ -403,7 +411,7 @@ def _keys(row: Mapping[str, Any]) -> list[tuple[str, int | str]]:
     return [("id", annotation["image_id"]), ("PNG", annotation["file_name"]), ("name", row["image"]["file_name"])]
 
 
-def _stamp(path: str | os.PathLike[str] | None) -> list[int] | None:
+def file_stamp(path: str | os.PathLike[str] | None) -> list[int] | None:
     """Return size in bytes and modification time in ns; None if there is no path or the file cannot be found."""
     try:
         status = os.stat(path) if path is not None else None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small data sets of every kind, generated from synthetic scenes."""
 
+import re
 from pathlib import Path
 
 import cv2
@@ -48,5 +49,11 @@ def write_cityscapes(
 
 
 def contents(folder):
-    """Return the bytes of every file below a folder by relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the bytes of every file below a folder by relative path.
+
+    The paths of photographs in `panoptic.json`, which are relative to the folder, are removed.
+    """
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if "panoptic.json" in files:
+        files["panoptic.json"] = re.sub(rb'"path": "[^"]*"', b'"path": ""', files["panoptic.json"])
+    return files

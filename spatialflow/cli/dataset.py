@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `spatialflow dataset`: convert annotations, and check and show a data set."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spatialflow.cli.common import (
+    CommandError,
+    add_path,
+    add_workers_option,
+    as_command_errors,
+    check_count,
+    check_output,
+    panoptic_json,
+    path_in_oserror,
+    png_folder,
+    print_error,
+)
+from spatialflow.cli.validate import problem_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from spatialflow.data.convert import Conversion
+    from spatialflow.data.survey import Survey
+
+SUMMARY = "convert own annotations to the COCO panoptic format, check and show them"
+DESCRIPTION = (
+    "Prepare a data set for training and scoring.\n"
+    "  convert  rewrite annotations of other tools in the COCO panoptic format\n"
+    "  check    find errors, count classes and sizes, and draw examples\n"
+    "docs/datasets.md describes the formats. `spatialflow dataset convert --help` lists the options."
+)
+EXAMPLES = (
+    "dataset convert labelme/ --images photos --output mydata --stuff-classes sky,road --split 0.9",
+    "dataset check mydata/train.json --images photos --pictures examples.jpg",
+)
+_CONVERT_DESCRIPTION = (
+    "Convert annotations to the COCO panoptic format: panoptic.json with classes and segments, and a PNG per image.\n"
+    "The source is not changed. A repeated run replaces the files of the earlier one, and no others. Damaged files\n"
+    "and regions are named and left out. Exit codes: 0 all converted, 1 some left out, 2 nothing can be converted.\n\n"
+    "SOURCE of each format:\n"
+    "  coco-instances  the JSON file\n"
+    "  labelme         the folder of JSON files\n"
+    '  cvat            annotations.xml of the export "CVAT for images 1.1"\n'
+    "  masks           the folder of PNGs that hold a class per pixel, or 1000 * class + instance\n"
+    "  yolo            data.yaml, or the folder that holds it"
+)
+_CHECK_DESCRIPTION = (
+    "Check a panoptic JSON as `spatialflow validate` does, print a table of its classes, and point out what may hurt\n"
+    "training. Exit codes: 0 no errors, 1 errors found, 2 not readable."
+)
+_CONVERT_EXAMPLES = (
+    "dataset convert instances.json --images photos --output mydata --background other",
+    "dataset convert labelme --output mydata --stuff-classes sky,road --split 0.9",
+    "dataset convert annotations.xml --images photos --output mydata",
+    "dataset convert masks --images photos --classes classes.json --output mydata",
+    "dataset convert semantic --instances instances --images photos --classes labels.txt --output mydata",
+    "dataset convert data.yaml --output mydata",
+)
+_CHECK_EXAMPLES = ("dataset check mydata/panoptic.json --images photos --pictures examples.jpg",)
+
+SHOWN_PROBLEMS = 5
+"""Number of problems that are printed for each rule."""
+
+_COLUMNS, _ROWS = 4, 4  # of the sheet of examples
+_CELL = (240, 320)  # height and width of an example, in pixels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the two actions of the command and their arguments."""
+    actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
+    convert = _add_action(
+        actions, "convert", "rewrite annotations of other tools", _CONVERT_DESCRIPTION, _CONVERT_EXAMPLES
+    )
+    add_path(convert, "source", "SOURCE", "file or folder of annotations")
+    add_path(convert, "--output", "FOLDER", "folder for panoptic.json and panoptic/", required=True)
+    add_path(convert, "--images", "FOLDER", "photographs, with sub-folders (default: where the format has them)")
+    formats = ("auto", "coco-instances", "labelme", "cvat", "masks", "yolo")
+    convert.add_argument("--format", choices=formats, default="auto", help="(default: recognize it)")
+    convert.add_argument(
+        "--stuff-classes",
+        metavar="NAMES",
+        help="classes that are stuff, such as sky,road; all others are things, unless the source says otherwise",
+    )
+    convert.add_argument(
+        "--classes",
+        metavar="LIST",
+        help="a COCO category list (JSON), a text file with a class per line, or names as in person,car,sky",
+    )
+    convert.add_argument("--background", metavar="NAME", help="make all pixels without annotation this stuff class")
+    add_path(convert, "--instances", "FOLDER", "masks: PNGs that number the objects, 0 for none")
+    add_path(convert, "--stuff", "FOLDER", "coco-instances: PNGs with the ids of stuff classes")
+    convert.add_argument(
+        "--on-top",
+        choices=("auto", "later", "smaller"),
+        default="auto",
+        help="region that covers others where they overlap (default: smaller for COCO and YOLO, later for the others)",
+    )
+    convert.add_argument(
+        "--fill-boxes", action="store_true", help="convert boxes as masks; otherwise they are left out"
+    )
+    convert.add_argument(
+        "--split",
+        type=float,
+        metavar="SHARE",
+        help="write train.json with this share of the images, such as 0.9, and val.json",
+    )
+    add_path(convert, "--problems", "FILE", "write all problems as JSON; only the first ones are printed")
+    convert.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: %(default)s)")
+    add_workers_option(convert)
+
+    check = _add_action(
+        actions, "check", "find errors, count classes, draw examples", _CHECK_DESCRIPTION, _CHECK_EXAMPLES
+    )
+    add_path(check, "annotations", "ANNOTATIONS", "the panoptic JSON, or the folder of PNGs beside it")
+    add_path(check, "--images", "FOLDER", "photographs: check that each can be read and has the size of its PNG")
+    add_path(check, "--folder", "FOLDER", "PNGs, if they are not beside the JSON")
+    add_path(check, "--pictures", "FILE", "draw 16 examples into this picture")
+    add_workers_option(check)
+
+
+def _add_action(
+    actions: Any, name: str, summary: str, description: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    epilog = "\n".join(("examples:", *(f"  spatialflow {line}" for line in examples)))
+    parser: argparse.ArgumentParser = actions.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one of the actions; return the exit code."""
+    check_count("--workers", options.workers)
+    return _convert(options) if options.action == "convert" else _check(options)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from spatialflow.data.convert import ConversionError, to_panoptic
+    from spatialflow.files import write_json
+    from spatialflow.panoptic import InUseError
+
+    check_output(options.problems, options.source, options.images, options.stuff, options.instances)
+
+    stuff_classes = options.stuff_classes
+    done = total = 0
+    with (
+        tqdm(desc="convert", unit="image", disable=None, leave=False) as bar,
+        as_command_errors(ConversionError, InUseError),
+        path_in_oserror(options.output),
+    ):
+
+        def show(now: int, of: int) -> None:
+            nonlocal done, total
+            done, total = now, of
+            bar.total = of
+            bar.update()
+
+        try:
+            result = to_panoptic(
+                options.source,
+                options.output,
+                options.images,
+                format=options.format,
+                classes=options.classes,
+                stuff_classes=None
+                if stuff_classes is None
+                else [n.strip() for n in stuff_classes.split(",") if n.strip()],
+                stuff=options.stuff,
+                instances=options.instances,
+                background=options.background,
+                on_top=options.on_top,
+                fill_boxes=options.fill_boxes,
+                split=options.split,
+                seed=options.seed,
+                workers=options.workers,
+                progress=show,
+            )
+        except KeyboardInterrupt as error:
+            text = f"{options.output} has {done} of {total} images; the same command starts over" if total else ""
+            raise type(error)(*[text] * bool(text)) from None
+    if options.problems is not None:
+        with as_command_errors(), path_in_oserror(options.problems):
+            write_json(options.problems, [problem._asdict() for problem in result.problems], indent=1)
+    _print_problems(result)
+    _print_conversion(result)
+    return 1 if result.problems else 0
+
+
+def _print_problems(result: Conversion) -> None:
+    """Print the first problems of each rule on standard error."""
+    texts_by_rule: dict[str, list[str]] = {}
+    for problem in result.problems:
+        texts_by_rule.setdefault(problem.rule, []).append(problem.text)
+    for rule, texts in texts_by_rule.items():
+        for text in texts[:SHOWN_PROBLEMS]:
+            print_error(_printable(text))
+        if len(texts) > SHOWN_PROBLEMS:
+            print_error(f"and {len(texts) - SHOWN_PROBLEMS} more problems of the kind {rule!r}")
+
+
+def _printable(text: str) -> str:
+    """Escape line breaks, control characters and unpaired surrogates in names from files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print_conversion(result: Conversion) -> None:
+    things = [_printable(row["name"]) for row in result.categories if row["isthing"]]
+    stuff = [_printable(row["name"]) for row in result.categories if not row["isthing"]]
+    counts = ", ".join(
+        f"{result.segments[kind]} {kind}" for kind in ("things", "stuff", "crowds") if result.segments[kind]
+    )
+    print(f"format: {result.format}; photographs: {result.images}")
+    print(f"things: {', '.join(things) or '-'}")
+    print(f"stuff: {', '.join(stuff) or '-'}")
+    print(f"segments: {counts or '0'}")
+    for note in result.notes:
+        print(f"note: {_printable(note)}")
+    if result.problems:
+        print(f"left out: {len(result.problems)} damaged or unknown entries, named above")
+    for path, count in zip(result.json_paths, result.image_counts, strict=True):
+        print(f"{path}: {count} images")
+    paths = [shlex.quote(_printable(str(path))) for path in (result.json_paths[0], result.images)]
+    print(f"next: spatialflow dataset check {paths[0]} --images {paths[1]} --pictures examples.jpg")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from spatialflow.data.survey import advice, survey
+    from spatialflow.panoptic import PanopticFormatError
+    from spatialflow.panoptic.validation import validate
+
+    path = panoptic_json(options.annotations)
+    folder = png_folder(path, options.folder, "--folder")
+    check_output(options.pictures, path, folder, options.images)
+    if options.pictures is not None and options.pictures.suffix.lower() not in (".jpg", ".jpeg"):
+        raise CommandError(f"--pictures must end in .jpg, got {options.pictures}")
+    progress = sys.stderr.isatty()
+    with as_command_errors(PanopticFormatError):
+        problems = validate(path, folder, options.images, workers=options.workers, progress=progress)
+        result = survey(path, folder, examples=_ROWS * _COLUMNS, workers=options.workers, progress=progress)
+        print(_class_table(result), end="")
+        print(problem_table(problems), end="")
+        for text in advice(result):
+            print(f"note: {_printable(text)}")
+        if options.pictures is not None:
+            with path_in_oserror(options.pictures):
+                count = _write_examples(options.pictures, result, folder, options.images)
+            print(f"{options.pictures}: {count} examples")
+    count = len(problems.problems)
+    verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
+    print(f"{path}: {problems.images} images, {problems.segments} segments: {verdict}")
+    return 1 if problems.problems else 0
+
+
+def _class_table(result: Survey) -> str:
+    """Make the table of classes, and the lines about void pixels and sizes."""
+    rows = [("id", "class", "kind", "segments", "images", "pixels", "median size")]
+    for row in result.classes:
+        kind = "thing" if row.category["isthing"] else "stuff"
+        crowds = f" + {row.crowds} crowds" if row.crowds else ""
+        median = f"{row.median_area:,.0f} px" if row.segments else "-"
+        name = _printable(row.category["name"][:40])
+        numbers = (f"{row.segments:,}{crowds}", f"{row.images:,}", f"{100 * row.share:.2f} %", median)
+        rows.append((str(row.category["id"]), name, kind, *numbers))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = [
+        "  ".join(cell.ljust(width) if i in (1, 2) else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    lines = [line.rstrip() for line in aligned]
+    lines.append(f"void: {100 * result.void_share:.2f} % of all pixels")
+    sizes = [f"{width}x{height} ({count})" for (height, width), count in result.sizes.most_common(4)]
+    lines.append(f"sizes: {', '.join(sizes)}{f', {len(result.sizes) - 4} more' * (len(result.sizes) > 4)}")
+    return "\n".join((*lines, ""))
+
+
+def _write_examples(output: Path, result: Survey, folder: Path, images: Path | None) -> int:
+    """Draw the examples as a sheet of 4 x 4 pictures; return their number."""
+    from spatialflow.files import write_jpeg
+    from spatialflow.panoptic.pages import contact_sheet, side_by_side
+
+    categories = [row.category for row in result.classes]
+    cells = {
+        f"{number}: {_printable(annotation['name'])}": _example(annotation, folder, images, categories)
+        for number, annotation in enumerate(result.examples, start=1)
+    }
+    if not cells:
+        raise CommandError(f"{folder}: holds no image to draw")
+    titles = list(cells)
+    rows = [
+        side_by_side({title: cells[title] for title in titles[i : i + _COLUMNS]}, panel_width=_CELL[1])
+        for i in range(0, len(titles), _COLUMNS)
+    ]
+    write_jpeg(output, contact_sheet(rows), quality=90)
+    return len(cells)
+
+
+def _example(annotation: dict[str, Any], folder: Path, images: Path | None, categories: list[Any]) -> np.ndarray:
+    """Draw one example, scaled into a cell; without its photograph, on gray."""
+    import cv2
+    import numpy as np
+
+    from spatialflow.images import ImageError, read_image
+    from spatialflow.panoptic import overlay, read_id_map
+    from spatialflow.panoptic.photographs import find_photograph
+
+    id_map = read_id_map(folder / annotation["file_name"])
+    photograph = None
+    if images is not None:
+        try:
+            photograph = read_image(find_photograph(images, annotation["name"]))
+        except ImageError:  # `validate` reports it
+            photograph = None
+    height, width = id_map.shape
+    scale = min(_CELL[0] / height, _CELL[1] / width)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    # Segments are drawn at twice the size of the cell, so that lines and labels stay legible.
+    drawn = (2 * size[0], 2 * size[1])
+    small_ids = cv2.resize(id_map.astype(np.int32), drawn, interpolation=cv2.INTER_NEAREST)
+    gray = np.full((drawn[1], drawn[0], 3), 128, np.uint8)
+    if photograph is not None and photograph.shape[:2] == id_map.shape:
+        gray = cv2.resize(photograph, drawn, interpolation=cv2.INTER_AREA)
+    picture = cv2.resize(
+        overlay(gray, small_ids, annotation["segments_info"], categories), size, interpolation=cv2.INTER_AREA
+    )
+    cell = np.full((*_CELL, 3), 250, np.uint8)
+    top, left = (_CELL[0] - size[1]) // 2, (_CELL[1] - size[0]) // 2
+    cell[top : top + size[1], left : left + size[0]] = picture
+    return cell

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers about a panoptic data set: segments per class, sizes of images, and what a colleague would point out."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spatialflow.panoptic.extents import Extent, extents
+from spatialflow.panoptic.formats import load_json, read_id_map
+from spatialflow.panoptic.quality import default_folder, with_progress
+from spatialflow.panoptic.rules import VOID, PanopticFormatError, is_color, segment_id
+from spatialflow.threads import available_cores
+
+USUAL_SHORT, USUAL_LONG = 800, 1333
+"""Sides to which networks for photographs scale images, in pixels."""
+
+_TINY_SIDE = 8  # pixels at that scale: about the smallest anchor's size and the stride of the finest level
+_VARIED = 4  # ratio of the largest to the smallest image, in pixels on the longer side
+
+
+class ClassNumbers(NamedTuple):
+    """One class of a data set."""
+
+    category: Mapping[str, Any]  # id, name, isthing and, where it is valid, color
+    segments: int  # without crowds
+    images: int  # that have a segment, or a crowd
+    crowds: int
+    share: float  # of all pixels, 0 to 1
+    median_area: float  # of its segments, in pixels; NaN for none
+
+
+class Survey(NamedTuple):
+    """The result of `survey`."""
+
+    classes: list[ClassNumbers]  # in the order of the JSON
+    sizes: Counter[tuple[int, int]]  # images by (height, width)
+    void_share: float  # of all pixels
+    tiny: int  # things that are smaller than 8 x 8 pixels where a network with usual sizes sees them
+    things: int
+    without_segment: list[str]  # file names
+    examples: list[dict[str, Any]]  # images that show rare classes: file_name of the PNG, name, segments_info
+
+
+def survey(
+    json_path: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    examples: int = 16,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Survey:
+    """Count the segments and pixels of every class of a panoptic data set.
+
+    Entries and PNGs that cannot be used are left out; `spatialflow.panoptic.validate` reports them.
+
+    Args:
+        json_path: COCO panoptic JSON.
+        folder: folder of its PNGs; None for the JSON's path without its suffix.
+        examples: largest number of example images.
+        workers: threads; default: one per core.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        PanopticFormatError: the file is absent, or is not a panoptic JSON.
+    """
+    content = load_json(json_path)
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise PanopticFormatError(f'{json_path}: a panoptic JSON is a mapping with a list "annotations"', "json")
+    folder = Path(default_folder(json_path) if folder is None else folder)
+    categories = _categories(content)
+    annotations = [row for row in content["annotations"] if _is_usable(row)]
+
+    def measure(annotation: Mapping[str, Any]) -> tuple[tuple[int, int], dict[int, Extent]] | None:
+        try:
+            id_map = read_id_map(folder / annotation["file_name"])
+        except (PanopticFormatError, ValueError):
+            return None
+        return (id_map.shape[0], id_map.shape[1]), extents(id_map)
+
+    areas: dict[int, list[int]] = {number: [] for number in categories}
+    pixels: Counter[int] = Counter()
+    crowds: Counter[int] = Counter()
+    images: Counter[int] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    total = tiny = things = 0
+    without, shown = [], []
+    names = _photograph_names(content)
+    with ThreadPoolExecutor(workers or available_cores()) as pool:
+        futures = [pool.submit(measure, annotation) for annotation in annotations]
+        try:
+            pairs = zip(annotations, with_progress(futures, "count", progress), strict=True)
+            for annotation, future in pairs:
+                measured = future.result()
+                if measured is None:
+                    continue
+                (height, width), by_id = measured
+                sizes[height, width] += 1
+                total += height * width
+                scale = min(USUAL_SHORT / min(height, width), USUAL_LONG / max(height, width), 1)
+                present, usable = set(), []
+                for segment in annotation["segments_info"]:
+                    number, category = segment_id(segment), segment["category_id"]
+                    if number is None or number == VOID or number not in by_id or category not in categories:
+                        continue
+                    area = by_id[number].pixels
+                    present.add(category)
+                    usable.append({"id": number, "category_id": category})
+                    pixels[category] += area
+                    if segment.get("iscrowd"):
+                        crowds[category] += 1
+                        continue
+                    areas[category].append(area)
+                    if categories[category]["isthing"]:
+                        things += 1
+                        tiny += area * scale * scale < _TINY_SIDE**2
+                images.update(present)
+                name = names.get(annotation["image_id"], annotation["file_name"])
+                shown.append((present, {"file_name": annotation["file_name"], "name": name, "segments_info": usable}))
+                if not present:
+                    without.append(name)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    rows = [
+        ClassNumbers(
+            category,
+            len(areas[number]),
+            images[number],
+            crowds[number],
+            pixels[number] / total if total else 0.0,
+            float(np.median(areas[number])) if areas[number] else float("nan"),
+        )
+        for number, category in categories.items()
+    ]
+    void = 1 - sum(pixels.values()) / total if total else 0.0
+    return Survey(rows, sizes, void, tiny, things, without, _choose(shown, images, examples))
+
+
+def _categories(content: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Return the categories by id, with name and isthing, and with the color if it is valid."""
+    rows = content.get("categories")
+    found: dict[int, Mapping[str, Any]] = {}
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and type(row.get("id")) is int:
+            color = {"color": row["color"]} if is_color(row.get("color")) else {}
+            name = str(row.get("name", f"category {row['id']}"))
+            found.setdefault(row["id"], {"id": row["id"], "name": name, "isthing": bool(row.get("isthing")), **color})
+    return found
+
+
+def _photograph_names(content: Mapping[str, Any]) -> dict[Any, str]:
+    rows = content.get("images")
+    return {
+        row["id"]: row["file_name"]
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict) and type(row.get("id")) in (int, str) and isinstance(row.get("file_name"), str)
+    }
+
+
+def _is_usable(annotation: Any) -> bool:
+    return (
+        isinstance(annotation, dict)
+        and type(annotation.get("image_id")) in (int, str)
+        and isinstance(annotation.get("file_name"), str)
+        and isinstance(annotation.get("segments_info"), list)
+        and all(
+            isinstance(segment, dict) and type(segment.get("category_id")) is int
+            for segment in annotation["segments_info"]
+        )
+    )
+
+
+def _choose(shown: Sequence[tuple[set[int], dict[str, Any]]], images: Counter[int], count: int) -> list[dict[str, Any]]:
+    """Choose images that show rare classes, then images evenly spaced in the data set."""
+    chosen: list[int] = []
+    missing = set(images)
+    for category in sorted(images, key=lambda number: (images[number], number)):
+        if category in missing and len(chosen) < count:
+            index = max(range(len(shown)), key=lambda i: (category in shown[i][0], len(shown[i][0] & missing), -i))
+            chosen.append(index)
+            missing -= shown[index][0]
+    rest = [i for i, (present, _) in enumerate(shown) if i not in chosen and present]
+    free = min(count - len(chosen), len(rest))
+    chosen += [rest[i * len(rest) // free] for i in range(free)]
+    return [shown[i][1] for i in sorted(chosen)]
+
+
+def advice(result: Survey) -> list[str]:
+    """List what a colleague would point out about a data set, as sentences."""
+    texts = []
+    absent = [row.category["name"] for row in result.classes if not row.images]
+    if absent:
+        texts.append(f"{_many(len(absent), 'class has', 'classes have')} no example: {_examples(absent)}")
+    rare = [row.category["name"] for row in result.classes if 0 < row.images < 10]
+    if rare:
+        texts.append(f"{_many(len(rare), 'class is', 'classes are')} in fewer than 10 images: {_examples(rare)}")
+    if result.without_segment:
+        count = len(result.without_segment)
+        texts.append(f"{_many(count, 'image has', 'images have')} no segment: {_examples(result.without_segment)}")
+    if not any(row.category["isthing"] for row in result.classes if row.images):
+        texts.append("there is no thing: segments of one class are not separated")
+    if not any(not row.category["isthing"] for row in result.classes if row.images):
+        text = "there is no stuff: pixels outside objects are void, and nothing is learned there"
+        texts.append(f"{text}; `dataset convert --background NAME` makes them a class")
+    if result.tiny:
+        share = 100 * result.tiny / result.things
+        texts.append(
+            f"{result.tiny} of {result.things} things ({share:.1f} %) are smaller than {_TINY_SIDE} x {_TINY_SIDE} "
+            f"pixels where images are scaled to {USUAL_SHORT} x {USUAL_LONG}"
+        )
+    if result.sizes:
+        longest = [max(size) for size in result.sizes]
+        if max(longest) >= _VARIED * min(longest):
+            texts.append(
+                f"image sizes vary greatly: the longer side has {min(longest)} to {max(longest)} pixels; a crop or one "
+                "size for all makes batches even"
+            )
+        large = sum(count for size, count in result.sizes.items() if max(size) > 2 * USUAL_LONG)
+        if large:
+            images = _many(large, "image is", "images are")
+            texts.append(
+                f"{images} more than twice as large as networks see ({USUAL_SHORT} x {USUAL_LONG}); smaller copies "
+                "make reading faster, and tiles keep small objects"
+            )
+    return texts
+
+
+def _many(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(f"{name:.80}" for name in names[:8]) + ", ..." * (len(names) > 8)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warnings before a training run: each names what is wrong and its remedy, and appears only then."""
+
+import json
+import re
+
+import pytest
+from helpers.scenes import scene_categories, write_coco
+from helpers.training import SMALL_RUN, small
+
+from spatialflow.cli.main import main
+from spatialflow.data.coco import CocoPanoptic
+from spatialflow.engine.run_advice import advice
+
+GOOD = dict(learning_rate_epochs=[1], epochs=2)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("scenes"), 20, (64, 96))
+
+
+def warnings(scenes, steps=20, has_validation=True, is_pretrained=False, **fields):
+    data = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, scene_categories())
+    return advice(small(**(GOOD | fields)), data, steps, has_validation, is_pretrained)
+
+
+def test_a_sound_run_has_none(scenes):
+    assert warnings(scenes) == []
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(warmup_iterations=20), "warmup_iterations 20: the run ends after 20 steps, .* set warmup_iterations=2$"),
+        (dict(learning_rate_epochs=[1, 9]), "learning_rate_epochs .*: the run ends with epoch 2"),
+        (dict(images_per_step=1), "images_per_step 1: .* a single image; set images_per_step=2 or more$"),
+        (
+            dict(images_per_step=4, accumulation_steps=4),
+            "images_per_step 4 in 4 parts: .* set images_per_step=8 or more$",
+        ),
+        (
+            dict(train_short_edges=[16], train_long_edge=24),
+            r"images of 96x64 are reduced by a factor of 4\.0, .* set train_short_edges=\[32\] train_long_edge=48 "
+            r"test_short_edges=\[32\] test_long_edge=48$",
+        ),
+        (dict(backbone_norm_trains=False), "no --backbone or --checkpoint: .* set backbone_norm_trains=true"),
+    ],
+)
+def test_settings(scenes, fields, message):
+    (text,) = warnings(scenes, **fields)
+    assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(images_per_step=1, backbone_norm_trains=False, is_pretrained=True),
+        dict(train_short_edges=[16], train_long_edge=24, train_crop=[16, 16]),
+    ],
+)
+def test_settings_that_are_right_in_their_context(scenes, fields):
+    assert warnings(scenes, **fields) == []
+
+
+def test_classes_without_examples(scenes, tmp_path):
+    content = json.loads((scenes / "panoptic.json").read_text())
+    for annotation in content["annotations"]:
+        segments = annotation["segments_info"]
+        annotation["segments_info"] = [row for row in segments if row["category_id"] not in (2, 14)]
+        for row in annotation["segments_info"]:
+            row["iscrowd"] = int(row["category_id"] == 1)
+    path = tmp_path / "panoptic.json"
+    path.write_text(json.dumps(content))
+    data = CocoPanoptic(path, scenes / "images", scenes / "panoptic", scene_categories())
+    (text,) = advice(small(**GOOD), data, 20, True, False)
+    names = {row.id: row.name for row in scene_categories().rows}
+    assert text == (
+        f"no training image has a segment of {names[1]}, {names[2]}, {names[14]}, so that the network cannot learn "
+        f'these classes; annotate examples, or remove the class from "categories"'
+    )
+
+
+def test_no_validation_images(scenes):
+    (text,) = warnings(scenes, has_validation=False)
+    assert text.startswith("no validation images, so that the run has no score; give --validation-images")
+
+
+def test_few_images_and_the_command(tmp_path, capsys):
+    scenes = write_coco(tmp_path / "scenes", 2, (64, 96))
+    files = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json")]
+    settings = [f"{name}={value}" for name, value in SMALL_RUN.items() if name not in ("num_stuff", "categories")]
+    assert main(["train", "tiny", *settings, *files, "--workers", "0", "--output", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("spatialflow: only 2 training images: the network will learn") for line in lines)
+    assert any(line.startswith("spatialflow: no validation images") for line in lines)

@@ -180,8 +180,9 @@ class Catalog:
                     image.problems.append(f"has no image in {side.path}")
             rest = len(side.annotations) - len(matched)
             if rest:
-                plural = "image of it has" if rest == 1 else "images of it have"
-                self.notes.append(f"{side.path}: {rest} {plural} no prediction in {main.path}, and is not shown")
+                words = ("image has", "is") if rest == 1 else ("images have", "are")
+                text = f"{rest} {words[0]} no prediction in {main.path} and {words[1]} not shown"
+                self.notes.append(f"{side.path}: {text}")
         return list(found.values())
 
     def _merge_categories(self) -> dict[int, Category]:

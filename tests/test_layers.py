@@ -41,10 +41,11 @@ MAY_IMPORT = {
     "panoptic": GROUND | {"_evaluation", "ops"},
     "models": GROUND | {"", "config", "ops"},  # "" for `__version__`
     "data": GROUND | {"config", "panoptic"},
+    "viewer": GROUND | {"panoptic"},
     "engine": GROUND | {"config", "ops", "panoptic", "models", "data"},
     "": {"_library"},  # spatialflow/__init__.py when it is imported; its names are resolved on first use
     "__main__": {"cli"},
-    "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine", "video"},
+    "cli": GROUND | {"", "config", "panoptic", "models", "data", "engine", "video", "viewer"},
 }
 """For each module or package of `spatialflow`, the others that it may import, inside functions too."""
 

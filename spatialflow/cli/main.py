@@ -28,6 +28,7 @@ from spatialflow.cli import (
     synthesize,
     train,
     validate,
+    view,
     visualize,
 )
 from spatialflow.cli.arguments import CommandParser, Parser, did_you_mean
@@ -38,6 +39,7 @@ from spatialflow.threads import leave_cores_to_others
 _COMMANDS: tuple[Any, ...] = (
     predict,
     evaluate,
+    view,
     validate,
     dataset,
     train,

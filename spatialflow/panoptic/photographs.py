@@ -78,17 +78,7 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
             files.
     """
     truth_names, prediction_names = _names_by_id(truth), _names_by_id(prediction)
-    wrong_id = _contradicted_id(truth_names, prediction_names, _listed_names(truth), _listed_names(prediction))
-    joined = {image: image for image in truth_names if wrong_id is None and image in prediction_names}
-    if len(joined) == len(truth_names):
-        return joined
-    keys = ([list(names.items()), *_keys(names)] for names in (truth_names, prediction_names))  # whole names first
-    for truth_keys, prediction_keys in zip(*keys, strict=True):
-        image_by_key, predicted_by_key = _unique(truth_keys), _unique(prediction_keys)
-        taken = set(joined.values())
-        for key in image_by_key.keys() & predicted_by_key.keys():
-            if predicted_by_key[key] not in taken:
-                joined.setdefault(image_by_key[key], predicted_by_key[key])
+    joined, wrong_id = _join(truth, prediction, truth_names, prediction_names)
     for image in truth_names:
         if image not in joined:
             reason = f", neither of that id nor of the name {truth_names[image]!r:.80}"
@@ -103,6 +93,33 @@ def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict
                 f"{_examples(truth_names)}; the predictions have {_examples(prediction_names)}"
             )
     return {image: joined[image] for image in truth_names}
+
+
+def match_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[int | str, int | str]:
+    """Match images as `join_images` does; images of the ground truth without a prediction are left out."""
+    joined, _ = _join(truth, prediction, _names_by_id(truth), _names_by_id(prediction))
+    return joined
+
+
+def _join(
+    truth: Mapping[str, Any],
+    prediction: Mapping[str, Any],
+    truth_names: Mapping[int | str, str],
+    prediction_names: Mapping[int | str, str],
+) -> tuple[dict[int | str, int | str], int | str | None]:
+    """Return the images that match, and the id for which ids are ignored (`_contradicted_id`)."""
+    wrong_id = _contradicted_id(truth_names, prediction_names, _listed_names(truth), _listed_names(prediction))
+    joined = {image: image for image in truth_names if wrong_id is None and image in prediction_names}
+    if len(joined) == len(truth_names):
+        return joined, wrong_id
+    keys = ([list(names.items()), *_keys(names)] for names in (truth_names, prediction_names))  # whole names first
+    for truth_keys, prediction_keys in zip(*keys, strict=True):
+        image_by_key, predicted_by_key = _unique(truth_keys), _unique(prediction_keys)
+        taken = set(joined.values())
+        for key in image_by_key.keys() & predicted_by_key.keys():
+            if predicted_by_key[key] not in taken:
+                joined.setdefault(image_by_key[key], predicted_by_key[key])
+    return joined, wrong_id
 
 
 def _names_by_id(content: Mapping[str, Any]) -> dict[int | str, str]:

@@ -64,6 +64,16 @@ class ClassCounts:
         }
 
 
+class Matches(NamedTuple):
+    """Which segments of one image match."""
+
+    iou_of: dict[tuple[int, int], float]  # IoU of every match, by ground-truth id and predicted id
+    false_positives: list[int]  # predicted ids
+    false_negatives: list[int]  # ground-truth ids
+    shared: Mapping[tuple[int, int], int]  # pixels by ground-truth id and predicted id, `VOID` included
+    problems: list[Problem]  # contradictions to report
+
+
 class PanopticQuality:
     """Accumulate panoptic quality over images in memory; see `evaluate` for folders.
 
@@ -128,9 +138,32 @@ class PanopticQuality:
 
         Arguments and errors as for `update`.
         """
+        self._check_segments(gt_segments, pred_segments, image_id)
+        return _count_image(_shared_pixels(gt_map, pred_map, image_id), gt_segments, pred_segments, image_id)
+
+    def match(
+        self,
+        gt_map: np.ndarray,
+        gt_segments: Sequence[Mapping[str, Any]],
+        pred_map: np.ndarray,
+        pred_segments: Sequence[Mapping[str, Any]],
+        image_id: int | str = "",
+    ) -> Matches:
+        """Compute which segments of one image are matches, false positives and false negatives, as `count` does.
+
+        Arguments and errors as for `update`; nothing is accumulated.
+        """
+        self._check_segments(gt_segments, pred_segments, image_id)
+        return _match_image(_shared_pixels(gt_map, pred_map, image_id), gt_segments, pred_segments, image_id)
+
+    def _check_segments(
+        self,
+        gt_segments: Sequence[Mapping[str, Any]],
+        pred_segments: Sequence[Mapping[str, Any]],
+        image_id: int | str,
+    ) -> None:
         raise_first(segment_problems(gt_segments, image_id, self._things), TRUTH)
         raise_first(segment_problems(pred_segments, image_id, self._things), PREDICTION)
-        return _match_image(_shared_pixels(gt_map, pred_map, image_id), gt_segments, pred_segments, image_id)
 
     def add(self, counts: Mapping[int, ClassCounts]) -> None:
         """Add the counts of one image, from `count`."""
@@ -240,7 +273,7 @@ def score_files(
         )
         # `check_panoptic` has checked the segments.
         shared = _shared_pixels(gt_map, pred_map, image_id)
-        return _match_image(shared, gt_image["segments_info"], pred_image["segments_info"], image_id)
+        return _count_image(shared, gt_image["segments_info"], pred_image["segments_info"], image_id)
 
     with ThreadPoolExecutor(workers or available_cores()) as pool:
         futures = [pool.submit(count_image, annotation) for annotation in gt["annotations"]]
@@ -309,12 +342,39 @@ def _shared_pixels(gt_map: np.ndarray, pred_map: np.ndarray, image_id: int | str
     return dict(zip(zip(gt_ids.tolist(), pred_ids.tolist(), strict=True), pixels.tolist(), strict=True))
 
 
-def _match_image(
+def _count_image(
     shared: Mapping[tuple[int, int], int],
     gt_segments: Sequence[Mapping[str, Any]],
     pred_segments: Sequence[Mapping[str, Any]],
     image_id: int | str,
 ) -> tuple[dict[int, ClassCounts], list[Problem]]:
+    """Match the segments of one image, with the errors of `_match_image`; return the counts by category id."""
+    matches = _match_image(shared, gt_segments, pred_segments, image_id)
+    gt_category, pred_category = (
+        {segment["id"]: segment["category_id"] for segment in segments} for segments in (gt_segments, pred_segments)
+    )
+    result: dict[int, ClassCounts] = {}
+
+    def counts(category: int) -> ClassCounts:
+        return result.setdefault(category, ClassCounts())
+
+    for (gt_id, _), iou in matches.iou_of.items():
+        row = counts(gt_category[gt_id])
+        row.tp += 1
+        row.iou += iou
+    for gt_id in matches.false_negatives:
+        counts(gt_category[gt_id]).fn += 1
+    for pred_id in matches.false_positives:
+        counts(pred_category[pred_id]).fp += 1
+    return result, matches.problems
+
+
+def _match_image(
+    shared: Mapping[tuple[int, int], int],
+    gt_segments: Sequence[Mapping[str, Any]],
+    pred_segments: Sequence[Mapping[str, Any]],
+    image_id: int | str,
+) -> Matches:
     """Match the segments of one image; `shared` maps (ground-truth id, predicted id) to pixels.
 
     A contradiction between lists and pixels that stops scoring is raised; others are returned.
@@ -330,38 +390,34 @@ def _match_image(
     problems = raise_first(pixel_problems(gt_segments, image_id, gt_pixels), TRUTH)
     raise_first(pixel_problems(pred_segments, image_id, pred_pixels), PREDICTION)
 
-    result: dict[int, ClassCounts] = {}
-
-    def counts(category: int) -> ClassCounts:
-        return result.setdefault(category, ClassCounts())
-
+    iou_of: dict[tuple[int, int], float] = {}
     gt_matched, pred_matched = set(), set()
     for (gt_id, pred_id), intersection in shared.items():
         segment = gt_info.get(gt_id)
         if segment is None or pred_id not in pred_category or segment.get("iscrowd", 0) == 1:
             continue
-        category = segment["category_id"]
-        if category != pred_category[pred_id]:
+        if segment["category_id"] != pred_category[pred_id]:
             continue
         # An `area` less than the number of pixels would raise the IoU, in panopticapi even above 1.
         gt_area = max(segment.get("area", 0), gt_pixels[gt_id])
         union = pred_pixels[pred_id] + gt_area - intersection - shared.get((VOID, pred_id), 0)
         iou = intersection / union
         if iou > 0.5:
-            counts(category).tp += 1
-            counts(category).iou += iou
+            iou_of[gt_id, pred_id] = iou
             gt_matched.add(gt_id)
             pred_matched.add(pred_id)
 
     crowd_of_category = {}
+    false_negatives = []
     for gt_id, segment in gt_info.items():
         if gt_id in gt_matched:
             continue
         if segment.get("iscrowd", 0) == 1:
             crowd_of_category[segment["category_id"]] = gt_id
         else:
-            counts(segment["category_id"]).fn += 1
+            false_negatives.append(gt_id)
 
+    false_positives = []
     for pred_id, category in pred_category.items():
         if pred_id in pred_matched:
             continue
@@ -369,5 +425,5 @@ def _match_image(
         if category in crowd_of_category:
             ignored += shared.get((crowd_of_category[category], pred_id), 0)
         if ignored / pred_pixels[pred_id] <= 0.5:
-            counts(category).fp += 1
-    return result, problems
+            false_positives.append(pred_id)
+    return Matches(iou_of, false_positives, false_negatives, shared, problems)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images that the viewer shows: panoptic JSONs joined by image, with the problems of their entries."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spatialflow.panoptic.colors import color_of, segment_colors
+from spatialflow.panoptic.formats import load_json, read_id_map
+from spatialflow.panoptic.photographs import find_photograph, match_images, photograph_names
+from spatialflow.panoptic.quality import default_folder
+from spatialflow.panoptic.rules import PREDICTION, RULES, TRUTH, PanopticFormatError, id_of, is_color, json_problems
+
+TRUTH_SIDE, PREDICTION_SIDE, OTHER_SIDE = "truth", "prediction", "other"
+"""Keys of the sides: the ground truth, the predictions, and the predictions that they are compared with."""
+
+
+class ViewError(ValueError):
+    """A file that the viewer cannot show; the message names the file and the reason."""
+
+
+@dataclass
+class Side:
+    """A panoptic JSON and its PNGs.
+
+    Attributes:
+        key: `TRUTH_SIDE`, `PREDICTION_SIDE` or `OTHER_SIDE`.
+        title: the name on the page.
+        path: the JSON.
+        folder: its PNGs.
+        categories: the rows of "categories" with an integer id.
+        annotations: by image id; entries that break the format are left out.
+        names: file name of the photograph by image id.
+        rows: the rows of "images" by image id.
+        problems: messages about the file.
+        problems_of: messages by image id.
+    """
+
+    key: str
+    title: str
+    path: Path
+    folder: Path
+    categories: list[dict[str, Any]]
+    annotations: dict[int | str, dict[str, Any]]
+    names: dict[int | str, str]
+    rows: dict[int | str, dict[str, Any]]
+    problems: list[str]
+    problems_of: dict[int | str, list[str]]
+
+    @property
+    def use(self) -> str:
+        """The rules that the segments must follow: `rules.TRUTH` or `rules.PREDICTION`."""
+        return TRUTH if self.key == TRUTH_SIDE else PREDICTION
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether a segment has a score, as those of predictions have."""
+        return any("score" in segment for row in self.annotations.values() for segment in row["segments_info"])
+
+
+@dataclass
+class Image:
+    """One image of the page.
+
+    Attributes:
+        name: the photograph's file name.
+        ids: image id by key of the side.
+        problems: messages about its entries in the JSONs.
+    """
+
+    name: str
+    ids: dict[str, int | str]
+    problems: list[str] = field(default_factory=list)
+
+
+class Category(NamedTuple):
+    """A category of the page."""
+
+    id: int
+    name: str
+    isthing: bool
+    color: tuple[int, int, int]  # red, green, blue
+
+
+def read_side(key: str, title: str, path: Path, folder: Path | None = None) -> Side:
+    """Read a panoptic JSON; entries that break the format become messages.
+
+    Args:
+        key: see `Side`.
+        title: see `Side`.
+        path: the JSON.
+        folder: its PNGs; None: the JSON's path without its suffix.
+
+    Raises:
+        PanopticFormatError: the file is absent or is not a panoptic JSON.
+    """
+    content = load_json(path)
+    found = list(json_problems(content))
+    if any(problem.rule == "json" for problem in found):
+        raise PanopticFormatError(f"{path}: {found[0].text}", "json")
+    malformed = {problem.entry for problem in found}
+    annotations: dict[int | str, dict[str, Any]] = {}
+    for i, row in enumerate(content["annotations"]):
+        if f"annotations[{i}]" not in malformed:
+            segments = [
+                segment
+                for j, segment in enumerate(row["segments_info"])
+                if f"annotations[{i}]: segments_info[{j}]" not in malformed
+            ]
+            annotations.setdefault(row["image_id"], row | {"segments_info": segments})
+    rows: dict[int | str, dict[str, Any]] = {}
+    listed = content.get("images")
+    for row in listed if isinstance(listed, list) else ():
+        number = id_of(row, "id")
+        if number is not None:
+            rows.setdefault(number, row)
+    usable = {"images": list(rows.values()), "annotations": list(annotations.values())}
+    categories = content.get("categories")
+    side = Side(
+        key,
+        title,
+        path,
+        Path(default_folder(path) if folder is None else folder),
+        [row for row in categories if isinstance(row, dict) and type(row.get("id")) is int]
+        if isinstance(categories, list)
+        else [],
+        annotations,
+        dict(zip(annotations, photograph_names(usable), strict=True)),
+        rows,
+        [],
+        {},
+    )
+    for problem in found:
+        if RULES[problem.rule].effect(side.use) in ("stops", "reported"):
+            messages = side.problems if problem.image is None else side.problems_of.setdefault(problem.image, [])
+            messages.append(problem.text)
+    return side
+
+
+class Catalog:
+    """The images of one or more sides.
+
+    Args:
+        sides: the ground truth first, if there is one, then the predictions. Images of all are joined with those of the
+            first predictions, or of the ground truth if it is alone.
+        images: folder of the photographs; None: the paths in the JSONs, or folders beside them.
+    """
+
+    def __init__(self, sides: list[Side], images: Path | None = None) -> None:
+        self.sides = {side.key: side for side in sides}
+        self.main = self.sides.get(PREDICTION_SIDE) or sides[0]
+        self.notes = [f"{side.path}: {text}" for side in sides for text in side.problems]
+        self.images = self._join()
+        self.categories = self._merge_categories()
+        self._category_rows = [row._asdict() for row in self.categories.values()]
+        self._folder = images
+        self._folders = {side.key: _guess_folder(side) for side in sides} if images is None else {}
+
+    def _join(self) -> list[Image]:
+        main = self.main
+        order = list(main.annotations) + [i for i in main.problems_of if i not in main.annotations]
+        found = {i: Image(main.names.get(i, str(i)), {main.key: i}, list(main.problems_of.get(i, ()))) for i in order}
+        for side in self.sides.values():
+            if side is main:
+                continue
+            # A ground truth is matched as in scoring: each of its images with at most one prediction.
+            first, second = (side, main) if side.key == TRUTH_SIDE else (main, side)
+            matches = match_images(_as_content(first), _as_content(second))
+            pairs = ((b, a) for a, b in matches.items()) if side.key == TRUTH_SIDE else matches.items()
+            matched = {main_id: side_id for main_id, side_id in pairs if main_id in found}
+            for main_id, image in found.items():
+                if main_id in matched:
+                    image.ids[side.key] = matched[main_id]
+                    image.problems += side.problems_of.get(matched[main_id], ())
+                elif main_id in main.annotations:
+                    image.problems.append(f"has no image in {side.path}")
+            rest = len(side.annotations) - len(matched)
+            if rest:
+                words = ("image has", "is") if rest == 1 else ("images have", "are")
+                text = f"{rest} {words[0]} no prediction in {main.path} and {words[1]} not shown"
+                self.notes.append(f"{side.path}: {text}")
+        return list(found.values())
+
+    def _merge_categories(self) -> dict[int, Category]:
+        """Collect the categories of all sides, and of segments whose category no side lists."""
+        categories: dict[int, Category] = {}
+        for side in self.sides.values():
+            for row in side.categories:
+                number, name, color = row["id"], str(row.get("name", row["id"])), row.get("color")
+                if number not in categories:
+                    base = color if is_color(color) else None
+                    categories[number] = Category(number, name, row.get("isthing") == 1, color_of(number, 0, base))
+                elif categories[number].name != name and "name" in row:
+                    other = categories[number].name
+                    self.notes.append(f"{side.path}: category {number} is {name!r:.60}, elsewhere it is {other!r:.60}")
+        for side in self.sides.values():
+            for annotation in side.annotations.values():
+                for segment in annotation["segments_info"]:
+                    number = segment["category_id"]
+                    if number not in categories:
+                        isthing = segment.get("isthing") in (1, True)
+                        categories[number] = Category(number, str(number), isthing, color_of(number))
+        return categories
+
+    def annotation(self, image: Image, key: str) -> dict[str, Any] | None:
+        """Return the annotation of an image on one side; None if the side has none."""
+        side = self.sides.get(key)
+        return None if side is None or key not in image.ids else side.annotations.get(image.ids[key])
+
+    def colors(self, segments: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int, int]]:
+        """Compute the color (red, green, blue) of each segment of an image by its id, as overlays have it."""
+        numbers = (segment["id"] for segment in segments)
+        return dict(zip(numbers, segment_colors(segments, self._category_rows), strict=True))
+
+    def read_map(self, index: int, key: str) -> np.ndarray:
+        """Read the id map of an image on one side, (H, W) int32.
+
+        Raises:
+            PanopticFormatError: the PNG is absent or damaged.
+            ViewError: the side has no such image, or its JSON names a file outside the folder.
+        """
+        image = self.images[index]
+        annotation = self.annotation(image, key)
+        if annotation is None:
+            raise ViewError(f"{image.name}: has no annotation that can be read")
+        return read_id_map(inside(self.sides[key].folder, annotation["file_name"]))
+
+    def photograph(self, image: Image) -> Path:
+        """Find the photograph of an image.
+
+        Raises:
+            ViewError: it is not found, or its name cannot be one of a file.
+        """
+        try:
+            return self._find_photograph(image)
+        except ViewError:
+            raise
+        except ValueError:  # a zero byte, or a character that no path has
+            raise ViewError(f"{image.name!r:.80}: is not a file name") from None
+
+    def _find_photograph(self, image: Image) -> Path:
+        if self._folder is not None:
+            path = inside(self._folder, os.path.relpath(find_photograph(self._folder, image.name), self._folder))
+            if os.path.isfile(path):
+                return path
+            raise ViewError(f"{image.name}: is not in the folder {self._folder}")
+        for key in (self.main.key, *self.sides):
+            if key not in image.ids:
+                continue
+            side, image_id = self.sides[key], image.ids[key]
+            recorded = side.rows.get(image_id, {}).get("path")
+            if isinstance(recorded, str) and os.path.isfile(
+                path := Path(os.path.realpath(side.path.parent / recorded))
+            ):
+                return path
+            name = side.names.get(image_id, image.name)
+            folder = self._folders[key]
+            if folder is not None and os.path.isfile(path := inside(folder, name)):
+                return path
+        raise ViewError(f"{image.name}: the photograph is not found; give its folder with --images")
+
+
+def _as_content(side: Side) -> dict[str, Any]:
+    return {"images": list(side.rows.values()), "annotations": list(side.annotations.values())}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file below a folder, with links resolved.
+
+    Raises:
+        ViewError: the file lies outside the folder, or the name cannot be one of a file.
+    """
+    try:
+        root = os.path.realpath(folder)
+        path = os.path.realpath(os.path.join(root, name))
+    except ValueError:  # a zero byte
+        raise ViewError(f"{name!r:.80}: is not a file name") from None
+    if not path.startswith(os.path.join(root, "")):
+        raise ViewError(f"{name!r:.80}: lies outside the folder {folder}, and is not shown")
+    return Path(path)
+
+
+def _guess_folder(side: Side) -> Path | None:
+    """Find the folder of a JSON's photographs by its first name: `images`, or named like the JSON, beside it or above.
+
+    COCO has `annotations/panoptic_val2017.json` and `val2017/`.
+    """
+    name: str | None = next(iter(side.names.values()), None)
+    if name is None:
+        return None
+    parent = Path(os.path.realpath(side.path.parent))
+    short = side.path.stem.removeprefix("panoptic_")
+    candidates = (parent / "images", parent / short, parent.parent / short, parent.parent / "images", parent)
+    try:
+        return next((folder for folder in candidates if os.path.isfile(find_photograph(folder, name))), None)
+    except ValueError:  # not a file name
+        return None

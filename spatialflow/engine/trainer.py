@@ -164,7 +164,8 @@ class Trainer:
         torch.manual_seed(training.seed)
         self.network, self.reinitialized_layers = _initial_network(config, initial_weights)
         self.network.categories = data.categories
-        if initial_weights.checkpoint is None and is_drawn(getattr(data, "json_path", "")):
+        json_path = getattr(data, "json_path", None)  # of data in the COCO panoptic format
+        if initial_weights.checkpoint is None and json_path is not None and is_drawn(json_path):
             self.network.trained_on = DRAWN_SCENES
         if process_group.size > 1 and config.model.backbone_norm_trains:
             synchronize_norms(self.network.backbone)

@@ -237,6 +237,12 @@ class TestDamage:
             with pytest.raises(spatialflow.CheckpointError, match=reason):
                 spatialflow.load_model(path, config=network.config)
 
+    def test_text_that_would_control_a_terminal(self, network, tmp_path):
+        path = tmp_path / "weights.safetensors"
+        path.write_bytes(save(network.state_dict(), metadata={"spatialflow.trained_on": "\x1b[2J"}))
+        with pytest.raises(spatialflow.CheckpointError, match="must be one line of at most 200 printable characters"):
+            spatialflow.load_model(path, config=network.config)
+
 
 def test_a_header_of_any_length_is_recognized(tmp_path):
     """The length of a safetensors header may begin with the byte of a pickle, 0x80."""

@@ -57,7 +57,10 @@ def read_description(entries: Mapping[str, str]) -> Description:
         config = make_config(str(settings.pop("name", "")), settings)
     if CATEGORIES in entries:
         categories = Categories.from_table(_mapping(entries, CATEGORIES), CATEGORIES)
-    return Description(config, categories, entries.get(TRAINED_ON))
+    trained_on = entries.get(TRAINED_ON)
+    if trained_on is not None and not (trained_on.isprintable() and len(trained_on) <= 200):
+        raise ValueError(f"{TRAINED_ON} must be one line of at most 200 printable characters")
+    return Description(config, categories, trained_on)
 
 
 def _mapping(entries: Mapping[str, str], name: str) -> dict[str, Any]:

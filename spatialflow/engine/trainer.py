@@ -147,7 +147,8 @@ class Trainer:
         torch.manual_seed(training.seed)
         self.network, self.taken_weights = _initial_network(config, initial_weights)
         self.network.categories = data.categories
-        if is_drawn(getattr(data, "json_path", "")):
+        json_path = getattr(data, "json_path", None)  # of data in the COCO panoptic format
+        if json_path is not None and is_drawn(json_path):
             self.network.trained_on = DRAWN_SCENES
         if process_group.size > 1 and config.model.backbone_norm_trains:
             synchronize_norms(self.network.backbone)

@@ -229,6 +229,7 @@ REFUSED = [
     ("sampling_ratio", lambda home: home.roi_align(FEATURES, ROIS, 7, 0.125, 2.0)),
     ("sampling_ratio", lambda home: home.roi_align(FEATURES, ROIS, 7, 0.125, None)),
     ("spatial_scale", lambda home: home.roi_align(FEATURES, ROIS, 7, "1/8", 2)),
+    ("aligned", lambda home: home.roi_align(FEATURES, ROIS, 7, 0.125, 2, "no")),
     ("boxes", lambda home: home.roi_align(FEATURES, BOXES, 7, 0.125, 2)),
     ("boxes", lambda home: home.roi_align(FEATURES, ROIS.long(), 7, 0.125, 2)),
     ("boxes[1]", lambda home: home.roi_align(FEATURES, [BOXES, torch.tensor([])], 7, 0.125, 2)),

@@ -114,3 +114,15 @@ def test_a_sampling_ratio_that_is_no_integer_is_named(op, value):
     with pytest.raises(ValueError, match=f"^{op}: sampling_ratio must be an integer, got ") as caught:
         calls[op]()
     assert str(caught.value).endswith(repr(value))
+
+
+@pytest.mark.parametrize("value", ["no", "False", b"1"], ids=str)
+@pytest.mark.parametrize("op", ["roi_align", "multilevel_roi_align"])
+def test_a_string_is_not_true(op, value):
+    call = {
+        "roi_align": lambda: ops.roi_align(FEATURES, ROIS, 2, aligned=value),
+        "multilevel_roi_align": lambda: ops.multilevel_roi_align([FEATURES], ROIS, 2, [4], aligned=value),
+    }[op]
+    with pytest.raises(ValueError, match=f"^{op}: aligned must be True or False, got ") as caught:
+        call()
+    assert str(caught.value).endswith(repr(value))

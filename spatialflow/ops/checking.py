@@ -55,6 +55,13 @@ def integer(op: str, name: str, value: Any) -> int:
     return value
 
 
+def flag(op: str, name: str, value: Any) -> bool:
+    """Return `value` as a bool; ValueError if it is a string, of which all but the empty one are true."""
+    if isinstance(value, (str, bytes)):
+        raise ValueError(f"{op}: {name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def number(op: str, name: str, value: Any) -> float:
     """Return `value` as a float; ValueError if it is not a number. Strings and bytes are not numbers."""
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
 from spatialflow.ops.checking import (
+    flag,
     integer,
     is_checking,
     number,
@@ -99,7 +100,7 @@ def multilevel_roi_align(
         width,
         strides,
         sampling_ratio,
-        bool(aligned),
+        flag("multilevel_roi_align", "aligned", aligned),
         number("multilevel_roi_align", "finest_scale", finest_scale),
     )
     if is_checking():  # values; the operator has checked the shapes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
-from spatialflow.ops.checking import integer, is_checking, number, pair, require_batch_indices, require_finite
+from spatialflow.ops.checking import flag, integer, is_checking, number, pair, require_batch_indices, require_finite
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import is_channels_last, memory_format_of
@@ -40,7 +40,7 @@ def roi_align(
 
     Raises:
         RuntimeError: a shape, dtype, device or size that does not fit, naming the argument.
-        ValueError: `output_size`, `spatial_scale`, `sampling_ratio` or `boxes` of a wrong kind; within
+        ValueError: `output_size`, `spatial_scale`, `sampling_ratio`, `aligned` or `boxes` of a wrong kind; within
             `spatialflow.ops.checked()` also a box that is not finite or a batch index outside the batch.
 
     Note:
@@ -78,7 +78,8 @@ def roi_align(
     spatial_scale = number("roi_align", "spatial_scale", spatial_scale)
     if type(sampling_ratio) is not int:
         sampling_ratio = integer("roi_align", "sampling_ratio", sampling_ratio)
-    pooled = _roi_align(autocast(input), boxes, height, width, spatial_scale, sampling_ratio, bool(aligned))
+    aligned = flag("roi_align", "aligned", aligned)
+    pooled = _roi_align(autocast(input), boxes, height, width, spatial_scale, sampling_ratio, aligned)
     if is_checking():  # values; the operator has checked the shapes
         require_finite("roi_align", "boxes", boxes)
         require_batch_indices("roi_align", "boxes", boxes[:, 0], input.shape[0])

@@ -31,9 +31,9 @@ _DATA_OPTIONS = (
     ("images", "FOLDER", "photographs"),
     ("annotations", "JSON", "COCO panoptic JSON"),
     ("panoptic", "FOLDER", "PNGs of --annotations (default: the folder beside the JSON with the same name)"),
-    ("validation-images", "FOLDER", "like --images, for evaluation"),
-    ("validation-annotations", "JSON", "like --annotations, for evaluation"),
-    ("validation-panoptic", "FOLDER", "like --panoptic, for evaluation"),
+    ("validation_images", "FOLDER", "like --images, for evaluation"),
+    ("validation_annotations", "JSON", "like --annotations, for evaluation"),
+    ("validation_panoptic", "FOLDER", "like --panoptic, for evaluation"),
     ("cityscapes", "FOLDER", "tree with leftImg8bit and gtFine: train on its split train, evaluate on its split val"),
 )
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = "checkpoint.pt, model.safetensors, config.yaml, log.jsonl, curves.png, ..."
     add_path(parser, "--output", "FOLDER", f"folder for {files}", required=True)
     for name, metavar, text in _DATA_OPTIONS:
-        add_path(parser, f"--{name}", metavar, text)
+        add_path(parser, f"--{name.replace('_', '-')}", metavar, text)
     add(
         "--validation-share",
         type=float,
@@ -160,7 +160,7 @@ def _data_options(options: argparse.Namespace) -> dict[str, Any]:
     from spatialflow.engine.checkpoint_store import TrainingError
     from spatialflow.engine.train import TrainingData
 
-    names = [name.replace("-", "_") for name, _, _ in _DATA_OPTIONS] + ["validation_share"]
+    names = [*(name for name, _, _ in _DATA_OPTIONS), "validation_share"]
     values = {name: getattr(options, name) for name in names}
     try:
         TrainingData(**values)

@@ -73,7 +73,7 @@ def _random_statistics(config: Config, is_pretrained: bool) -> list[str]:
     if is_pretrained or (model.backbone_frozen_stages < 0 and model.backbone_norm_trains):
         return []
     return [
-        "no --backbone or --checkpoint: frozen stages and BatchNorm's statistics keep their random initial values; "
+        "no --backbone or --model: frozen stages and BatchNorm's statistics keep their random initial values; "
         "from scratch, set backbone_norm_trains=true backbone_frozen_stages=-1"
     ]
 

@@ -290,7 +290,10 @@ def _start(
     if own is None:
         raise CheckpointError(f"{file.path}: holds no configuration; name the configuration of these weights")
     rate = DEFAULT_RATE_PER_IMAGE if model in (None, DEFAULT_MODEL) else _rate(own)
-    return _Start(load_config(own, **overrides), file.path, file.description.categories, rate)
+    known = file.description.config
+    is_numbered = known is not None and known.data.categories is None  # the names are numbers, and say nothing
+    categories = None if is_numbered else file.description.categories
+    return _Start(load_config(own, **overrides), file.path, categories, rate)
 
 
 def _rate(config: Config) -> float:

@@ -191,7 +191,7 @@ fuzz-planted: build  ## plant known faults one at a time and check that the fuzz
 	$(PYTHON) tools/fuzz_planted.py $(TEXT)
 
 bench: build  ## time every operator against its baselines; OPS="roi_align nms" for some
-	$(PYTHON) -m spatialflow.cli benchmark $(OPS)
+	$(PYTHON) -m spatialflow benchmark $(OPS)
 
 # The libraries are not compiled here; those built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
 BACKEND ?= cuda
@@ -208,17 +208,15 @@ FILE ?= gpu.tgz
 gpu-pack: build  ## archive for gpu-check on a machine without a network; FILE=gpu.tgz
 	$(PYTHON) tools/gpu_pack.py $(FILE)
 
-# Without IMAGES, WEIGHTS and CONFIG: scenes that the packaged weights were not trained on, with their ground truth.
-demo_config := $(or $(CONFIG),$(if $(WEIGHTS),spatialflow_r50_coco,demo))
-demo_scored := $(if $(IMAGES),,$(filter demo,$(demo_config)))
-demo_weights := $(if $(WEIGHTS),--checkpoint $(WEIGHTS))
-command = $(PYTHON) -m spatialflow.cli
+# Without IMAGES and WEIGHTS: scenes that the packaged weights were not trained on, with their ground truth.
+demo_scored := $(if $(IMAGES)$(WEIGHTS),,yes)
+demo_model := --model $(or $(WEIGHTS),demo) $(if $(CONFIG),--config $(CONFIG))
+command = $(PYTHON) -m spatialflow
 
 demo:  ## environment, build, 50 scenes: maps, PQ, overlays and speed in demo/; IMAGES="a.jpg folder" WEIGHTS=f CONFIG=c
 	@begin=$$(date +%s) && $(MAKE) --no-print-directory build && built=$$(date +%s) && rm -rf demo && \
-	$(if $(IMAGES),,$(command) synthesize demo/scenes --count 50 --size 256 384 --seed 2 &&) \
-	$(command) predict $(or $(IMAGES),demo/scenes/images) --output demo/prediction --config $(demo_config) \
-	  $(demo_weights) && \
+	$(if $(IMAGES),,$(command) synthesize demo/scenes --count 50 --size 256x384 --seed 2 &&) \
+	$(command) predict $(or $(IMAGES),demo/scenes/images) --output demo/prediction $(demo_model) && \
 	$(if $(demo_scored),$(MAKE) --no-print-directory demo-score &&) \
 	echo "seconds: environment and build $$((built - begin)), demo $$(($$(date +%s) - built))" && \
 	echo "Look at demo/prediction/overlays$(if $(demo_scored), and demo/pictures/index.html)."
@@ -227,8 +225,8 @@ demo:  ## environment, build, 50 scenes: maps, PQ, overlays and speed in demo/; 
 demo-score:
 	$(command) evaluate demo/scenes/panoptic.json demo/prediction --per-class
 	$(command) visualize demo/scenes/images --ground-truth demo/scenes/panoptic.json --prediction demo/prediction \
-	  --config $(demo_config) $(demo_weights) --output demo/pictures
-	$(PYTHON) benchmarks/end_to_end.py --config $(demo_config) $(demo_weights) --short-edges 256 \
+	  $(demo_model) --output demo/pictures
+	$(PYTHON) benchmarks/end_to_end.py --config demo --short-edges 256 \
 	  --providers spatialflow reference --images demo/scenes/images --count 10 --output demo/speed
 
 # MkDocs and its theme are separate from .venv, and need no build of the package. The pages load nothing from a network.

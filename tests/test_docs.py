@@ -282,6 +282,6 @@ def test_environment_variables_and_macros(page):
 def test_settings_of_the_text():
     """Inline code such as `field: value` or `field=value` uses fields that exist."""
     fields = {name for section in SECTIONS.values() for name in section.__dataclass_fields__}
-    text = (ROOT / "docs" / "training.md").read_text() + (ROOT / "docs" / "prediction.md").read_text()
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("training.md", "prediction.md", "predictor.md"))
     assigned = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)[:=] ?\w", text))
     assert assigned - {"detection_masks"} <= fields | {"test_short_edges", "test_flip"}, assigned - fields

@@ -92,5 +92,5 @@ def test_few_images_and_the_command(tmp_path, capsys):
     settings = [f"{name}={value}" for name, value in SMALL_RUN.items() if name not in ("num_stuff", "categories")]
     assert main(["train", "tiny", *settings, *files, "--workers", "0", "--output", str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("spatialflow: only 2 training images: the network will learn") for line in lines)
+    assert any(line.startswith("spatialflow: only 2 training images: the network will fit these") for line in lines)
     assert any(line.startswith("spatialflow: no validation images") for line in lines)

@@ -212,13 +212,14 @@ gpu-pack: build  ## archive for gpu-check on a machine without a network; FILE=g
 demo_config := $(or $(CONFIG),$(if $(WEIGHTS),spatialflow_r50_coco,demo))
 demo_scored := $(if $(IMAGES),,$(filter demo,$(demo_config)))
 demo_weights := $(if $(WEIGHTS),--checkpoint $(WEIGHTS))
+# Weights of this package hold their configuration, so that only CONFIG adds one.
+demo_network := $(if $(CONFIG)$(WEIGHTS),,--model demo)$(if $(WEIGHTS), --model $(WEIGHTS))$(if $(CONFIG), --config $(CONFIG))
 command = $(PYTHON) -m spatialflow.cli
 
 demo:  ## environment, build, 50 scenes: maps, PQ, overlays and speed in demo/; IMAGES="a.jpg folder" WEIGHTS=f CONFIG=c
 	@begin=$$(date +%s) && $(MAKE) --no-print-directory build && built=$$(date +%s) && rm -rf demo && \
-	$(if $(IMAGES),,$(command) synthesize demo/scenes --count 50 --size 256 384 --seed 2 &&) \
-	$(command) predict $(or $(IMAGES),demo/scenes/images) --output demo/prediction --config $(demo_config) \
-	  $(demo_weights) && \
+	$(if $(IMAGES),,$(command) synthesize demo/scenes --count 50 --size 256x384 --seed 2 &&) \
+	$(command) predict $(or $(IMAGES),demo/scenes/images) --output demo/prediction $(demo_network) && \
 	$(if $(demo_scored),$(MAKE) --no-print-directory demo-score &&) \
 	echo "seconds: environment and build $$((built - begin)), demo $$(($$(date +%s) - built))" && \
 	echo "Look at demo/prediction/overlays$(if $(demo_scored), and demo/pictures/index.html)."
@@ -227,7 +228,7 @@ demo:  ## environment, build, 50 scenes: maps, PQ, overlays and speed in demo/; 
 demo-score:
 	$(command) evaluate demo/scenes/panoptic.json demo/prediction --per-class
 	$(command) visualize demo/scenes/images --ground-truth demo/scenes/panoptic.json --prediction demo/prediction \
-	  --config $(demo_config) $(demo_weights) --output demo/pictures
+	  $(demo_network) --output demo/pictures
 	$(PYTHON) benchmarks/end_to_end.py --config $(demo_config) $(demo_weights) --short-edges 256 \
 	  --providers spatialflow reference --images demo/scenes/images --count 10 --output demo/speed
 

@@ -168,6 +168,6 @@ def _data_options(options: argparse.Namespace) -> dict[str, Any]:
 def _next_steps(result: TrainingResult) -> str:
     """Name the files of a run and the next command."""
     return (
-        f"log, curves and the last evaluation: {result.folder}\n"
+        f"log and other files: {result.folder}\n"
         f"next: spatialflow predict PHOTOGRAPHS --model {result.folder} --output predicted"
     )

@@ -179,13 +179,14 @@ def describe_settings(config: Config, classes: Sequence[str], count: int, held_o
     """Describe the chosen settings, with the names of their fields, in three lines."""
     model, data, training = config.model, config.data, config.training
     shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
-    decays = " and ".join(map(str, training.learning_rate_epochs)) or "no epoch"
+    epochs = " and ".join(map(str, training.learning_rate_epochs))
+    decays = f", a tenth of it after epochs {epochs}" if epochs else ""
     return [
         f"network: {config.name}, num_things={model.num_things} num_stuff={model.num_stuff}; classes: {shown}",
         f"images: {count} to train on, {held_out} to evaluate on; train_short_edges={list(data.train_short_edges)} "
         f"train_long_edge={data.train_long_edge}",
         f"schedule: epochs={training.epochs} images_per_step={training.images_per_step} "
-        f"learning_rate={training.learning_rate:g}, a tenth of it after epochs {decays}; "
+        f"learning_rate={training.learning_rate:g}{decays}; "
         f"warmup_iterations={training.warmup_iterations} evaluate_every_epochs={training.evaluate_every_epochs}",
     ]
 

@@ -99,6 +99,7 @@ def test_wrong_words(parser, capsys, line, message):
         ("predict a.jpg --output x", "which network? give --model: the folder of a training run, a weights file, or "),
         ("train demoo --output x --images a --annotations b", "did you mean demo"),
         ("convert dmo x.safetensors", "packaged weights (demo); did you mean demo?"),
+        ("dataset convert a --output x --imagez b", "no such option: --imagez; did you mean --images?"),
         ("synthesize x --size 64", "--size takes a height and a width, such as 480x640, got 1 numbers"),
     ],
 )
@@ -124,6 +125,14 @@ def test_every_command_has_a_version(capsys):
             main([*words, "--version"])
         assert ended.value.code == 0
         assert capsys.readouterr().out == f"spatialflow {spatialflow.__version__}\n"
+
+
+@pytest.mark.parametrize("action", ["convert", "check"])
+def test_actions_have_their_own_help(capsys, action):
+    with pytest.raises(SystemExit) as ended:
+        main(["dataset", action, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: spatialflow dataset {action} ")
 
 
 def test_the_package_runs_as_a_module():
@@ -224,7 +233,7 @@ class TestCompletion:
         pytest.importorskip("argcomplete")
         for name in ("mine.yaml", "photo.jpg", "weights.pt"):
             (tmp_path / name).touch()
-        assert self.complete("spatialflow vi", tmp_path) == ["visualize"]
+        assert self.complete("spatialflow vi", tmp_path) == ["view", "visualize"]
         assert {"--model", "--config", "--size"} <= set(self.complete("spatialflow predict photo.jpg --", tmp_path))
         assert self.complete("spatialflow predict --config spatialflow_r50_c", tmp_path) == [
             "spatialflow_r50_cityscapes",

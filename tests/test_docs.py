@@ -274,7 +274,8 @@ def test_python_names(page):
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_environment_variables_and_macros(page):
     folders = (ROOT / name for name in ("spatialflow", "csrc", "cmake"))
-    sources = [ROOT / "CMakeLists.txt", *(path for folder in folders for path in folder.rglob("*.[pch]*"))]
+    build = [ROOT / "CMakeLists.txt", ROOT / "tools" / "build_backend.py"]
+    sources = [*build, *(path for folder in folders for path in folder.rglob("*.[pch]*"))]
     known = {name for path in sources for name in re.findall(r"SPATIALFLOW_[A-Z_]+", path.read_text(errors="replace"))}
     assert set(re.findall(r"\bSPATIALFLOW_[A-Z_]+\b", page.read_text())) <= known | {"SPATIALFLOW_FIXTURES"}
 
@@ -282,6 +283,6 @@ def test_environment_variables_and_macros(page):
 def test_settings_of_the_text():
     """Inline code such as `field: value` or `field=value` uses fields that exist."""
     fields = {name for section in SECTIONS.values() for name in section.__dataclass_fields__}
-    text = (ROOT / "docs" / "training.md").read_text() + (ROOT / "docs" / "prediction.md").read_text()
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("training.md", "prediction.md", "predictor.md"))
     assigned = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)[:=] ?\w", text))
     assert assigned - {"detection_masks"} <= fields | {"test_short_edges", "test_flip"}, assigned - fields

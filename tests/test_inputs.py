@@ -3,6 +3,8 @@
 
 import gc
 import io
+import sys
+import types
 import warnings
 import weakref
 
@@ -374,6 +376,12 @@ def test_a_truncated_pil_image(predictor, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(stream.getvalue()[:2000])
     with pytest.raises(spatialflow.ImageError, match=r"^cut.jpg: is truncated or damaged: image file is truncated"):
         predictor(Image.open(tmp_path / "cut.jpg"))
+
+
+def test_another_thread_may_be_importing_pillow(predictor, file, expected, monkeypatch):
+    """The module is in `sys.modules` then, without its names."""
+    monkeypatch.setitem(sys.modules, "PIL.Image", types.ModuleType("PIL.Image"))
+    assert np.array_equal(predictor([file])[0].id_map, expected)
 
 
 def test_a_folder_is_no_image(predictor, tmp_path):

@@ -44,7 +44,7 @@ def test_a_sound_run_has_none(scenes):
             r"images of 96x64 are reduced by a factor of 4\.0, .* set train_short_edges=\[32\] train_long_edge=48 "
             r"test_short_edges=\[32\] test_long_edge=48$",
         ),
-        (dict(backbone_norm_trains=False), "no --backbone or --checkpoint: .* set backbone_norm_trains=true"),
+        (dict(backbone_norm_trains=False), "no --backbone or --model: .* set backbone_norm_trains=true"),
     ],
 )
 def test_settings(scenes, fields, message):
@@ -92,5 +92,5 @@ def test_few_images_and_the_command(tmp_path, capsys):
     settings = [f"{name}={value}" for name, value in SMALL_RUN.items() if name not in ("num_stuff", "categories")]
     assert main(["train", "tiny", *settings, *files, "--workers", "0", "--output", str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("spatialflow: only 2 training images: the network will learn") for line in lines)
+    assert any(line.startswith("spatialflow: only 2 training images: the network will fit these") for line in lines)
     assert any(line.startswith("spatialflow: no validation images") for line in lines)

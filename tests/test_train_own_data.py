@@ -73,8 +73,9 @@ def test_from_photographs_to_scores_and_pictures(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "3,282,764 of 3,282,764 weights are taken" in shown.err and "start from random" not in shown.err
     assert "num_things=6 num_stuff=7; classes: " in shown.out
+    assert "learning_rate=1e-09; warmup_iterations=0" in shown.out  # no decay in a run of one epoch
     assert f"next: spatialflow predict PHOTOGRAPHS --model {run} --output predicted" in shown.out
-    network = ["--config", str(run / "config.yaml"), "--checkpoint", str(run / "model.safetensors")]
+    network = ["--model", str(run)]
     assert main(["predict", str(val / "images"), *network, "--output", str(out)]) == 0
     truth = read_panoptic_json(val / "panoptic.json", with_categories=True)
     predicted = read_panoptic_json(out / "panoptic.json", with_categories=True)

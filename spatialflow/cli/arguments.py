@@ -72,7 +72,9 @@ class CommandParser(Parser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Put the words in order, and parse them as argparse does."""
-        if args is not None and "_ARGCOMPLETE" not in os.environ:  # the shell asks for what comes after the last word
+        is_completion = "_ARGCOMPLETE" in os.environ  # the shell asks for what comes after the last word
+        has_actions = self._subparsers is not None  # the words after an action are for the parser of the action
+        if args is not None and not is_completion and not has_actions:
             args = self._in_order(list(args))
         return super().parse_known_args(args, namespace)
 

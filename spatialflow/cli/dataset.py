@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from spatialflow.data.convert import Conversion
     from spatialflow.data.survey import Survey
 
-SUMMARY = "convert own annotations to the COCO panoptic format, check and show them"
+SUMMARY = "convert your annotations to the COCO panoptic format, and check them"
 DESCRIPTION = (
     "Prepare a data set for training and scoring.\n"
     "  convert  rewrite annotations of other tools in the COCO panoptic format\n"
@@ -46,8 +46,8 @@ _CONVERT_DESCRIPTION = (
     "The source is not changed. A repeated run replaces the files of the earlier one, and no others. Damaged files\n"
     "and regions are named and left out. Exit codes: 0 all converted, 1 some left out, 2 nothing can be converted.\n\n"
     "SOURCE of each format:\n"
-    "  coco-instances  the JSON file\n"
-    "  labelme         the folder of JSON files\n"
+    "  coco-instances  the JSON file, or the folder that holds it\n"
+    "  labelme         the folder of JSON files, or one of them\n"
     '  cvat            annotations.xml of the export "CVAT for images 1.1"\n'
     "  masks           the folder of PNGs that hold a class per pixel, or 1000 * class + instance\n"
     "  yolo            data.yaml, or the folder that holds it"
@@ -81,9 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_path(convert, "source", "SOURCE", "file or folder of annotations")
     add_path(convert, "--output", "FOLDER", "folder for panoptic.json and panoptic/", required=True)
-    add_path(convert, "--images", "FOLDER", "photographs, with sub-folders (default: where the format has them)")
+    place = "default: where the format usually has them"
+    add_path(convert, "--images", "FOLDER", f"photographs, with sub-folders ({place})")
     formats = ("auto", "coco-instances", "labelme", "cvat", "masks", "yolo")
-    convert.add_argument("--format", choices=formats, default="auto", help="(default: recognize it)")
+    convert.add_argument("--format", choices=formats, default="auto", help="format of SOURCE (default: recognized)")
     convert.add_argument(
         "--stuff-classes",
         metavar="NAMES",

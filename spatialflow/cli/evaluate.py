@@ -32,14 +32,12 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
+    source = "the panoptic JSON, a folder that holds panoptic.json, the folder of PNGs beside the JSON, or"
     for name, text in (
-        ("ground_truth", "ground truth: a Cityscapes tree (its split val), or"),
-        ("prediction", "predictions:"),
+        ("ground_truth", f"ground truth: {source} a Cityscapes tree (its split val)"),
+        ("prediction", f"predictions: {source} the folder of a training run"),
     ):
-        source = "the panoptic JSON, the folder of PNGs beside it, or the output of `predict`"
-        if name == "prediction":
-            source += ", or the folder of a training run"
-        add_path(parser, name, name.upper(), f"{text} {source}")
+        add_path(parser, name, name.upper(), text)
     for name in ("ground-truth", "prediction"):
         argument = name.upper().replace("-", "_")
         add_path(parser, f"--{name}-folder", "FOLDER", f"PNGs of {argument} if they are not beside the JSON")

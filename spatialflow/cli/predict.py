@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "write panoptic maps and overlay pictures of images and videos"
 DESCRIPTION = (
-    "Write a panoptic map and an overlay picture for every image, and for every frame of a video, of which an overlay\n"
-    "video is written too. Files that are not images are reported and skipped.\n"
+    "Write a panoptic map and an overlay picture for every image and every frame of a video; for a video also an\n"
+    "overlay video. Files that are not images are reported and skipped.\n"
     "The same command, given again, resumes an interrupted run. After a completed run it replaces all results of that\n"
     "run; --skip-existing keeps them and adds the others. Threads decode the next images and write the previous ones\n"
     "while the network runs.\n\n" + configs_paragraph()
@@ -113,7 +113,7 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         metavar="SHORTxLONG",
         help="resize images so that the short edge has SHORT pixels, or the long edge LONG pixels if that is "
-        "smaller; without LONG, it is SHORT * 1333 / 800 (default of the option: sizes of the configuration)",
+        "smaller; without LONG, it is SHORT * 1333 / 800 (default: the sizes of the configuration)",
     )
     add(
         "--short-edges",
@@ -165,8 +165,6 @@ def _check_input_options(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, inputs: Inputs) -> int:
-    from spatialflow.panoptic.detection import has_pycocotools
-
     style = _drawing_style(options)
     has_camera = options.camera is not None
     videos: list[tuple[InputImage, int | None]] = [(video, None) for video in inputs.videos]
@@ -180,8 +178,6 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
         raise CommandError("--legend is for images: the pictures of a video must have one size")
     if not videos and (options.every != 1 or options.frames is not None):
         raise CommandError(f"{'--every' if options.every != 1 else '--frames'} is for videos, and there is none")
-    if options.detections and not has_pycocotools():
-        print_error("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
     predictor, settings = _make_predictor(options, [*inputs.images, *(video for video, _ in videos)])
     output = PredictionFolder(
         options.output,

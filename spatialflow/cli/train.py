@@ -55,15 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-share",
         type=float,
         metavar="SHARE",
-        help="evaluate on this share of the images instead of training on them (default: 0.1 without CONFIG and other "
-        "images to evaluate on, else 0)",
+        help="evaluate on this share of the images instead of training on them (default: 0.1 if there are at least 20 "
+        "images, no CONFIG and no other images to evaluate on; else 0)",
     )
-    add_model_option(
-        parser,
-        "fine-tune this network; layers whose shape depends on the classes start from random weights if the classes "
-        "differ",
-        dest="checkpoint",
-    )
+    add_model_option(parser, "network to begin with, whose classes may differ", dest="checkpoint")
     add_ema_option(parser)
     add_path(parser, "--backbone", "FILE", "ImageNet weights with torchvision's names")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -173,6 +168,6 @@ def _data_options(options: argparse.Namespace) -> dict[str, Any]:
 def _next_steps(result: TrainingResult) -> str:
     """Name the files of a run and the next command."""
     return (
-        f"log, curves and the last evaluation: {result.folder}\n"
+        f"log and other files: {result.folder}\n"
         f"next: spatialflow predict PHOTOGRAPHS --model {result.folder} --output predicted"
     )

@@ -41,7 +41,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    source = "the panoptic JSON, the folder of PNGs beside it, or the output of `predict`"
+    source = "the panoptic JSON, a folder that holds panoptic.json, or the folder of PNGs beside the JSON"
     add_path(parser, "annotations", "ANNOTATIONS", source)
     add_path(parser, "--folder", "FOLDER", "PNGs, if they are not beside the JSON")
     add_path(parser, "--images", "FOLDER", "photographs: check that each can be read and has the size of its PNG")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers about a panoptic data set: segments per class, sizes of images, and what a colleague would point out."""
+"""Numbers about a panoptic data set: segments per class, sizes of images, and notes on what may hurt training."""
 
 import os
 from collections import Counter
@@ -190,7 +190,7 @@ def _choose(shown: Sequence[tuple[set[int], dict[str, Any]]], images: Counter[in
 
 
 def advice(result: Survey) -> list[str]:
-    """List what a colleague would point out about a data set, as sentences."""
+    """List what may hurt training on a data set, as sentences."""
     texts = []
     absent = [row.category["name"] for row in result.classes if not row.images]
     if absent:

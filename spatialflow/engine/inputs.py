@@ -149,7 +149,8 @@ def _suits_any_thread(image: Image) -> bool:
 
 def _is_pillow_image(image: Any) -> TypeGuard[PIL.Image.Image]:
     module = sys.modules.get("PIL.Image")  # who has an image of Pillow has imported it
-    return module is not None and isinstance(image, module.Image)
+    kind = getattr(module, "Image", None)  # None while another thread imports the module
+    return kind is not None and isinstance(image, kind)
 
 
 def _name_of(image: Image, position: int) -> str:

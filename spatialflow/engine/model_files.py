@@ -128,9 +128,7 @@ def load_model(
     file = read_model_file(source, ema)
     network = build_network(file, config, overrides)
     if file.description.config is None:
-        logger.info(
-            "%s: holds no configuration; %s makes a file that needs no other", file.path, _conversion(file.path)
-        )
+        logger.info("%s: holds no configuration; %s writes a file that holds it", file.path, _conversion(file.path))
     return network
 
 

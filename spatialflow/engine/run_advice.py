@@ -35,8 +35,8 @@ def advice(config: Config, data: DataSet, total_steps: int, has_validation: bool
     ]
     if len(data) < FEW_IMAGES:
         messages.append(
-            f"only {len(data)} training images: the network will learn them by heart; for new photographs, annotate "
-            f"more"
+            f"only {len(data)} training images: the network will fit these alone; for results on other photographs, "
+            f"annotate more"
         )
     if isinstance(data, CocoPanoptic):
         messages += _classes_without_examples(data)

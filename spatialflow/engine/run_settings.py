@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of a training run that follow from its data: classes, sizes of the images, and schedule."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,12 +100,12 @@ def with_classes(config: Config, classes: ClassTable, given: Mapping[str, Any]) 
 
 def _table_path(table: str) -> Path:
     packaged = TABLES / f"{table}.json"
-    return packaged if packaged.is_file() else Path(table)
+    return packaged if os.path.isfile(packaged) else Path(table)
 
 
 def _has_classes(table: str | None, classes: ClassTable) -> bool:
     """Return whether a table of the package has the same classes as a file."""
-    if table is None or not (TABLES / f"{table}.json").is_file():
+    if table is None or not os.path.isfile(TABLES / f"{table}.json"):
         return False
     of_table, of_file = (
         {(row["id"], bool(row["isthing"])) for row in rows} for rows in (read_rows(_table_path(table)), classes.rows)
@@ -179,13 +180,14 @@ def describe_settings(config: Config, classes: Sequence[str], count: int, held_o
     """Describe the chosen settings, with the names of their fields, in three lines."""
     model, data, training = config.model, config.data, config.training
     shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
-    decays = " and ".join(map(str, training.learning_rate_epochs)) or "no epoch"
+    epochs = " and ".join(map(str, training.learning_rate_epochs))
+    decays = f", a tenth of it after epochs {epochs}" if epochs else ""
     return [
         f"network: {config.name}, num_things={model.num_things} num_stuff={model.num_stuff}; classes: {shown}",
         f"images: {count} to train on, {held_out} to evaluate on; train_short_edges={list(data.train_short_edges)} "
         f"train_long_edge={data.train_long_edge}",
         f"schedule: epochs={training.epochs} images_per_step={training.images_per_step} "
-        f"learning_rate={training.learning_rate:g}, a tenth of it after epochs {decays}; "
+        f"learning_rate={training.learning_rate:g}{decays}; "
         f"warmup_iterations={training.warmup_iterations} evaluate_every_epochs={training.evaluate_every_epochs}",
     ]
 

@@ -224,7 +224,7 @@ class TestCompletion:
         pytest.importorskip("argcomplete")
         for name in ("mine.yaml", "photo.jpg", "weights.pt"):
             (tmp_path / name).touch()
-        assert self.complete("spatialflow vi", tmp_path) == ["visualize"]
+        assert self.complete("spatialflow vis", tmp_path) == ["visualize"]
         assert {"--model", "--config", "--size"} <= set(self.complete("spatialflow predict photo.jpg --", tmp_path))
         assert self.complete("spatialflow predict --config spatialflow_r50_c", tmp_path) == [
             "spatialflow_r50_cityscapes",

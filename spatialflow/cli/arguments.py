@@ -71,8 +71,10 @@ class CommandParser(Parser):
     """A parser whose positional arguments and settings may stand anywhere between the options."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Put the words in order, and parse them as argparse does."""
-        if args is not None and "_ARGCOMPLETE" not in os.environ:  # the shell asks for what comes after the last word
+        """Put the words in order, and parse them as argparse does; a parser of actions leaves that to theirs."""
+        has_actions = self._subparsers is not None
+        is_asked = "_ARGCOMPLETE" in os.environ  # by the shell, for what comes after the last word
+        if args is not None and not has_actions and not is_asked:
             args = self._in_order(list(args))
         return super().parse_known_args(args, namespace)
 

@@ -210,20 +210,6 @@ class TestInfoAndBenchmark:
         assert all(command in printed for command in ("predict", "evaluate", "convert", "benchmark", "info"))
 
 
-def test_detections_without_pycocotools(photographs, weights, tmp_path, capsys, monkeypatch):
-    """Without pycocotools, `predict` reports that it writes boxes only, and `evaluate` refuses to score detections."""
-    monkeypatch.setitem(sys.modules, "pycocotools", None)
-    arguments = ["predict", str(photographs / "plain.jpg"), *FAST, "--checkpoint", str(weights), "--detections"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
-    assert error_messages(capsys) == [
-        "--detections: the package pycocotools is missing, so detections.json has boxes without masks"
-    ]
-    assert not any("segmentation" in row for row in json.loads((tmp_path / "detections.json").read_text()))
-    assert main(["evaluate", str(tmp_path), str(tmp_path), "--detections", str(tmp_path / "detections.json")]) == 2
-    captured = capsys.readouterr()
-    assert "needs the package pycocotools" in captured.err and captured.out == ""
-
-
 @pytest.mark.parametrize("content, error", [(None, "cannot be read"), ("[1]", "row 0 must have")])
 def test_bad_detections_are_refused_before_the_scoring(photographs, weights, tmp_path, capsys, content, error):
     predicted, detections = tmp_path / "predicted", tmp_path / "detections.json"

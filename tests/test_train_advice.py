@@ -44,7 +44,7 @@ def test_a_sound_run_has_none(scenes):
             r"images of 96x64 are reduced by a factor of 4\.0, .* set train_short_edges=\[32\] train_long_edge=48 "
             r"test_short_edges=\[32\] test_long_edge=48$",
         ),
-        (dict(backbone_norm_trains=False), "no --backbone or --checkpoint: .* set backbone_norm_trains=true"),
+        (dict(backbone_norm_trains=False), "no --backbone or --model: .* set backbone_norm_trains=true"),
     ],
 )
 def test_settings(scenes, fields, message):

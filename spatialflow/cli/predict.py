@@ -165,8 +165,6 @@ def _check_input_options(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, inputs: Inputs) -> int:
-    from spatialflow.panoptic.detection import has_pycocotools
-
     style = _drawing_style(options)
     has_camera = options.camera is not None
     videos: list[tuple[InputImage, int | None]] = [(video, None) for video in inputs.videos]
@@ -180,8 +178,6 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
         raise CommandError("--legend is for images: the pictures of a video must have one size")
     if not videos and (options.every != 1 or options.frames is not None):
         raise CommandError(f"{'--every' if options.every != 1 else '--frames'} is for videos, and there is none")
-    if options.detections and not has_pycocotools():
-        print_error("--detections: the package pycocotools is missing, so detections.json has boxes without masks")
     predictor, settings = _make_predictor(options, [*inputs.images, *(video for video, _ in videos)])
     output = PredictionFolder(
         options.output,

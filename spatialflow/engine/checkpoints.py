@@ -100,7 +100,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> nn.Module:
     """
     state = {name: value for name, value in read_state(path).items() if not name.startswith("fc.")}
     if "backbone.layer1.0.conv1.weight" in state:
-        raise CheckpointError(f"{path}: holds a whole network; load it with load_checkpoint (train --checkpoint)")
+        raise CheckpointError(f"{path}: holds a whole network; load it with load_checkpoint (train --model)")
     fill(cast("nn.Module", model.backbone), state, str(path), optional=r"\.conv_offset\.")
     return model
 

@@ -70,9 +70,8 @@ def evaluate_network(
         progress: show a progress bar.
 
     Returns:
-        The scores of `panoptic.evaluate`, the same on every process. "detection" has those of `average_precision`, or
-        None if pycocotools is missing. "problems" has messages about images and annotations that cannot be read and
-        are left out.
+        The scores of `panoptic.evaluate`, the same on every process. "detection" has those of
+        `average_precision`. "problems" has messages about images and annotations that cannot be read and are left out.
 
     Raises:
         PanopticFormatError: the ground truth breaks the format, or no image can be scored.

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,8 @@ import numpy as np
 import torch
 
 from spatialflow.data.categories import Categories
-from spatialflow.errors import DataWarning
 from spatialflow.ops import paste_masks
-from spatialflow.panoptic.detection import detection_rows, has_pycocotools
+from spatialflow.panoptic.detection import detection_rows
 from spatialflow.panoptic.drawing import overlay
 from spatialflow.panoptic.labelme import labelme_content
 from spatialflow.panoptic.result_folder import add_to_folder
@@ -209,13 +207,9 @@ class PanopticResult:
             `images` (one row), `annotations` (one panoptic annotation, whose `file_name` is `<stem>.png`),
             `categories`, and `detections`: a row of COCO results per detection, with `segmentation` as RLE where
             there are masks. Segment ids are those of `id_map`; `spatialflow.panoptic.write_id_map` writes the PNG.
-            Without the package pycocotools, detections have no `segmentation`, and a warning says so.
         """
         png_name = PurePosixPath(self.image_name).with_suffix(".png").name
         row = panoptic_row(self.image_id, self.image_name, png_name, self.id_map, self.segments)
-        if self.mask_logits is not None and not has_pycocotools():
-            missing = "the package pycocotools is missing, so detections have no masks: pip install pycocotools"
-            warnings.warn(f"to_coco: {missing}", DataWarning, stacklevel=2)
         return {
             "images": [row["image"]],
             "annotations": [row["annotation"]],

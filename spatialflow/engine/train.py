@@ -34,7 +34,6 @@ from spatialflow.engine.run_settings import (
 from spatialflow.engine.trainer import InitialWeights, Trainer
 from spatialflow.files import atomic_write
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.panoptic.detection import has_pycocotools
 
 DataSet: TypeAlias = Cityscapes | CocoPanoptic
 
@@ -421,8 +420,6 @@ def _announce(trainer: Trainer, start: _Start, is_chosen: bool, is_pretrained: b
     warnings = advice(
         trainer.config, data, trainer.total_steps, validation is not None, is_pretrained or start.weights is not None
     )
-    if validation is not None and not has_pycocotools():
-        warnings.append("the package pycocotools is missing, so that evaluations have no average precision")
     if trainer.store.changed_settings:
         changed = ", ".join(trainer.store.changed_settings)
         warnings.append(f"{trainer.folder}: continues with changed settings: {changed}")

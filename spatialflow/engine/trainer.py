@@ -390,7 +390,7 @@ class Trainer:
         if self._progress is not None:
             self._progress.evaluated(self.step, scores["All"]["pq"], time.monotonic() - start)
         if self.log is not None:
-            detection = {f"{kind}_ap": row["ap"] for kind, row in (scores["detection"] or {}).items()}
+            detection = {f"{kind}_ap": row["ap"] for kind, row in scores["detection"].items()}
             self.log.add(
                 "evaluation",
                 self.step,

@@ -2,7 +2,6 @@
 """COCO average precision of boxes and masks against a panoptic ground truth. Torch is not imported."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -17,11 +16,6 @@ from spatialflow.panoptic.formats import read_id_map
 from spatialflow.panoptic.rules import PanopticFormatError, box_of, is_box, is_finite
 
 
-def has_pycocotools() -> bool:
-    """Return whether pycocotools is installed, which COCO RLE and average precision need."""
-    return importlib.util.find_spec("pycocotools") is not None
-
-
 def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
     """Convert the detections of a `PanopticResult` to COCO results.
 
@@ -30,8 +24,7 @@ def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
         image_id: id of its image.
 
     Returns:
-        A row per detection with `bbox` as [x, y, width, height], and with `segmentation` (RLE) where there are masks
-        and pycocotools is installed.
+        A row per detection with `bbox` as [x, y, width, height], and with `segmentation` (RLE) where there are masks.
     """
     rows = [
         {
@@ -42,7 +35,7 @@ def detection_rows(result: Any, image_id: Any) -> list[dict[str, Any]]:
         }
         for (x1, y1, x2, y2), score, label in zip(result.boxes.astype(float), result.scores, result.labels, strict=True)
     ]
-    masks = result.masks if has_pycocotools() else None
+    masks = result.masks
     if masks is not None:
         for row, mask in zip(rows, masks, strict=True):
             row["segmentation"] = encode_mask(mask)
@@ -97,7 +90,7 @@ def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLi
 
 def average_precision(
     content: Mapping[str, Any], panoptic_folder: str | os.PathLike[str], results: list[dict[str, Any]]
-) -> Any:
+) -> dict[str, dict[str, float]]:
     """Compute COCO average precision of boxes and masks with pycocotools.
 
     Args:
@@ -108,13 +101,11 @@ def average_precision(
     Returns:
         {"box": {...}, "mask": {...}} with `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large`. A value is -1
         where no object of that size is annotated; all are 0 if there are no results. "mask" is present if all results
-        have masks. None without pycocotools.
+        have masks.
 
     Raises:
         PanopticFormatError: no result is of an image of the ground truth, or a mask differs in size from its image.
     """
-    if not has_pycocotools():
-        return None
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

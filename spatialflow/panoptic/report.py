@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from spatialflow.files import write_json
-from spatialflow.panoptic.detection import average_precision, has_pycocotools, read_detections, rename_images
+from spatialflow.panoptic.detection import average_precision, read_detections, rename_images
 from spatialflow.panoptic.quality import AnnotationFiles, default_folder, score_files
-from spatialflow.panoptic.rules import AnnotationWarning, PanopticFormatError
+from spatialflow.panoptic.rules import AnnotationWarning
 
 GROUPS = ("All", "Things", "Stuff")
 
@@ -46,12 +46,9 @@ def evaluate_and_report(
         The result of `spatialflow.panoptic.evaluate`, with the average precision if `detections` is not None.
 
     Raises:
-        PanopticFormatError: as for `evaluate`; no detection is of an image of the ground truth; or `detections` is not
-            None and the package pycocotools is missing.
+        PanopticFormatError: as for `evaluate`; or no detection is of an image of the ground truth.
         OSError: output cannot be written.
     """
-    if detections is not None and not has_pycocotools():
-        raise PanopticFormatError(f"{detections}: average precision needs the package pycocotools")
     # Before the scoring, so that an invalid file fails early.
     results = None if detections is None else read_detections(detections)
     with warnings.catch_warnings():

@@ -10,11 +10,11 @@ from helpers.scenes import write_coco
 import spatialflow
 from spatialflow.cli.main import main
 from spatialflow.config import ConfigError, load_config
-from spatialflow.data.categories import CategoryError
+from spatialflow.data.categories import CategoryError, categories_of
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.subset import hold_out
 from spatialflow.engine.checkpoint_store import TrainingError
-from spatialflow.engine.run_settings import categories_of, read_classes, with_classes, with_sizes_and_schedule
+from spatialflow.engine.run_settings import read_classes, with_classes, with_sizes_and_schedule
 from spatialflow.panoptic import read_panoptic_json
 
 IDS = {1: 900, 2: 0, 3: 7, 4: 2**40, 5: 31, 6: 5, 11: 8, 12: 400, 13: 6, 14: 3, 15: 77, 16: 1}

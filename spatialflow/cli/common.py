@@ -33,11 +33,16 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
 
 
-def path_argument(text: str) -> Path:
-    """Convert an argument to a path; an empty argument is an error, as `Path("")` is the current folder."""
+def nonempty(text: str) -> str:
+    """Check an argument; an empty one is an error, as `Path("")` is the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text)
+    return text
+
+
+def path_argument(text: str) -> Path:
+    """Convert an argument that is not empty to a path."""
+    return Path(nonempty(text))
 
 
 def check_count(option: str, value: int | None, minimum: int = 1) -> None:

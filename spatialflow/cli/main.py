@@ -31,9 +31,9 @@ from spatialflow.cli import (
     view,
     visualize,
 )
-from spatialflow.cli.arguments import CommandParser, Parser, did_you_mean
+from spatialflow.cli.arguments import CommandParser, Parser
 from spatialflow.cli.common import CommandError, print_error, show_log
-from spatialflow.errors import DataWarning
+from spatialflow.errors import DataWarning, did_you_mean
 from spatialflow.threads import leave_cores_to_others
 
 _COMMANDS: tuple[Any, ...] = (

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,21 @@ def add_path(parser: argparse.ArgumentParser, name: str, metavar: str, help: str
 def add_workers_option(parser: argparse.ArgumentParser) -> None:
     """Add the option `--workers` of commands that read files in threads."""
     parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
+
+
+def add_command(
+    commands: Any, name: str, summary: str, description: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Add the parser of a command, or of one of its actions; its help ends with the examples."""
+    lines = ("examples:", *(f"  spatialflow {line}" for line in examples))
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog="\n".join(lines) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
 
 
 def nonempty(text: str) -> str:

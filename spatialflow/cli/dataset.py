@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spatialflow.cli.common import (
     CommandError,
+    add_command,
     add_path,
     add_workers_option,
     as_command_errors,
@@ -22,7 +22,7 @@ from spatialflow.cli.common import (
     png_folder,
     print_error,
 )
-from spatialflow.cli.validate import problem_table
+from spatialflow.cli.validate import problem_table, verdict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +76,7 @@ _CELL = (240, 320)  # height and width of an example, in pixels
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the two actions of the command and their arguments."""
     actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
-    convert = _add_action(
+    convert = add_command(
         actions, "convert", "rewrite annotations of other tools", _CONVERT_DESCRIPTION, _CONVERT_EXAMPLES
     )
     add_path(convert, "source", "SOURCE", "file or folder of annotations")
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: %(default)s)")
     add_workers_option(convert)
 
-    check = _add_action(
+    check = add_command(
         actions, "check", "find errors, count classes, draw examples", _CHECK_DESCRIPTION, _CHECK_EXAMPLES
     )
     add_path(check, "annotations", "ANNOTATIONS", "the panoptic JSON, or the folder of PNGs beside it")
@@ -124,20 +124,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path(check, "--folder", "FOLDER", "PNGs, if they are not beside the JSON")
     add_path(check, "--pictures", "FILE", "draw 16 examples into this picture")
     add_workers_option(check)
-
-
-def _add_action(
-    actions: Any, name: str, summary: str, description: str, examples: Sequence[str]
-) -> argparse.ArgumentParser:
-    epilog = "\n".join(("examples:", *(f"  spatialflow {line}" for line in examples)))
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -189,9 +175,10 @@ def _convert(options: argparse.Namespace) -> int:
                 workers=options.workers,
                 progress=show,
             )
-        except KeyboardInterrupt as error:
-            text = f"{options.output} has {done} of {total} images; the same command starts over" if total else ""
-            raise type(error)(*[text] * bool(text)) from None
+        except KeyboardInterrupt as stop:
+            if total:
+                stop.args = (f"{options.output} has {done} of {total} images; the same command starts over",)
+            raise
     if options.problems is not None:
         with as_command_errors(), path_in_oserror(options.problems):
             write_json(options.problems, [problem._asdict() for problem in result.problems], indent=1)
@@ -259,9 +246,7 @@ def _check(options: argparse.Namespace) -> int:
             with path_in_oserror(options.pictures):
                 count = _write_examples(options.pictures, result, folder, options.images)
             print(f"{options.pictures}: {count} examples")
-    count = len(problems.problems)
-    verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
-    print(f"{path}: {problems.images} images, {problems.segments} segments: {verdict}")
+    print(verdict(path, problems))
     return 1 if problems.problems else 0
 
 

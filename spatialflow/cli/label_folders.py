@@ -94,24 +94,26 @@ def _is_map(png: Path, json_path: Path) -> bool:
 
 def _ids(png: Path) -> set[int]:
     """Return the segment ids of a picture, except void; the empty set if it cannot be read."""
-    import numpy as np
-
-    from spatialflow.images import ImageError, read_image
+    from spatialflow.panoptic import PanopticFormatError, read_id_map
+    from spatialflow.panoptic.extents import ids_of
 
     try:
-        ids = read_image(png).astype(np.int64) @ np.array([65536, 256, 1])
-    except ImageError:
+        return set(ids_of(read_id_map(png)).tolist()) - {0}
+    except PanopticFormatError:
         return set()
-    return set(np.unique(ids).tolist()) - {0}
+
+
+def _texts(key: bytes, content: mmap.mmap | bytes) -> Iterator[str]:
+    """Yield the texts that a JSON has for a key in quotes."""
+    for match in re.finditer(key + rb':\s*("(?:[^"\\]|\\.)*")', content):
+        with contextlib.suppress(ValueError):  # the file is no JSON
+            yield json.loads(match[1])
 
 
 def _place(json_path: Path, folder: Path) -> str:
     """Find the photographs of a panoptic JSON by the first names in it; "" if they are not near."""
     with _content(json_path) as content:
-        paths, names = (
-            [json.loads(match[1]) for match in islice(re.finditer(key + rb':\s*("(?:[^"\\]|\\.)*")', content), 50)]
-            for key in (b'"path"', b'"file_name"')
-        )
+        paths, names = (list(islice(_texts(key, content), 50)) for key in (b'"path"', b'"file_name"'))
     parent = json_path.parent
     places = [(parent / path).parent for path in paths if os.path.isfile(parent / path)]
     for base in (parent, parent.parent):

@@ -15,6 +15,7 @@ from spatialflow.ops import paste_masks
 from spatialflow.panoptic.detection import detection_rows
 from spatialflow.panoptic.drawing import overlay
 from spatialflow.panoptic.labelme import labelme_content
+from spatialflow.panoptic.photographs import image_id_of
 from spatialflow.panoptic.result_folder import add_to_folder
 from spatialflow.panoptic.rules import VOID
 from spatialflow.panoptic.writer import panoptic_row
@@ -322,9 +323,3 @@ class PanopticResult:
 def _padded(cell: str, width: int, column: int) -> str:
     """Pad a cell of a table; text is at the left, numbers are at the right."""
     return cell.ljust(width) if column < 2 else cell.rjust(width)
-
-
-def image_id_of(image_name: str) -> int | str:
-    """Derive the image id from a file name: the stem without Cityscapes' "_leftImg8bit", as an integer if possible."""
-    stem = Path(image_name).stem.removesuffix("_leftImg8bit")
-    return int(stem) if stem.isascii() and stem.isdigit() else stem

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from spatialflow.data.convert.shapes import ShapeError
-from spatialflow.panoptic.photographs import photograph_key
+from spatialflow.panoptic.photographs import image_id_of, photograph_key
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: the picture is shown with width and height exchanged
@@ -112,10 +112,7 @@ def photograph_size(path: Path) -> tuple[int, int]:
 
 def image_ids(names: Collection[str]) -> dict[str, int | str]:
     """Choose ids for photographs as `spatialflow predict` does: the name without suffix, or the number that it is."""
-    ids: dict[str, int | str] = {}
-    for name in names:
-        stem = PurePosixPath(name).stem.removesuffix("_leftImg8bit")
-        ids[name] = int(stem) if stem.isascii() and stem.isdigit() and len(stem) <= 15 else stem
+    ids = {name: image_id_of(name) for name in names}
     counts = Counter(ids.values())
     ids = {name: i if counts[i] == 1 else str(PurePosixPath(name).with_suffix("")) for name, i in ids.items()}
     counts = Counter(ids.values())

@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from spatialflow.cli.common import IMAGE_SUFFIXES, nonempty, print_error
-from spatialflow.cli.downloads import SIZE_LIMIT, DownloadError, download, image_suffix, is_url
+from spatialflow.cli.downloads import SIZE_LIMIT, DownloadError, download, is_url
 from spatialflow.cli.label_folders import is_cityscapes_label, label_folder
+from spatialflow.image_formats import image_suffix
 
 VIDEO_SUFFIXES = (
     ".mp4",

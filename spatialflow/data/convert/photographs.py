@@ -9,10 +9,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from spatialflow.data.convert.shapes import ShapeError
+from spatialflow.image_formats import IMAGE_SUFFIXES
+from spatialflow.images import ImageError, image_size
 from spatialflow.panoptic.photographs import image_id_of, photograph_key
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: the picture is shown with width and height exchanged
 
 
 class Photographs:
@@ -39,7 +38,7 @@ class Photographs:
             skipped.add(real_path)  # links may lead to it again
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for file in files:
-                if file.lower().endswith(SUFFIXES) and not file.startswith("."):
+                if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
                     self.names.append(Path(os.path.relpath(os.path.join(root, file), folder)).as_posix())
         self.names.sort()
         self._by_name: dict[str, list[str]] = defaultdict(list)
@@ -93,21 +92,11 @@ def _common_end(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def photograph_size(path: Path) -> tuple[int, int]:
-    """Read (height, width) of a photograph as it is shown, from its header.
-
-    Raises:
-        ShapeError: the file cannot be read, or is no image.
-    """
-    from PIL import Image
-
+    """Read (height, width) of a photograph as it is shown; ShapeError if the file cannot be read, or is no image."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except Exception as error:  # Pillow's decoders raise exceptions of many types
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is no image that can be read"
-        raise ShapeError(f"{path}: {reason}") from None
-    return (width, height) if turned else (height, width)
+        return image_size(path)
+    except ImageError as error:
+        raise ShapeError(str(error)) from None
 
 
 def image_ids(names: Collection[str]) -> dict[str, int | str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ SHOWN_PROBLEMS = 5
 """Number of problems that are printed for each rule."""
 
 _COLUMNS, _ROWS = 4, 4  # of the sheet of examples
-_CELL = (240, 320)  # height and width of an example, in pixels
+_CELL = 320  # longer side of an example, in pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -275,26 +276,24 @@ def _class_table(result: Survey) -> str:
 def _write_examples(output: Path, result: Survey, folder: Path, images: Path | None) -> int:
     """Draw the examples as a sheet of 4 x 4 pictures; return their number."""
     from spatialflow.files import write_jpeg
-    from spatialflow.panoptic.pages import contact_sheet, side_by_side
+    from spatialflow.panoptic.pages import thumbnails
 
-    categories = [row.category for row in result.classes]
-    cells = {
-        f"{number}: {_printable(annotation['name'])}": _example(annotation, folder, images, categories)
-        for number, annotation in enumerate(result.examples, start=1)
-    }
-    if not cells:
+    if not result.examples:
         raise CommandError(f"{folder}: holds no image to draw")
-    titles = list(cells)
-    rows = [
-        side_by_side({title: cells[title] for title in titles[i : i + _COLUMNS]}, panel_width=_CELL[1])
-        for i in range(0, len(titles), _COLUMNS)
-    ]
-    write_jpeg(output, contact_sheet(rows), quality=90)
-    return len(cells)
+    categories = [row.category for row in result.classes]
+    pictures = (
+        (f"{number}: {_printable(annotation['name'])}", _example(annotation, folder, images, categories))
+        for number, annotation in enumerate(result.examples, start=1)
+    )
+    write_jpeg(output, thumbnails(pictures, _COLUMNS, _CELL), quality=90)
+    return len(result.examples)
 
 
 def _example(annotation: dict[str, Any], folder: Path, images: Path | None, categories: list[Any]) -> np.ndarray:
-    """Draw one example, scaled into a cell; without its photograph, on gray."""
+    """Draw one example; without its photograph, on gray.
+
+    It is drawn at twice the size of a cell, so that lines and labels stay legible.
+    """
     import cv2
     import numpy as np
 
@@ -305,23 +304,13 @@ def _example(annotation: dict[str, Any], folder: Path, images: Path | None, cate
     id_map = read_id_map(folder / annotation["file_name"])
     photograph = None
     if images is not None:
-        try:
+        with contextlib.suppress(ImageError):  # `validate` reports it
             photograph = read_image(find_photograph(images, annotation["name"]))
-        except ImageError:  # `validate` reports it
-            photograph = None
     height, width = id_map.shape
-    scale = min(_CELL[0] / height, _CELL[1] / width)
+    scale = 2 * _CELL / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    # Segments are drawn at twice the size of the cell, so that lines and labels stay legible.
-    drawn = (2 * size[0], 2 * size[1])
-    small_ids = cv2.resize(id_map.astype(np.int32), drawn, interpolation=cv2.INTER_NEAREST)
-    gray = np.full((drawn[1], drawn[0], 3), 128, np.uint8)
+    small_ids = cv2.resize(id_map, size, interpolation=cv2.INTER_NEAREST)
+    background = np.full((*small_ids.shape, 3), 128, np.uint8)
     if photograph is not None and photograph.shape[:2] == id_map.shape:
-        gray = cv2.resize(photograph, drawn, interpolation=cv2.INTER_AREA)
-    picture = cv2.resize(
-        overlay(gray, small_ids, annotation["segments_info"], categories), size, interpolation=cv2.INTER_AREA
-    )
-    cell = np.full((*_CELL, 3), 250, np.uint8)
-    top, left = (_CELL[0] - size[1]) // 2, (_CELL[1] - size[0]) // 2
-    cell[top : top + size[1], left : left + size[0]] = picture
-    return cell
+        background = cv2.resize(photograph, size, interpolation=cv2.INTER_AREA)
+    return overlay(background, small_ids, annotation["segments_info"], categories)

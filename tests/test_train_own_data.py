@@ -191,6 +191,17 @@ class TestHeldOut:
         assert hold_out(data, 0.25)[1].names == held.names
         assert [len(part) for part in hold_out(data, 0.99)] == [1, 3]
 
+    def test_damaged_truths_and_strange_names(self, scenes, tmp_path):
+        data = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, categories_of(load_config("demo")))
+        _, held = hold_out(data, 0.25)
+        path, _ = held.panoptic_truth(tmp_path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9])  # as after a power failure
+        held.panoptic_truth(tmp_path)
+        assert path.read_bytes() == whole
+        data.names[0] = "\udcff.jpg"  # as Python gives a byte that is no text
+        assert [len(part) for part in hold_out(data, 0.5)] == [2, 2]
+
     def test_scores_are_of_the_held_out_images(self, scenes, tmp_path, capsys):
         result = spatialflow.train(**paths(scenes), validation_share=0.5, output=tmp_path / "run", **SHORT)
         assert result.scores is not None

@@ -299,6 +299,7 @@ def _example(annotation: dict[str, Any], folder: Path, images: Path | None, cate
 
     from spatialflow.images import ImageError, read_image
     from spatialflow.panoptic import overlay, read_id_map
+    from spatialflow.panoptic.pages import fit
     from spatialflow.panoptic.photographs import find_photograph
 
     id_map = read_id_map(folder / annotation["file_name"])
@@ -306,9 +307,7 @@ def _example(annotation: dict[str, Any], folder: Path, images: Path | None, cate
     if images is not None:
         with contextlib.suppress(ImageError):  # `validate` reports it
             photograph = read_image(find_photograph(images, annotation["name"]))
-    height, width = id_map.shape
-    scale = 2 * _CELL / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    size = fit(id_map.shape, 2 * _CELL, enlarge=True)[::-1]
     small_ids = cv2.resize(id_map, size, interpolation=cv2.INTER_NEAREST)
     background = np.full((*small_ids.shape, 3), 128, np.uint8)
     if photograph is not None and photograph.shape[:2] == id_map.shape:

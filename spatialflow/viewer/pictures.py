@@ -5,7 +5,6 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import cv2
 import deflate
@@ -14,6 +13,7 @@ import numpy as np
 from spatialflow.files import encode_jpeg
 from spatialflow.images import ImageError, read_image
 from spatialflow.panoptic.extents import number_ids
+from spatialflow.panoptic.pages import fit
 from spatialflow.panoptic.rules import PanopticFormatError
 from spatialflow.threads import available_cores
 from spatialflow.viewer.catalog import Catalog, ViewError
@@ -166,13 +166,6 @@ def encode_slots(id_map: np.ndarray) -> bytes:
     head = struct.pack("<III", width, height, len(ids))
     content = head + ids.astype("<u4").tobytes() + indices.astype("<u2").tobytes()
     return bytes(deflate.zlib_compress(content, 6))
-
-
-def fit(shape: Any, side: int) -> tuple[int, int]:
-    """Return the height and width of an image that is made smaller, if need be, so that no side is longer."""
-    height, width = shape[:2]
-    scale = min(1.0, side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -35,8 +35,8 @@ def is_cityscapes_label(name: str) -> bool:
 def label_folder(folder: Path) -> str | None:
     """Describe a folder whose pictures are not photographs.
 
-    Such a folder is a part of the output of `predict`, or holds the id maps of a panoptic JSON beside it. The JSON then
-    lists the folder's first PNG, and the ids in this.
+    Such a folder is a part of the output of `predict` or `PanopticResult.save`, or holds the id maps of a panoptic JSON
+    beside it. The JSON then lists the folder's first PNG, and the ids in this.
 
     Args:
         folder: an existing folder.
@@ -46,9 +46,10 @@ def label_folder(folder: Path) -> str | None:
     """
     shown_parent, folder = folder.parent, Path(os.path.realpath(folder))
     for part in (folder, *islice(folder.parents, 3)):
-        if part.name in RESULTS and _is_result(part.parent / "panoptic.json"):
+        json_path = part.parent / "panoptic.json"
+        if part.name in RESULTS and (writer := _writer_of(json_path)) is not None:
             kind = "maps" if part.name == RESULTS[0] else "pictures"
-            return f"holds {kind} that `predict` wrote, not photographs" + _place(part.parent / "panoptic.json", folder)
+            return f"holds {kind} that `{writer}` wrote, not photographs" + _place(json_path, folder)
     first = next(iter(sorted(folder.glob("*.png"))), None)
     if first is None:
         return None
@@ -58,13 +59,16 @@ def label_folder(folder: Path) -> str | None:
     return None
 
 
-def _is_result(json_path: Path) -> bool:
+def _writer_of(json_path: Path) -> str | None:
+    """Return what wrote a panoptic JSON of results, and the pictures beside it; None for other files."""
+    from spatialflow.panoptic.result_folder import SAVED_INFO
     from spatialflow.panoptic.writer import earlier_files
 
+    infos = {"predict": RESULT_INFO, "PanopticResult.save": SAVED_INFO}
     try:
-        return json_path in earlier_files(json_path, RESULT_INFO)[0]
+        return next((name for name, info in infos.items() if json_path in earlier_files(json_path, info)[0]), None)
     except OSError:
-        return False
+        return None
 
 
 @contextlib.contextmanager

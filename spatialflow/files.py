@@ -69,8 +69,14 @@ def write_jpeg(path: str | os.PathLike[str], image: np.ndarray, quality: int = 9
     Raises:
         OSError: the file cannot be written.
     """
+    content = encode_jpeg(image, quality)
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """Encode an image (H, W, 3) uint8 BGR as JPEG; `quality` is from 0 to 100."""
     import cv2
 
     _, content = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))
-    with atomic_write(path) as file:
-        file.write(content)
+    return content.tobytes()

@@ -4,6 +4,7 @@
 This module imports neither OpenCV nor Pillow, so that listing a folder is fast.
 """
 
+import re
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -66,6 +67,26 @@ _MAGIC = {
     b"\0\0\0\x0cJXL \r\n\x87\n": "JXL",
     b"\xff\x0a": "JXL",
 }
+
+_SUFFIX_BY_FORMAT = {"GIF": ".gif", "JPEG2000": ".jp2", "JXL": ".jxl", "AVIF": ".avif", "HEIF": ".heic"}
+_SUFFIX_BY_BEGINNING = (
+    (rb"\xff\xd8\xff", ".jpg"),
+    (rb"\x89PNG\r\n\x1a\n", ".png"),
+    (rb"BM.{4}\0{4}", ".bmp"),
+    (rb"II\*\0|MM\0\*", ".tif"),
+    (rb"RIFF.{4}WEBP", ".webp"),
+    (rb"P[25]\s", ".pgm"),
+    (rb"P[36]\s", ".ppm"),
+)
+
+
+def image_suffix(content: bytes) -> str | None:
+    """Find the usual suffix of an image file by its first 512 bytes; None for anything else."""
+    kind = pillow_format(content)
+    if kind is not None:
+        return _SUFFIX_BY_FORMAT[kind]
+    found = (suffix for pattern, suffix in _SUFFIX_BY_BEGINNING if re.match(pattern, content, re.DOTALL))
+    return next(found, None)
 
 
 def pillow_format(content: bytes) -> str | None:

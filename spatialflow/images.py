@@ -80,6 +80,30 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     raise ImageError(f"{path}: is a file of the format {kind}, which is not read; convert it to PNG")
 
 
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Read (height, width) of an image as `read_image` gives it, from the header of its file.
+
+    Raises:
+        ImageError: the file cannot be read, is not an image, or needs a library that is missing.
+    """
+    from PIL import Image
+
+    path = os.fsdecode(path)
+    try:
+        with open(path, "rb") as file:
+            _prepare_pillow(path, pillow_format(file.read(512)))
+        with Image.open(path) as image:
+            (width, height), turn = image.size, _orientation(image)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is no image that can be read"
+        raise ImageError(f"{path}: {reason}") from None
+    transpositions = Image.Transpose
+    turned = (transpositions.TRANSPOSE, transpositions.ROTATE_270, transpositions.TRANSVERSE, transpositions.ROTATE_90)
+    return (width, height) if turn in turned else (height, width)
+
+
 def convert_pillow_image(image: PIL.Image.Image, name: str) -> np.ndarray:
     """Convert an image of Pillow to (H, W, 3) uint8 BGR, by the rules of `read_image`.
 
@@ -144,13 +168,7 @@ def _read_with_pillow(path: str, content: bytes, kind: str) -> np.ndarray:
     """
     from PIL import Image, features
 
-    if kind in FORMAT_LIBRARIES:
-        try:
-            plugin = importlib.import_module(FORMAT_LIBRARIES[kind].module)
-        except ImportError:
-            raise ImageError(f"{path}: {FORMAT_LIBRARIES[kind].advice}") from None
-        if kind == "HEIF" and kind not in Image.OPEN:  # the other library registers itself
-            plugin.register_heif_opener()
+    _prepare_pillow(path, kind)
     feature = {"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(kind)
     if feature is not None and feature not in features.get_supported():
         decoded = decode_image(path, content)
@@ -167,6 +185,20 @@ def _read_with_pillow(path: str, content: bytes, kind: str) -> np.ndarray:
         raise ImageError(f"{path}: cannot be decoded: {error}") from None
     except Exception:
         raise ImageError(f"{path}: is truncated or damaged") from None
+
+
+def _prepare_pillow(path: str, kind: str | None) -> None:
+    """Import the library with which Pillow decodes a format; raise ImageError if it is missing."""
+    from PIL import Image
+
+    if kind not in FORMAT_LIBRARIES:
+        return
+    try:
+        plugin = importlib.import_module(FORMAT_LIBRARIES[kind].module)
+    except ImportError:
+        raise ImageError(f"{path}: {FORMAT_LIBRARIES[kind].advice}") from None
+    if kind == "HEIF" and kind not in Image.OPEN:  # the other library registers itself
+        plugin.register_heif_opener()
 
 
 def _is_too_short_for_its_header(content: bytes) -> bool:

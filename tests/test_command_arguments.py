@@ -16,9 +16,10 @@ from helpers.scenes import write_coco
 
 import spatialflow
 from spatialflow.cli import main as cli
-from spatialflow.cli.arguments import CommandParser, add_settings_option, did_you_mean, numbers
+from spatialflow.cli.arguments import CommandParser, add_settings_option, numbers
 from spatialflow.cli.main import main
 from spatialflow.data.synthetic import is_drawn
+from spatialflow.errors import did_you_mean
 from spatialflow.panoptic import read_panoptic_json
 
 

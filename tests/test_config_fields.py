@@ -140,7 +140,7 @@ def plan(config: Config, data: CocoPanoptic, folder: Path) -> Any:
 
 def run(config: Config, data: CocoPanoptic, folder: Path) -> Any:
     """Return the final weights of a training run, and how often it evaluates and saves."""
-    scores = {"problems": [], "detection": None} | {key: {"pq": 0.0} for key in ("All", "Things", "Stuff")}
+    scores = {"problems": [], "detection": {}} | {key: {"pq": 0.0} for key in ("All", "Things", "Stuff")}
     with patch.object(trainer_module, "evaluate_network", return_value=scores) as evaluate:
         trainer = trainer_module.Trainer(config, data, folder, ALONE, validation=data)
         trainer.log.plot = lambda: None

@@ -228,7 +228,7 @@ class TestRefused:
             (["--split", "1"], "split must be between 0 and 1, got 1"),
             (["--split", "nan"], "split must be between 0 and 1, got nan"),
             (["--workers", "0"], "--workers must be from 1 to 1024, got 0"),
-            (["--stuff-classes", "cta"], "stuff classes: there is no class 'cta'; did you mean 'cat'?"),
+            (["--stuff-classes", "cta"], "stuff classes: there is no class 'cta'; did you mean cat?"),
             (["--stuff-classes", "sky"], "stuff classes: there is no class 'sky'; the classes are cat"),
             (["--classes", "none.json"], "none.json: cannot be read: No such file or directory"),
             (["--classes", "dog"], None),

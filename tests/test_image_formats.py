@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, features
 
 from spatialflow import image_formats
-from spatialflow.image_formats import FORMAT_LIBRARIES, IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, pillow_format
-from spatialflow.images import ImageError, read_image
+from spatialflow.image_formats import FORMAT_LIBRARIES, IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, image_suffix, pillow_format
+from spatialflow.images import ImageError, image_size, read_image
 
 PILLOW = {
     "GIF": {},
@@ -151,6 +151,33 @@ def test_files_of_every_suffix_are_read(tmp_path):
     for library in FORMAT_LIBRARIES.values():
         for suffix in library.suffixes:
             assert (suffix in IMAGE_SUFFIXES) != (UNREADABLE_SUFFIXES.get(suffix) == library.advice)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_size_is_that_of_the_pixels(tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for suffix in (".jpg", ".png", ".avif"):
+        path = tmp_path / f"a{suffix}"
+        Image.fromarray(smooth_picture()).save(path, exif=exif)
+        assert image_size(path) == read_image(path).shape[:2]
+
+
+def test_size_of_what_is_no_image(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(ImageError, match="a.jpg: is no image that can be read"):
+        image_size(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match="b.jpg: No such file or directory"):
+        image_size(tmp_path / "b.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".tif", ".webp", ".pgm", ".avif", ".jp2"])
+def test_suffix_follows_from_the_content(suffix):
+    stream = io.BytesIO()
+    kind = Image.registered_extensions()[suffix]
+    Image.fromarray(smooth_picture()).convert("L").save(stream, kind)
+    assert image_suffix(stream.getvalue()[:512]) == suffix
+    assert image_suffix(b"no image") is image_suffix(b"") is None
 
 
 def test_raw_files_are_not_read_as_their_thumbnail(tmp_path):

@@ -22,6 +22,7 @@ from spatialflow.cli.label_folders import RESULT_INFO
 from spatialflow.cli.main import main
 from spatialflow.files import write_json
 from spatialflow.panoptic import read_panoptic_json
+from spatialflow.panoptic.result_folder import SAVED_INFO
 
 
 def names_of(*arguments, **options) -> list[str]:
@@ -103,15 +104,16 @@ class TestFolders:
         assert len(names_of(data / "images")) == 1
         assert error_messages(capsys) == []
 
-    def test_results_of_predict(self, tmp_path, capsys):
+    @pytest.mark.parametrize("info, writer", [(RESULT_INFO, "predict"), (SAVED_INFO, "PanopticResult.save")])
+    def test_results(self, tmp_path, capsys, info, writer):
         photographs = write(tmp_path / "photos", "a/x.jpg")
         out = write(tmp_path / "out", "panoptic/a/x.png", "overlays/a/x.jpg")
         row = {"id": "x", "file_name": "a/x.jpg", "path": "../photos/a/x.jpg"}
-        write_json(out / "panoptic.json", {"info": RESULT_INFO, "images": [row], "annotations": []})
+        write_json(out / "panoptic.json", {"info": info, "images": [row], "annotations": []})
         for place in ("panoptic", "panoptic/a", "overlays/a/x.jpg"):
             assert names_of(out / place) == []
             (message,) = error_messages(capsys)
-            assert "that `predict` wrote, not photographs; the photographs are in " in message
+            assert f"that `{writer}` wrote, not photographs; the photographs are in " in message
             assert message.endswith(str(photographs / "a"))
         assert names_of(out) == []
         assert error_messages(capsys)[-1] == f"{out}: holds no image file"

@@ -10,11 +10,11 @@ from helpers.scenes import write_coco
 import spatialflow
 from spatialflow.cli.main import main
 from spatialflow.config import ConfigError, load_config
-from spatialflow.data.categories import CategoryError
+from spatialflow.data.categories import CategoryError, categories_of
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.subset import hold_out
 from spatialflow.engine.checkpoint_store import TrainingError
-from spatialflow.engine.run_settings import categories_of, read_classes, with_classes, with_sizes_and_schedule
+from spatialflow.engine.run_settings import read_classes, with_classes, with_sizes_and_schedule
 from spatialflow.panoptic import read_panoptic_json
 
 IDS = {1: 900, 2: 0, 3: 7, 4: 2**40, 5: 31, 6: 5, 11: 8, 12: 400, 13: 6, 14: 3, 15: 77, 16: 1}
@@ -191,6 +191,17 @@ class TestHeldOut:
         data.names, data.annotations = data.names[::-1], list(data.annotations)[::-1]
         assert hold_out(data, 0.25)[1].names == held.names
         assert [len(part) for part in hold_out(data, 0.99)] == [1, 3]
+
+    def test_damaged_truths_and_strange_names(self, scenes, tmp_path):
+        data = CocoPanoptic(scenes / "panoptic.json", scenes / "images", None, categories_of(load_config("demo")))
+        _, held = hold_out(data, 0.25)
+        path, _ = held.panoptic_truth(tmp_path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9])  # as after a power failure
+        held.panoptic_truth(tmp_path)
+        assert path.read_bytes() == whole
+        data.names[0] = "\udcff.jpg"  # as Python gives a byte that is no text
+        assert [len(part) for part in hold_out(data, 0.5)] == [2, 2]
 
     def test_scores_are_of_the_held_out_images(self, scenes, tmp_path, capsys):
         result = spatialflow.train(**paths(scenes), validation_share=0.5, output=tmp_path / "run", **SHORT)

@@ -7,7 +7,6 @@ An option takes as many words as it declares, whatever follows, so that no optio
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -15,18 +14,13 @@ from typing import Any, NoReturn
 
 import spatialflow
 from spatialflow.cli.common import print_error
+from spatialflow.errors import did_you_mean
 
 SETTING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?=")
 """Beginning of a word FIELD=VALUE; the field may have its section, as in test.score_threshold=0.1."""
 
 Completer = Callable[..., Iterable[str]]
 """A function that argcomplete calls with `prefix`, the word typed so far, and further keywords."""
-
-
-def did_you_mean(word: str, names: Iterable[str], count: int = 1) -> str:
-    """Return "; did you mean NAME?" for the names that are similar to a word, "" if there are none."""
-    similar = difflib.get_close_matches(word, list(names), n=count)
-    return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def numbers(text: str) -> list[int]:

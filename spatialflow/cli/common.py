@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,31 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
 
 
-def path_argument(text: str) -> Path:
-    """Convert an argument to a path; an empty argument is an error, as `Path("")` is the current folder."""
+def add_command(
+    commands: Any, name: str, summary: str, description: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Add the parser of a command, or of one of its actions; its help ends with the examples."""
+    lines = ("examples:", *(f"  spatialflow {line}" for line in examples))
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog="\n".join(lines) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def nonempty(text: str) -> str:
+    """Check an argument; an empty one is an error, as `Path("")` is the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text)
+    return text
+
+
+def path_argument(text: str) -> Path:
+    """Convert an argument that is not empty to a path."""
+    return Path(nonempty(text))
 
 
 def check_count(option: str, value: int | None, minimum: int = 1) -> None:

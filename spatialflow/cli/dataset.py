@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spatialflow.cli.common import (
     CommandError,
+    add_command,
     add_path,
     add_workers_option,
     as_command_errors,
@@ -22,7 +23,7 @@ from spatialflow.cli.common import (
     png_folder,
     print_error,
 )
-from spatialflow.cli.validate import problem_table
+from spatialflow.cli.validate import problem_table, verdict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,13 +71,13 @@ SHOWN_PROBLEMS = 5
 """Number of problems that are printed for each rule."""
 
 _COLUMNS, _ROWS = 4, 4  # of the sheet of examples
-_CELL = (240, 320)  # height and width of an example, in pixels
+_CELL = 320  # longer side of an example, in pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the two actions of the command and their arguments."""
     actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
-    convert = _add_action(
+    convert = add_command(
         actions, "convert", "rewrite annotations of other tools", _CONVERT_DESCRIPTION, _CONVERT_EXAMPLES
     )
     add_path(convert, "source", "SOURCE", "file or folder of annotations")
@@ -117,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: %(default)s)")
     add_workers_option(convert)
 
-    check = _add_action(
+    check = add_command(
         actions, "check", "find errors, count classes, draw examples", _CHECK_DESCRIPTION, _CHECK_EXAMPLES
     )
     add_path(check, "annotations", "ANNOTATIONS", "the panoptic JSON, or the folder of PNGs beside it")
@@ -125,20 +126,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path(check, "--folder", "FOLDER", "PNGs, if they are not beside the JSON")
     add_path(check, "--pictures", "FILE", "draw 16 examples into this picture")
     add_workers_option(check)
-
-
-def _add_action(
-    actions: Any, name: str, summary: str, description: str, examples: Sequence[str]
-) -> argparse.ArgumentParser:
-    epilog = "\n".join(("examples:", *(f"  spatialflow {line}" for line in examples)))
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -190,9 +177,10 @@ def _convert(options: argparse.Namespace) -> int:
                 workers=options.workers,
                 progress=show,
             )
-        except KeyboardInterrupt as error:
-            text = f"{options.output} has {done} of {total} images; the same command starts over" if total else ""
-            raise type(error)(*[text] * bool(text)) from None
+        except KeyboardInterrupt as stop:
+            if total:
+                stop.args = (f"{options.output} has {done} of {total} images; the same command starts over",)
+            raise
     if options.problems is not None:
         with as_command_errors(), path_in_oserror(options.problems):
             write_json(options.problems, [problem._asdict() for problem in result.problems], indent=1)
@@ -260,9 +248,7 @@ def _check(options: argparse.Namespace) -> int:
             with path_in_oserror(options.pictures):
                 count = _write_examples(options.pictures, result, folder, options.images)
             print(f"{options.pictures}: {count} examples")
-    count = len(problems.problems)
-    verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
-    print(f"{path}: {problems.images} images, {problems.segments} segments: {verdict}")
+    print(verdict(path, problems))
     return 1 if problems.problems else 0
 
 
@@ -291,53 +277,40 @@ def _class_table(result: Survey) -> str:
 def _write_examples(output: Path, result: Survey, folder: Path, images: Path | None) -> int:
     """Draw the examples as a sheet of 4 x 4 pictures; return their number."""
     from spatialflow.files import write_jpeg
-    from spatialflow.panoptic.pages import contact_sheet, side_by_side
+    from spatialflow.panoptic.pages import thumbnails
 
-    categories = [row.category for row in result.classes]
-    cells = {
-        f"{number}: {_printable(annotation['name'])}": _example(annotation, folder, images, categories)
-        for number, annotation in enumerate(result.examples, start=1)
-    }
-    if not cells:
+    if not result.examples:
         raise CommandError(f"{folder}: holds no image to draw")
-    titles = list(cells)
-    rows = [
-        side_by_side({title: cells[title] for title in titles[i : i + _COLUMNS]}, panel_width=_CELL[1])
-        for i in range(0, len(titles), _COLUMNS)
-    ]
-    write_jpeg(output, contact_sheet(rows), quality=90)
-    return len(cells)
+    categories = [row.category for row in result.classes]
+    pictures = (
+        (f"{number}: {_printable(annotation['name'])}", _example(annotation, folder, images, categories))
+        for number, annotation in enumerate(result.examples, start=1)
+    )
+    write_jpeg(output, thumbnails(pictures, _COLUMNS, _CELL), quality=90)
+    return len(result.examples)
 
 
 def _example(annotation: dict[str, Any], folder: Path, images: Path | None, categories: list[Any]) -> np.ndarray:
-    """Draw one example, scaled into a cell; without its photograph, on gray."""
+    """Draw one example; without its photograph, on gray.
+
+    It is drawn at twice the size of a cell, so that lines and labels stay legible.
+    """
     import cv2
     import numpy as np
 
     from spatialflow.images import ImageError, read_image
     from spatialflow.panoptic import overlay, read_id_map
+    from spatialflow.panoptic.pages import fit
     from spatialflow.panoptic.photographs import find_photograph
 
     id_map = read_id_map(folder / annotation["file_name"])
     photograph = None
     if images is not None:
-        try:
+        with contextlib.suppress(ImageError):  # `validate` reports it
             photograph = read_image(find_photograph(images, annotation["name"]))
-        except ImageError:  # `validate` reports it
-            photograph = None
-    height, width = id_map.shape
-    scale = min(_CELL[0] / height, _CELL[1] / width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    # Segments are drawn at twice the size of the cell, so that lines and labels stay legible.
-    drawn = (2 * size[0], 2 * size[1])
-    small_ids = cv2.resize(id_map.astype(np.int32), drawn, interpolation=cv2.INTER_NEAREST)
-    gray = np.full((drawn[1], drawn[0], 3), 128, np.uint8)
+    size = fit(id_map.shape, 2 * _CELL, enlarge=True)[::-1]
+    small_ids = cv2.resize(id_map, size, interpolation=cv2.INTER_NEAREST)
+    background = np.full((*small_ids.shape, 3), 128, np.uint8)
     if photograph is not None and photograph.shape[:2] == id_map.shape:
-        gray = cv2.resize(photograph, drawn, interpolation=cv2.INTER_AREA)
-    picture = cv2.resize(
-        overlay(gray, small_ids, annotation["segments_info"], categories), size, interpolation=cv2.INTER_AREA
-    )
-    cell = np.full((*_CELL, 3), 250, np.uint8)
-    top, left = (_CELL[0] - size[1]) // 2, (_CELL[1] - size[0]) // 2
-    cell[top : top + size[1], left : left + size[0]] = picture
-    return cell
+        background = cv2.resize(photograph, size, interpolation=cv2.INTER_AREA)
+    return overlay(background, small_ids, annotation["segments_info"], categories)

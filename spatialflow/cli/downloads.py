@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import spatialflow
+from spatialflow.image_formats import image_suffix
 
 SIZE_LIMIT = 256 * 2**20
 """Largest number of bytes of a download, and of standard input."""
@@ -25,21 +26,6 @@ SILENCE_LIMIT, TIME_LIMIT = 30.0, 600.0
 REDIRECTION_LIMIT = 5
 
 _CHUNK = 2**16
-
-_BEGINNINGS = (
-    (rb"\xff\xd8\xff", ".jpg"),
-    (rb"\x89PNG\r\n\x1a\n", ".png"),
-    (rb"GIF8[79]a", ".gif"),
-    (rb"BM.{4}\0{4}", ".bmp"),
-    (rb"II\*\0|MM\0\*", ".tif"),
-    (rb"RIFF.{4}WEBP", ".webp"),
-    (rb"P[25]\s", ".pgm"),
-    (rb"P[36]\s", ".ppm"),
-    (rb".{4}ftypavi[fs]", ".avif"),
-    (rb".{4}ftyp(?:hei[cxms]|hev[cx]|mif1|msf1)", ".heic"),
-    (rb"\0\0\0\x0cjP  ", ".jp2"),
-)
-"""First bytes of image files, and their suffixes."""
 
 
 class DownloadError(Exception):
@@ -67,12 +53,6 @@ def is_url(text: str) -> bool:
 def is_web_url(text: str) -> bool:
     """Tell whether an argument is a URL that `download` reads."""
     return text.lower().startswith(("http://", "https://"))
-
-
-def image_suffix(content: bytes) -> str | None:
-    """Find the usual suffix of an image file by its first bytes; None for anything else."""
-    matches = (suffix for pattern, suffix in _BEGINNINGS if re.match(pattern, content, re.DOTALL))
-    return next(matches, None)
 
 
 def download(url: str, folder: Path) -> Path:
@@ -152,7 +132,7 @@ def _store(response: Any, url: str, folder: Path) -> Path:
     if total is not None and received < total:
         raise DownloadError(f"ended after {received} of {total} bytes")
     with open(temporary, "rb") as file:
-        path = folder / _file_name(url, file.read(32))
+        path = folder / _file_name(url, file.read(512))
     temporary.rename(path)
     os.utime(path, (0, 0))  # an interrupted run compares size and time of the photographs
     return path

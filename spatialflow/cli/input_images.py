@@ -16,9 +16,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from spatialflow.cli.common import IMAGE_SUFFIXES, print_error
-from spatialflow.cli.downloads import SIZE_LIMIT, DownloadError, download, image_suffix, is_url
+from spatialflow.cli.common import IMAGE_SUFFIXES, nonempty, print_error
+from spatialflow.cli.downloads import SIZE_LIMIT, DownloadError, download, is_url
 from spatialflow.cli.label_folders import is_cityscapes_label, label_folder
+from spatialflow.image_formats import image_suffix
 
 VIDEO_SUFFIXES = (
     ".mp4",
@@ -81,18 +82,12 @@ def add_images(parser: argparse.ArgumentParser, help: str, nargs: str = "+") -> 
     """Add the argument `images`, for `resolve_images`."""
     parser.add_argument(
         "images",
-        type=_source,
+        type=nonempty,
         metavar="IMAGE",
         nargs=nargs,
         help=f"{help}: files, folders, URLs (http, https), quoted patterns such as 'photos/**/*.jpg', or - for an "
         "image or a list of these, one a line, from standard input",
     )
-
-
-def _source(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
 
 
 @contextlib.contextmanager

@@ -35,8 +35,8 @@ def is_cityscapes_label(name: str) -> bool:
 def label_folder(folder: Path) -> str | None:
     """Describe a folder whose pictures are not photographs.
 
-    Such a folder is a part of the output of `predict`, or holds the id maps of a panoptic JSON beside it. The JSON then
-    lists the folder's first PNG, and the ids in this.
+    Such a folder is a part of the output of `predict` or `PanopticResult.save`, or holds the id maps of a panoptic JSON
+    beside it. The JSON then lists the folder's first PNG, and the ids in this.
 
     Args:
         folder: an existing folder.
@@ -46,9 +46,10 @@ def label_folder(folder: Path) -> str | None:
     """
     shown_parent, folder = folder.parent, Path(os.path.realpath(folder))
     for part in (folder, *islice(folder.parents, 3)):
-        if part.name in RESULTS and _is_result(part.parent / "panoptic.json"):
+        json_path = part.parent / "panoptic.json"
+        if part.name in RESULTS and (writer := _writer_of(json_path)) is not None:
             kind = "maps" if part.name == RESULTS[0] else "pictures"
-            return f"holds {kind} that `predict` wrote, not photographs" + _place(part.parent / "panoptic.json", folder)
+            return f"holds {kind} that `{writer}` wrote, not photographs" + _place(json_path, folder)
     first = next(iter(sorted(folder.glob("*.png"))), None)
     if first is None:
         return None
@@ -58,13 +59,16 @@ def label_folder(folder: Path) -> str | None:
     return None
 
 
-def _is_result(json_path: Path) -> bool:
+def _writer_of(json_path: Path) -> str | None:
+    """Return what wrote a panoptic JSON of results, and the pictures beside it; None for other files."""
+    from spatialflow.panoptic.result_folder import SAVED_INFO
     from spatialflow.panoptic.writer import earlier_files
 
+    infos = {"predict": RESULT_INFO, "PanopticResult.save": SAVED_INFO}
     try:
-        return json_path in earlier_files(json_path, RESULT_INFO)[0]
+        return next((name for name, info in infos.items() if json_path in earlier_files(json_path, info)[0]), None)
     except OSError:
-        return False
+        return None
 
 
 @contextlib.contextmanager
@@ -94,24 +98,26 @@ def _is_map(png: Path, json_path: Path) -> bool:
 
 def _ids(png: Path) -> set[int]:
     """Return the segment ids of a picture, except void; the empty set if it cannot be read."""
-    import numpy as np
-
-    from spatialflow.images import ImageError, read_image
+    from spatialflow.panoptic import PanopticFormatError, read_id_map
+    from spatialflow.panoptic.extents import ids_of
 
     try:
-        ids = read_image(png).astype(np.int64) @ np.array([65536, 256, 1])
-    except ImageError:
+        return set(ids_of(read_id_map(png)).tolist()) - {0}
+    except PanopticFormatError:
         return set()
-    return set(np.unique(ids).tolist()) - {0}
+
+
+def _texts(key: bytes, content: mmap.mmap | bytes) -> Iterator[str]:
+    """Yield the texts that a JSON has for a key in quotes."""
+    for match in re.finditer(key + rb':\s*("(?:[^"\\]|\\.)*")', content):
+        with contextlib.suppress(ValueError):  # the file is no JSON
+            yield json.loads(match[1])
 
 
 def _place(json_path: Path, folder: Path) -> str:
     """Find the photographs of a panoptic JSON by the first names in it; "" if they are not near."""
     with _content(json_path) as content:
-        paths, names = (
-            [json.loads(match[1]) for match in islice(re.finditer(key + rb':\s*("(?:[^"\\]|\\.)*")', content), 50)]
-            for key in (b'"path"', b'"file_name"')
-        )
+        paths, names = (list(islice(_texts(key, content), 50)) for key in (b'"path"', b'"file_name"'))
     parent = json_path.parent
     places = [(parent / path).parent for path in paths if os.path.isfile(parent / path)]
     for base in (parent, parent.parent):

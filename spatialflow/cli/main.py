@@ -31,9 +31,9 @@ from spatialflow.cli import (
     view,
     visualize,
 )
-from spatialflow.cli.arguments import CommandParser, Parser, did_you_mean
-from spatialflow.cli.common import CommandError, print_error, show_log
-from spatialflow.errors import DataWarning
+from spatialflow.cli.arguments import CommandParser, Parser
+from spatialflow.cli.common import CommandError, add_command, print_error, show_log
+from spatialflow.errors import DataWarning, did_you_mean
 from spatialflow.threads import leave_cores_to_others
 
 _COMMANDS: tuple[Any, ...] = (
@@ -142,15 +142,8 @@ def _parser() -> Parser:
         description="`spatialflow COMMAND --help` describes a command",
     )
     for command in _COMMANDS:
-        command_parser = commands.add_parser(
-            command.__name__.rpartition(".")[2],
-            help=command.SUMMARY,
-            description=command.DESCRIPTION,
-            epilog="\n".join(("examples:", *(f"  spatialflow {line}" for line in command.EXAMPLES)))
-            if command.EXAMPLES
-            else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        name = command.__name__.rpartition(".")[2]
+        command_parser = add_command(commands, name, command.SUMMARY, command.DESCRIPTION, command.EXAMPLES)
         command_parser.set_defaults(run=command.run)
         command.add_arguments(command_parser)
     return parser

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spatialflow.cli.arguments import add_completed
-from spatialflow.cli.common import CommandError, print_error
+from spatialflow.cli.common import CommandError, nonempty, print_error
+from spatialflow.packaged import packaged_names, packaged_weights
 
 if TYPE_CHECKING:
     from spatialflow.models.spatialflow import SpatialFlow
@@ -21,11 +22,6 @@ def configs_paragraph() -> str:
     names = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
     listed = [name for name in names if not name.startswith("tiny")]
     return textwrap.fill(f"Configurations of the package: {', '.join(listed)}.", 116)
-
-
-def packaged_weights_names() -> list[str]:
-    """List the names of the weights that come with the package, without an import of torch."""
-    return sorted(path.stem for path in (Path(__file__).parents[1] / "weights").glob("*.safetensors"))
 
 
 def complete_configs(prefix: str, **_: Any) -> list[str]:
@@ -41,28 +37,21 @@ def complete_models(prefix: str, **_: Any) -> list[str]:
     """List the weights of the package, and files and folders."""
     from argcomplete.completers import FilesCompleter
 
-    return [*packaged_weights_names(), *FilesCompleter()(prefix)]
+    return [*packaged_names(), *FilesCompleter()(prefix)]
 
 
 def add_model_option(parser: argparse.ArgumentParser, use: str, **options: Any) -> None:
     """Add the option `--model`; `--checkpoint`, its name in earlier versions, is accepted too."""
-    names = ", ".join(packaged_weights_names())
+    names = ", ".join(packaged_names())
     text = f"{use}: the folder of a training run, a weights file, or weights of the package ({names})"
-    add_completed(
-        parser, "--model", "--checkpoint", completer=complete_models, type=_name, metavar="MODEL", help=text, **options
-    )
+    options |= {"type": nonempty, "metavar": "MODEL", "help": text}
+    add_completed(parser, "--model", "--checkpoint", completer=complete_models, **options)
 
 
 def add_config_option(parser: argparse.ArgumentParser, use: str, **options: Any) -> None:
     """Add the option `--config`."""
     text = f"{use}: configuration of the package, or YAML file; only for weights without one, such as released ones"
     add_completed(parser, "--config", completer=complete_configs, metavar="NAME", help=text, **options)
-
-
-def _name(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
 
 
 def add_ema_option(parser: argparse.ArgumentParser, file: str = "--model") -> None:
@@ -92,9 +81,9 @@ def load_model(config: str | None, model: str | None, overrides: Mapping[str, An
         if config is None:
             raise CommandError(
                 f"which network? give --model: the folder of a training run, a weights file, or weights of the package "
-                f"({', '.join(packaged_weights_names())})"
+                f"({', '.join(packaged_names())})"
             )
-        packaged = model_files.packaged_weights(config)
+        packaged = packaged_weights(config)
         if packaged is not None:
             return model_files.load_model(packaged, **overrides)
         return _random_network(config, overrides)

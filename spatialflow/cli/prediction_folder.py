@@ -430,7 +430,7 @@ def _image_ids(images: Sequence[InputImage], kept: Mapping[str, int | str]) -> d
         images: the inputs.
         kept: name -> id of images of earlier runs, which keep their ids.
     """
-    from spatialflow.engine.result import image_id_of
+    from spatialflow.panoptic.photographs import image_id_of
 
     ids = {image.name: kept.get(image.name, image_id_of(image.name)) for image in images}
     others = {image.name: [image.name, image.stem] for image in images if image.name not in kept}

@@ -166,8 +166,7 @@ class _OverlayVideo:
 
     def add_until(self, last: InputImage | None = None) -> None:
         """Add the frames up to `last`, those that have a picture. None: all frames."""
-        from spatialflow.images import read_image
-        from spatialflow.video import VideoError
+        from spatialflow.images import ImageError, read_image
 
         while self.frames:
             frame = self.frames.popleft()
@@ -175,7 +174,7 @@ class _OverlayVideo:
             if path is not None and self.error is None:
                 try:
                     self._writer.add(read_image(path))
-                except VideoError as error:
+                except ImageError as error:  # of the picture or of the video
                     self.error = error
             if frame is last:
                 return

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
             **data,
             output=options.output,
             config=config,
-            model=options.checkpoint,
+            model=options.model,
             backbone=options.backbone,
             ema=options.ema,
             device=options.device,
@@ -138,11 +138,11 @@ def _check_options(options: argparse.Namespace) -> None:
     import torch
 
     check_count("--workers", options.workers, minimum=0)
-    if options.checkpoint is not None and options.backbone is not None:
+    if options.model is not None and options.backbone is not None:
         raise CommandError(
             "--model and --backbone exclude each other: a whole network's weights include the backbone's"
         )
-    check_ema(options.ema, options.checkpoint is not None)
+    check_ema(options.ema, options.model is not None)
     if options.device not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, got '{options.device}'")
     if options.device == "cuda" and not torch.cuda.is_available():

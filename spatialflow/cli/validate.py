@@ -64,10 +64,15 @@ def run(options: argparse.Namespace) -> int:
             with path_in_oserror(options.output):
                 _write(options.output, path, result)
     print(problem_table(result), end="")
-    count = len(result.problems)
-    verdict = f"{count} problem{'s' * (count > 1)}" if count else "clean"
-    print(f"{path}: {result.images} images, {result.segments} segments: {verdict}")
+    print(verdict(path, result))
     return 1 if result.problems else 0
+
+
+def verdict(path: Path, result: Validation) -> str:
+    """Summarize the check of a panoptic JSON in one line."""
+    count = len(result.problems)
+    problems = f"{count} problem{'s' * (count > 1)}" if count else "clean"
+    return f"{path}: {result.images} images, {result.segments} segments: {problems}"
 
 
 def problem_table(result: Validation) -> str:

@@ -151,6 +151,7 @@ def _open_browser(url: str) -> None:
 
 def _export(options: argparse.Namespace, catalog: Catalog, scan: Scan) -> int:
     from spatialflow.viewer import export
+    from spatialflow.viewer.catalog import TRUTH_SIDE
 
     check_output(options.export, *(part for side in catalog.sides.values() for part in (side.path, side.folder)))
     scan.run()
@@ -159,6 +160,6 @@ def _export(options: argparse.Namespace, catalog: Catalog, scan: Scan) -> int:
     total = len(catalog.images)
     print(f"{count} images: {options.export} ({os.path.getsize(options.export) / 1e6:.1f} MB)")
     if count < total:
-        which = "of lowest PQ" if catalog.main.key != "truth" and "truth" in catalog.sides else "listed first"
+        which = "of lowest PQ" if catalog.main.key != TRUTH_SIDE and TRUTH_SIDE in catalog.sides else "listed first"
         print(f"the page has the {count} images {which} of {total}; without --export all are shown")
     return 0

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -297,14 +296,10 @@ def _read_map(image: InputImage, pixels: np.ndarray, title: str, folder: Panopti
 
 def _quality(path: Path, categories: list[dict[str, Any]], truth: Map, prediction: Map) -> float:
     """Compute PQ over the classes that occur in one image; `_read_map` has collected the problems of both maps."""
-    from spatialflow.panoptic import PanopticQuality
+    from spatialflow.panoptic.quality import PanopticQuality, image_quality
 
-    quality = PanopticQuality(categories)
-    counts, _ = quality.count(*truth, *prediction, image_id=path.name)
-    quality.add(counts)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no segment of any category")
-        return float(quality.compute()["All"]["pq"])
+    counts, _ = PanopticQuality(categories).count(*truth, *prediction, image_id=path.name)
+    return image_quality(counts) or 0.0
 
 
 def _write_pages(pictures: list[Picture], output: Path, sheet: int) -> None:

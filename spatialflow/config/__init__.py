@@ -7,7 +7,7 @@ lists all fields with their types, defaults, rules and documentation.
 """
 
 from spatialflow.config.load import list_configs, load_config, own_settings
-from spatialflow.config.parse import make_config, parse_settings, place_overrides
+from spatialflow.config.parse import given_fields, make_config, parse_settings, place_overrides
 from spatialflow.config.rules import ConfigError
 from spatialflow.config.sections import (
     MAX_SIZE_DIVISOR,
@@ -32,6 +32,7 @@ __all__ = [
     "ModelConfig",
     "TrainingConfig",
     "describe",
+    "given_fields",
     "list_configs",
     "load_config",
     "make_config",

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of the package and of YAML files."""
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from spatialflow.config.parse import make_config, place_overrides, read_yaml
 from spatialflow.config.rules import ConfigError, short_repr
 from spatialflow.config.sections import SECTIONS, Config
+from spatialflow.errors import did_you_mean
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth")
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -102,8 +102,7 @@ def _locate(config: str | Path, folder: Path | None) -> Path:
     path_by_name = {path.stem: path for path in CONFIG_FOLDER.rglob("*.yaml")}
     if text not in path_by_name:
         names = [name for name in list_configs() if not name.startswith("ablation_")]
-        similar = difflib.get_close_matches(text, path_by_name, n=2)
-        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        hint = did_you_mean(text, path_by_name, count=2)
         if text.endswith(WEIGHTS_SUFFIXES):
             hint = "; weights are given as the model (--model)"
         raise ConfigError(
@@ -119,6 +118,4 @@ def _similar_file(path: Path) -> str:
         files = [str(path.with_name(name)) for name in os.listdir(path.parent) if name.endswith((".yaml", ".yml"))]
     except (OSError, ValueError):
         files = []
-    similar = difflib.get_close_matches(str(path), files, n=1)
-    similar = similar or [name for name in list_configs() if name == path.stem]
-    return f"; did you mean {similar[0]}?" if similar else ""
+    return did_you_mean(str(path), files) or (f"; did you mean {path.stem}?" if path.stem in list_configs() else "")

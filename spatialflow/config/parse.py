@@ -2,7 +2,6 @@
 """Conversion of plain settings (from YAML, the command line or Python) to a `Config`."""
 
 import dataclasses
-import difflib
 import re
 import sys
 import types
@@ -12,6 +11,7 @@ from typing import Any
 
 from spatialflow.config.rules import ConfigError, require_value, short_repr
 from spatialflow.config.sections import SECTIONS, Config
+from spatialflow.errors import did_you_mean
 from spatialflow.requirements import require_packages
 
 
@@ -82,11 +82,15 @@ def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if not dot:
             section, name = section_by_field.get(key, ""), key
         if section_by_field.get(name) != section:
-            similar = difflib.get_close_matches(name, section_by_field, n=3)
-            hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+            hint = did_you_mean(name, section_by_field, count=3)
             raise ConfigError(f"override {short_repr(key)}: no such field{hint}")
         placed.setdefault(section, {})[name] = value
     return placed
+
+
+def given_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Map the names of the fields that overrides set to their values, whatever form the overrides have."""
+    return {name: value for section in place_overrides(overrides).values() for name, value in section.items()}
 
 
 def _make_section(section: type, values: Mapping[str, Any]) -> Any:
@@ -94,8 +98,7 @@ def _make_section(section: type, values: Mapping[str, Any]) -> Any:
     converted = {}
     for name, value in values.items():
         if name not in type_by_field:
-            similar = difflib.get_close_matches(str(name), type_by_field, n=1)
-            hint = f"; did you mean {similar[0]}?" if similar else ""
+            hint = did_you_mean(str(name), type_by_field)
             raise ConfigError(f"{short_repr(name)}: no such field{hint} (value {short_repr(value)})")
         converted[name] = _convert(name, type_by_field[name], value)
     return section(**converted)

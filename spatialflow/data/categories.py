@@ -149,8 +149,13 @@ def network_categories(network: Network) -> Categories:
     """
     if network.categories is not None:
         return network.categories
-    model = network.config.model
-    return load_categories(network.config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
+    return categories_of(network.config)
+
+
+def categories_of(config: Config) -> Categories:
+    """Load the categories of a configuration; errors as for `load_categories`."""
+    model = config.model
+    return load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
 
 
 def load_categories(

@@ -4,7 +4,6 @@
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +31,9 @@ class CocoSubset(CocoPanoptic):
 
         The PNGs are those of the whole data set.
         """
-        path = folder / "truth.json"
-        if not os.path.isfile(path) or json.loads(path.read_bytes()) != self._content():
-            os.makedirs(folder, exist_ok=True)
-            write_json(path, self._content())
+        path, content = folder / "truth.json", self._content()
+        if not _holds(path, content):
+            write_json(path, content)
         return path, self.panoptic_folder
 
     def _content(self) -> dict[str, object]:
@@ -43,6 +41,14 @@ class CocoSubset(CocoPanoptic):
         images = [{"id": i, "file_name": name, "height": size[0], "width": size[1]} for i, name, size in rows]
         categories = self.categories.as_coco()
         return {"images": images, "annotations": list(self.annotations), "categories": categories}
+
+
+def _holds(path: Path, content: dict[str, object]) -> bool:
+    """Tell whether a JSON file has this content; not if it is absent or damaged."""
+    try:
+        return bool(json.loads(path.read_bytes()) == content)
+    except (OSError, ValueError):
+        return False
 
 
 def hold_out(data: CocoPanoptic, share: float) -> tuple[CocoSubset, CocoSubset]:
@@ -59,7 +65,8 @@ def hold_out(data: CocoPanoptic, share: float) -> tuple[CocoSubset, CocoSubset]:
         The images to train on, and those to evaluate on; both in the order of `data`.
     """
     count = min(max(round(share * len(data)), 1), len(data) - 1)
-    by_hash = sorted(range(len(data)), key=lambda index: hashlib.sha256(data.names[index].encode()).digest())
+    hashes = [hashlib.sha256(name.encode(errors="surrogatepass")).digest() for name in data.names]
+    by_hash = sorted(range(len(data)), key=hashes.__getitem__)
     held = set(by_hash[:count])
     return (
         CocoSubset(data, [index for index in range(len(data)) if index not in held]),

@@ -12,6 +12,7 @@ import numpy as np
 
 from spatialflow.panoptic.extents import Extent, extents
 from spatialflow.panoptic.formats import load_json, read_id_map
+from spatialflow.panoptic.photographs import photograph_names
 from spatialflow.panoptic.quality import default_folder, with_progress
 from spatialflow.panoptic.rules import VOID, PanopticFormatError, is_color, segment_id
 from spatialflow.threads import available_cores
@@ -82,62 +83,82 @@ def survey(
             return None
         return (id_map.shape[0], id_map.shape[1]), extents(id_map)
 
-    areas: dict[int, list[int]] = {number: [] for number in categories}
-    pixels: Counter[int] = Counter()
-    crowds: Counter[int] = Counter()
-    images: Counter[int] = Counter()
-    sizes: Counter[tuple[int, int]] = Counter()
-    total = tiny = things = 0
-    without, shown = [], []
-    names = _photograph_names(content)
+    counts = _Counts(categories)
     with ThreadPoolExecutor(workers or available_cores()) as pool:
         futures = [pool.submit(measure, annotation) for annotation in annotations]
         try:
-            pairs = zip(annotations, with_progress(futures, "count", progress), strict=True)
-            for annotation, future in pairs:
-                measured = future.result()
-                if measured is None:
-                    continue
-                (height, width), by_id = measured
-                sizes[height, width] += 1
-                total += height * width
-                scale = min(USUAL_SHORT / min(height, width), USUAL_LONG / max(height, width), 1)
-                present, usable = set(), []
-                for segment in annotation["segments_info"]:
-                    number, category = segment_id(segment), segment["category_id"]
-                    if number is None or number == VOID or number not in by_id or category not in categories:
-                        continue
-                    area = by_id[number].pixels
-                    present.add(category)
-                    usable.append({"id": number, "category_id": category})
-                    pixels[category] += area
-                    if segment.get("iscrowd"):
-                        crowds[category] += 1
-                        continue
-                    areas[category].append(area)
-                    if categories[category]["isthing"]:
-                        things += 1
-                        tiny += area * scale * scale < _TINY_SIDE**2
-                images.update(present)
-                name = names.get(annotation["image_id"], annotation["file_name"])
-                shown.append((present, {"file_name": annotation["file_name"], "name": name, "segments_info": usable}))
-                if not present:
-                    without.append(name)
+            names = photograph_names({"images": content.get("images"), "annotations": annotations})
+            measured = with_progress(futures, "count", progress)
+            for annotation, name, future in zip(annotations, names, measured, strict=True):
+                if (found := future.result()) is not None:
+                    counts.add(annotation, name, *found)
         finally:
             pool.shutdown(cancel_futures=True)
-    rows = [
-        ClassNumbers(
-            category,
-            len(areas[number]),
-            images[number],
-            crowds[number],
-            pixels[number] / total if total else 0.0,
-            float(np.median(areas[number])) if areas[number] else float("nan"),
-        )
-        for number, category in categories.items()
-    ]
-    void = 1 - sum(pixels.values()) / total if total else 0.0
-    return Survey(rows, sizes, void, tiny, things, without, _choose(shown, images, examples))
+    return counts.survey(examples)
+
+
+class _Counts:
+    """Sums over the images read so far.
+
+    Args:
+        categories: by id, from `_categories`.
+    """
+
+    def __init__(self, categories: dict[int, Mapping[str, Any]]) -> None:
+        self._categories = categories
+        self._areas: dict[int, list[int]] = {number: [] for number in categories}  # of segments without crowds
+        self._pixels: Counter[int] = Counter()
+        self._crowds: Counter[int] = Counter()
+        self._images: Counter[int] = Counter()
+        self._sizes: Counter[tuple[int, int]] = Counter()
+        self._total = self._tiny = self._things = 0
+        self._without_segment: list[str] = []
+        self._shown: list[tuple[set[int], dict[str, Any]]] = []  # category ids, and an example for `Survey.examples`
+
+    def add(self, annotation: Mapping[str, Any], name: str, size: tuple[int, int], by_id: dict[int, Extent]) -> None:
+        """Add an image of (height, width) `size` with the segments that its map has."""
+        self._sizes[size] += 1
+        self._total += size[0] * size[1]
+        scale = min(USUAL_SHORT / min(size), USUAL_LONG / max(size), 1)
+        present, usable = set(), []
+        for segment in annotation["segments_info"]:
+            number, category = segment_id(segment), segment["category_id"]
+            if number is None or number == VOID or number not in by_id or category not in self._categories:
+                continue
+            present.add(category)
+            usable.append({"id": number, "category_id": category})
+            self._add_segment(category, by_id[number].pixels, bool(segment.get("iscrowd")), scale)
+        self._images.update(present)
+        self._shown.append((present, {"file_name": annotation["file_name"], "name": name, "segments_info": usable}))
+        if not present:
+            self._without_segment.append(name)
+
+    def _add_segment(self, category: int, area: int, is_crowd: bool, scale: float) -> None:
+        self._pixels[category] += area
+        if is_crowd:
+            self._crowds[category] += 1
+            return
+        self._areas[category].append(area)
+        if self._categories[category]["isthing"]:
+            self._things += 1
+            self._tiny += area * scale * scale < _TINY_SIDE**2
+
+    def survey(self, examples: int) -> Survey:
+        """Return the numbers, with at most so many examples."""
+        rows = [
+            ClassNumbers(
+                category,
+                len(self._areas[number]),
+                self._images[number],
+                self._crowds[number],
+                self._pixels[number] / self._total if self._total else 0.0,
+                float(np.median(self._areas[number])) if self._areas[number] else float("nan"),
+            )
+            for number, category in self._categories.items()
+        ]
+        void = 1 - sum(self._pixels.values()) / self._total if self._total else 0.0
+        shown = _choose(self._shown, self._images, examples)
+        return Survey(rows, self._sizes, void, self._tiny, self._things, self._without_segment, shown)
 
 
 def _categories(content: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
@@ -150,15 +171,6 @@ def _categories(content: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
             name = str(row.get("name", f"category {row['id']}"))
             found.setdefault(row["id"], {"id": row["id"], "name": name, "isthing": bool(row.get("isthing")), **color})
     return found
-
-
-def _photograph_names(content: Mapping[str, Any]) -> dict[Any, str]:
-    rows = content.get("images")
-    return {
-        row["id"]: row["file_name"]
-        for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, dict) and type(row.get("id")) in (int, str) and isinstance(row.get("file_name"), str)
-    }
 
 
 def _is_usable(annotation: Any) -> bool:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks from files that hold all of them: runs, weights files and packaged weights; conversion to such files."""
 
-import difflib
 import logging
 import os
 from collections.abc import Mapping
@@ -10,35 +9,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spatialflow.config import Config, load_config, place_overrides
+from spatialflow.config import Config, given_fields, load_config
 from spatialflow.config.rules import short_repr
-from spatialflow.data.categories import CategoryError, load_categories, network_categories
+from spatialflow.data.categories import CategoryError, categories_of, network_categories
 from spatialflow.engine.checkpoint_reader import CheckpointError, Weights, read_weights
 from spatialflow.engine.description import Description, read_description
 from spatialflow.engine.weights import check_network, fill, not_finite, shorten, write_weights
+from spatialflow.errors import did_you_mean
 from spatialflow.models.build import build_model
 from spatialflow.models.spatialflow import SpatialFlow
+from spatialflow.packaged import packaged_names
+from spatialflow.packaged import packaged_weights as packaged_weights  # also exported by this module
 
 logger = logging.getLogger("spatialflow.engine.checkpoints")  # the documented name
-
-WEIGHTS_FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
 RUN_FILES = ("model.safetensors", "checkpoint.pt")
 """Files of a run folder that hold its weights, the better first."""
 
 INPUT_FIELDS = ("image_mean", "image_std")
 """Fields of the section `data` that belong to the weights, as all of the section `model` do."""
-
-
-def packaged_names() -> list[str]:
-    """List the names of the weights that come with the package."""
-    return sorted(path.stem for path in WEIGHTS_FOLDER.glob("*.safetensors"))
-
-
-def packaged_weights(name: str) -> Path | None:
-    """Return the path of packaged weights; None if there are none of that name."""
-    path = WEIGHTS_FOLDER / f"{name}.safetensors"
-    return path if name in packaged_names() else None
 
 
 def locate_weights(source: str | Path) -> Path:
@@ -65,8 +54,7 @@ def locate_weights(source: str | Path) -> Path:
     if is_folder:
         raise CheckpointError(f"{text}: holds neither {' nor '.join(RUN_FILES)}, the weights of a training run")
     names = packaged_names()
-    similar = difflib.get_close_matches(text, names + _neighbors(path), n=2)
-    hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+    hint = did_you_mean(text, names + _neighbors(path), count=2)
     raise CheckpointError(
         f"{text:.200}: there is no such file, folder of a run or packaged weights ({', '.join(names)}){hint}"
     )
@@ -159,16 +147,13 @@ def build_network(file: ModelFile, config: str | Path | Config | None, overrides
             f"with every use (--config NAME, in Python config=NAME)"
         )
     settings = load_config(base, **overrides)
-    check_agreement(description, settings, path, has_config=config is not None or "categories" in _fields(overrides))
+    has_config = config is not None or "categories" in given_fields(overrides)
+    check_agreement(description, settings, path, has_config)
     network = build_model(settings)
     fill(network, state, str(path))
     network.categories, network.trained_on = description.categories, description.trained_on
     network.categories = network_categories(network)
     return network.eval()
-
-
-def _fields(overrides: Mapping[str, Any]) -> set[str]:
-    return {field for values in place_overrides(overrides).values() for field in values}
 
 
 def _conversion(path: Path) -> str:
@@ -200,9 +185,8 @@ def check_agreement(description: Description, config: Config, path: Path, has_co
     if description.categories is None or not has_config:
         return
     is_own_table = known is not None and config.data.categories == known.data.categories
-    model = config.model
     try:
-        given = load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
+        given = categories_of(config)
     except CategoryError as error:
         if is_own_table:  # for example a JSON that was there in training alone
             return

@@ -15,6 +15,8 @@ from spatialflow.ops import paste_masks
 from spatialflow.panoptic.detection import detection_rows
 from spatialflow.panoptic.drawing import overlay
 from spatialflow.panoptic.labelme import labelme_content
+from spatialflow.panoptic.pages import fit
+from spatialflow.panoptic.photographs import image_id_of
 from spatialflow.panoptic.result_folder import add_to_folder
 from spatialflow.panoptic.rules import VOID
 from spatialflow.panoptic.writer import panoptic_row
@@ -305,11 +307,9 @@ class PanopticResult:
         """Return the picture for a notebook: the overlay with a legend, its long side at most 960 pixels."""
         import cv2
 
-        height, width = self.id_map.shape
         if self.id_map.size == 0:
             return None
-        scale = min(1.0, _LARGEST_SIDE_SHOWN / max(height, width))
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        size = fit(self.id_map.shape, _LARGEST_SIDE_SHOWN)[::-1]
         id_map = cv2.resize(self.id_map, size, interpolation=cv2.INTER_NEAREST)
         if self.image is None:
             image, opacity = np.full((*id_map.shape, 3), 255, np.uint8), 1.0
@@ -322,9 +322,3 @@ class PanopticResult:
 def _padded(cell: str, width: int, column: int) -> str:
     """Pad a cell of a table; text is at the left, numbers are at the right."""
     return cell.ljust(width) if column < 2 else cell.rjust(width)
-
-
-def image_id_of(image_name: str) -> int | str:
-    """Derive the image id from a file name: the stem without Cityscapes' "_leftImg8bit", as an integer if possible."""
-    stem = Path(image_name).stem.removesuffix("_leftImg8bit")
-    return int(stem) if stem.isascii() and stem.isdigit() else stem

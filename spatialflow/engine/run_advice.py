@@ -90,10 +90,9 @@ def _statistics_of_one_image(config: Config) -> list[str]:
 
 
 def _large_images(config: Config, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    array = np.array(sizes, float)
     if config.data.train_crop is not None:
         return []
-    height, width = np.median(array, axis=0)
+    height, width = np.median(np.array(sizes, float), axis=0)
     scale = max(
         min(height, width) / max(config.data.train_short_edges), max(height, width) / config.data.train_long_edge
     )

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatialflow.config import Config, ConfigError, load_config, place_overrides
-from spatialflow.data.categories import TABLES, Categories, load_categories, read_rows
+from spatialflow.config import Config, ConfigError, load_config
+from spatialflow.data.categories import TABLES, read_rows
 
 IMAGES_ON_CPU, IMAGES_ON_GPU = 1200, 12_000
 """Images of a whole run, counted in every epoch, where the schedule is chosen: some minutes of computing time."""
@@ -113,12 +113,6 @@ def _has_classes(table: str | None, classes: ClassTable) -> bool:
     return of_table == of_file
 
 
-def categories_of(config: Config) -> Categories:
-    """Load the categories of a configuration."""
-    model = config.model
-    return load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
-
-
 def with_sizes_and_schedule(
     config: Config,
     sizes: Sequence[tuple[int, int]],
@@ -190,8 +184,3 @@ def describe_settings(config: Config, classes: Sequence[str], count: int, held_o
         f"learning_rate={training.learning_rate:g}{decays}; "
         f"warmup_iterations={training.warmup_iterations} evaluate_every_epochs={training.evaluate_every_epochs}",
     ]
-
-
-def fields_given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Map the names of the fields that overrides set to their values, whatever form the overrides have."""
-    return {name: value for section in place_overrides(settings).values() for name, value in section.items()}

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 
-from spatialflow.config import SECTIONS, Config, load_config, own_settings
-from spatialflow.data.categories import Categories, CategoryError
+from spatialflow.config import SECTIONS, Config, given_fields, load_config, own_settings
+from spatialflow.data.categories import Categories, CategoryError, categories_of
 from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.samples import SampleError
@@ -24,9 +24,7 @@ from spatialflow.engine.run_advice import advice
 from spatialflow.engine.run_settings import (
     CLASS_FIELDS,
     ClassTable,
-    categories_of,
     describe_settings,
-    fields_given,
     read_classes,
     with_classes,
     with_sizes_and_schedule,
@@ -319,7 +317,7 @@ def _settings(
         overrides: of the user.
         group: the processes.
     """
-    config, given = start.config, fields_given(overrides)
+    config, given = start.config, given_fields(overrides)
     classes = _classes(files, named is None)
     if classes is not None:
         own = {} if named is None else own_settings(_name_or_path(named))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spatialflow.config import Config, TrainingConfig
-from spatialflow.data.categories import Categories
+from spatialflow.data.categories import Categories, categories_of
 from spatialflow.data.loader import Batch, DataSet, Schedule, make_loader
 from spatialflow.data.synthetic import DRAWN_SCENES, is_drawn
 from spatialflow.engine.checkpoint_store import CheckpointStore, TrainingError, run_identity
@@ -27,7 +27,6 @@ from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
 from spatialflow.engine.progress import Progress
 from spatialflow.engine.run_monitor import REMEDIES, DivergenceMonitor, ProblemReporter
-from spatialflow.engine.run_settings import categories_of
 from spatialflow.models.build import build_model
 from spatialflow.models.criterion import Losses
 from spatialflow.models.optimized.training import optimize_for_training

@@ -2,16 +2,15 @@
 """Colors of categories and segments, and segment ids that are colors, as in COCO's panoptic PNGs."""
 
 import colorsys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from spatialflow.panoptic.extents import number_ids
-from spatialflow.panoptic.rules import VOID, is_color
+from spatialflow.panoptic.rules import LARGEST_ID, VOID, is_color
 
 _GOLDEN_RATIO_CONJUGATE = 0.618033988749895  # its multiples, modulo 1, spread hue or lightness evenly over [0, 1)
-_LARGEST_ID = (1 << 24) - 1
 
 
 def color_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
@@ -73,6 +72,15 @@ def segment_colors(
     return colors
 
 
+def free_id(color: tuple[int, int, int], taken: Container[int]) -> int:
+    """Return the segment id that a color (red, green, blue) stands for; the next free number if it is 0 or taken."""
+    red, green, blue = color
+    segment_id = red + (green << 8) + (blue << 16)
+    while segment_id == VOID or segment_id in taken:
+        segment_id = segment_id % LARGEST_ID + 1
+    return segment_id
+
+
 def color_ids(
     id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], categories: Iterable[Mapping[str, Any]] | None
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -93,11 +101,9 @@ def color_ids(
     """
     renamed = [dict(segment) for segment in segments]
     new_by_old: dict[int, int] = {}
-    taken = {VOID}
-    for segment, (red, green, blue) in zip(renamed, segment_colors(renamed, categories), strict=True):
-        new = red + (green << 8) + (blue << 16)
-        while new in taken:
-            new = new % _LARGEST_ID + 1
+    taken: set[int] = set()
+    for segment, color in zip(renamed, segment_colors(renamed, categories), strict=True):
+        new = free_id(color, taken)
         taken.add(new)
         new_by_old[int(segment["id"])] = segment["id"] = new
     ids, slots = number_ids(id_map)

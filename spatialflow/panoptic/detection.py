@@ -90,7 +90,7 @@ def detection_truth(content: Mapping[str, Any], panoptic_folder: str | os.PathLi
 
 def average_precision(
     content: Mapping[str, Any], panoptic_folder: str | os.PathLike[str], results: list[dict[str, Any]]
-) -> Any:
+) -> dict[str, dict[str, float]]:
     """Compute COCO average precision of boxes and masks with pycocotools.
 
     Args:

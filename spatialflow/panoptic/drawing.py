@@ -89,10 +89,12 @@ def overlay(
 
 def _as_bgr(image: Any) -> np.ndarray:
     """Convert a PIL image to a BGR array, upright by its EXIF orientation, and check an array."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(image, Image.Image):
-        return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[..., ::-1])
+        from spatialflow.images import convert_pillow_image
+
+        return convert_pillow_image(image, "image")
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")

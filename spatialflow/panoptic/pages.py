@@ -11,6 +11,17 @@ import numpy as np
 _PAPER, _INK, _GAP = (250, 250, 250), (30, 30, 30), 6
 
 
+def fit(shape: Sequence[int], side: int, enlarge: bool = False) -> tuple[int, int]:
+    """Return (height, width) of a picture of shape (H, W, ...) that is scaled so that its longer side is `side`.
+
+    Without `enlarge`, smaller pictures keep their size.
+    """
+    height, width = shape[:2]
+    scale = side / max(height, width)
+    scale = scale if enlarge else min(scale, 1.0)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def side_by_side(panels: Mapping[str, np.ndarray], heading: str = "", panel_width: int = 480) -> np.ndarray:
     """Place pictures of one size in a row, each below its title.
 
@@ -80,11 +91,10 @@ def thumbnails(pictures: Iterable[tuple[str, np.ndarray]], columns: int, cell: i
 
     cells = []
     for title, picture in pictures:
-        height, width = picture.shape[:2]
-        scale = cell / max(width, height)
-        size = (max(round(width * scale), 1), max(round(height * scale), 1))
-        small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        line = np.hstack([small, _blank(size[1], cell - size[0])])
+        height, width = fit(picture.shape, cell, enlarge=True)
+        shrinks = max(picture.shape[:2]) > cell
+        small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        line = np.hstack([small, _blank(height, cell - width)])
         cells.append(np.vstack([_line(title, cell), line]) if title else line)
     if not cells:
         raise ValueError("pictures must be one or more, got none")

@@ -24,6 +24,12 @@ def photograph_key(file_name: str) -> str:
     return stem
 
 
+def image_id_of(file_name: str) -> int | str:
+    """Derive the image id from a file name: the stem without Cityscapes' "_leftImg8bit", as an integer if possible."""
+    stem = PurePosixPath(file_name).stem.removesuffix(_CITYSCAPES)
+    return int(stem) if stem.isascii() and stem.isdigit() else stem
+
+
 def photograph_names(content: Mapping[str, Any]) -> list[str]:
     """List the photograph's file name of every annotation; the name of the PNG if `images` does not list it."""
     listed = _listed_names(content)

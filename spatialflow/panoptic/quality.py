@@ -64,6 +64,13 @@ class ClassCounts:
         }
 
 
+def image_quality(counts: Mapping[int, ClassCounts]) -> float | None:
+    """Compute the PQ of one image: the mean over the classes that occur in it; None if none does."""
+    qualities = [row.quality() for row in counts.values()]
+    values = [row["pq"] for row in qualities if row["n"]]
+    return sum(values) / len(values) if values else None
+
+
 class Matches(NamedTuple):
     """Which segments of one image match."""
 

@@ -21,7 +21,8 @@ from spatialflow.panoptic.journal import dumps
 from spatialflow.panoptic.rules import PanopticFormatError
 from spatialflow.panoptic.writer import earlier_files, panoptic_row
 
-_INFO = {"description": "written by PanopticResult.save"}
+SAVED_INFO = {"description": "written by PanopticResult.save"}
+"""Beginning of the panoptic JSON of `PanopticResult.save`."""
 
 
 def add_to_folder(
@@ -110,7 +111,7 @@ class _Content:
         """Write the file, and keep its state."""
         lists = {"images": self.images, "annotations": self.annotations}
         rows = [f'"{name}": [{", ".join(row_by_png.values())}]' for name, row_by_png in lists.items()]
-        fields = [f'"info": {dumps(_INFO)}', *rows, f'"categories": {self.categories}']
+        fields = [f'"info": {dumps(SAVED_INFO)}', *rows, f'"categories": {self.categories}']
         with atomic_write(self.path, "w") as file:
             file.write("{" + ", ".join(fields) + "}\n")
         self.stamp = _stamp(self.path)
@@ -138,7 +139,7 @@ def _content_of(path: Path, categories: str, files: Iterable[Path]) -> _Content:
 
 
 def _read(path: Path, categories: str, files: Iterable[Path]) -> _Content:
-    results, unrelated = earlier_files(path, _INFO)
+    results, unrelated = earlier_files(path, SAVED_INFO)
     if not results and not unrelated:
         unrelated = [file for file in files if os.path.lexists(file)]
     if unrelated:

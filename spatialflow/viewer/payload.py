@@ -8,11 +8,11 @@ import numpy as np
 
 from spatialflow.images import ImageError
 from spatialflow.panoptic.extents import Extent, extents
-from spatialflow.panoptic.quality import Matches, PanopticQuality
+from spatialflow.panoptic.quality import Matches, PanopticQuality, image_quality
 from spatialflow.panoptic.rules import VOID, PanopticFormatError, is_finite
 from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, ViewError
 from spatialflow.viewer.pictures import Pictures
-from spatialflow.viewer.scan import BINS, SMALLEST_SHARE, Scan, image_quality, map_problems
+from spatialflow.viewer.scan import BINS, SMALLEST_SHARE, Scan, map_problems
 
 UNLISTED_COLOR = (255, 0, 255)
 """Color (red, green, blue) of segments that are in the PNG and not in the JSON."""

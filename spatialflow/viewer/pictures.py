@@ -5,14 +5,15 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import cv2
 import deflate
 import numpy as np
 
+from spatialflow.files import encode_jpeg
 from spatialflow.images import ImageError, read_image
 from spatialflow.panoptic.extents import number_ids
+from spatialflow.panoptic.pages import fit
 from spatialflow.panoptic.rules import PanopticFormatError
 from spatialflow.threads import available_cores
 from spatialflow.viewer.catalog import Catalog, ViewError
@@ -94,7 +95,7 @@ class Pictures:
         with self._decoding:
             pixels = read_image(self._catalog.photograph(self._catalog.images[index]))
             self._sizes[index] = pixels.shape[1], pixels.shape[0]
-            return _jpeg(_resize(pixels, *fit(pixels.shape, self._side)), 88)
+            return encode_jpeg(_resize(pixels, *fit(pixels.shape, self._side)), 88)
 
     def thumbnail(self, index: int, key: str) -> bytes:
         """Return a small JPEG: the photograph, or the segments of a side over it or, without it, over gray.
@@ -118,7 +119,7 @@ class Pictures:
                     raise
             if annotation is None:
                 assert photograph is not None
-                return _jpeg(_resize(photograph, *fit(photograph.shape, THUMBNAIL_SIDE)), 82)
+                return encode_jpeg(_resize(photograph, *fit(photograph.shape, THUMBNAIL_SIDE)), 82)
             id_map = self._catalog.read_map(index, key)
             height, width = fit(id_map.shape, THUMBNAIL_SIDE)
             ids, slots = number_ids(_sample(id_map, height, width))
@@ -129,7 +130,7 @@ class Pictures:
                 np.full((height, width, 3), 128, np.uint8) if photograph is None else _resize(photograph, height, width)
             )
             mixed = cv2.addWeighted(background, 1 - _OPACITY, palette[slots], _OPACITY, 0)
-            return _jpeg(np.where(is_segment[slots][..., None], mixed, background), 82)
+            return encode_jpeg(np.where(is_segment[slots][..., None], mixed, background), 82)
 
     def slots(self, index: int, key: str) -> bytes:
         """Return the map of a side as a browser decodes it: see `encode_slots`.
@@ -167,13 +168,6 @@ def encode_slots(id_map: np.ndarray) -> bytes:
     return bytes(deflate.zlib_compress(content, 6))
 
 
-def fit(shape: Any, side: int) -> tuple[int, int]:
-    """Return the height and width of an image that is made smaller, if need be, so that no side is longer."""
-    height, width = shape[:2]
-    scale = min(1.0, side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
 def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return pixels
@@ -189,11 +183,6 @@ def _sample(id_map: np.ndarray, height: int, width: int) -> np.ndarray:
         for count, size in zip((height, width), id_map.shape, strict=True)
     )
     return id_map[rows[:, None], columns]
-
-
-def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
-    _, content = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, quality))
-    return content.tobytes()
 
 
 PICTURE_ERRORS = (ViewError, ImageError, PanopticFormatError)

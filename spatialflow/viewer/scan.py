@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from spatialflow.panoptic.extents import Extent, extents
-from spatialflow.panoptic.quality import ClassCounts, PanopticQuality
+from spatialflow.panoptic.quality import ClassCounts, PanopticQuality, image_quality
 from spatialflow.panoptic.rules import RULES, PanopticFormatError, pixel_problems
 from spatialflow.threads import available_cores, map_ahead
 from spatialflow.viewer.catalog import OTHER_SIDE, PREDICTION_SIDE, TRUTH_SIDE, Catalog, Image, Side, ViewError
@@ -55,13 +55,6 @@ class _Reading:
     score: Score
     counts: dict[str, dict[int, ClassCounts]] = field(default_factory=dict)
     areas: dict[str, list[tuple[int, int, float]]] = field(default_factory=dict)  # category id, pixels, share
-
-
-def image_quality(counts: Mapping[int, ClassCounts]) -> float | None:
-    """Compute the PQ of one image: the mean over the classes that occur in it; None if none does."""
-    qualities = [row.quality() for row in counts.values()]
-    values = [row["pq"] for row in qualities if row["n"]]
-    return sum(values) / len(values) if values else None
 
 
 class Scan:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class lists that the user gives, and the decision which classes are things and which are stuff."""
 
-import difflib
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from spatialflow.data.categories import TABLES, read_rows
 from spatialflow.data.convert.sources import Class, ConversionError, read_json, read_text
+from spatialflow.errors import did_you_mean
 from spatialflow.panoptic.colors import color_of
 from spatialflow.panoptic.rules import is_color
 
@@ -126,9 +126,8 @@ def decide_kinds(classes: Sequence[Class], stuff: Collection[str] | None) -> lis
     names = [row.name for row in classes]
     for name in stuff or ():
         if name not in names:
-            similar = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {similar[0]!r}?" if similar else f"the classes are {', '.join(names)[:500]}"
-            raise ConversionError(f"stuff classes: there is no class {name!r:.60}; {hint}")
+            hint = did_you_mean(name, names) or f"; the classes are {', '.join(names)[:500]}"
+            raise ConversionError(f"stuff classes: there is no class {name!r:.60}{hint}")
     return [
         row._replace(isthing=row.name not in (stuff or ()) and (row.isthing is None or row.isthing)) for row in classes
     ]

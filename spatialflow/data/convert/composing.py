@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from spatialflow.data.convert.sources import Class, Region
-from spatialflow.panoptic.colors import color_of
+from spatialflow.panoptic.colors import color_of, free_id
 from spatialflow.panoptic.extents import extents, ids_of
-from spatialflow.panoptic.rules import LARGEST_ID, VOID
+from spatialflow.panoptic.rules import VOID
 
 
 def compose(
@@ -58,7 +58,8 @@ def compose(
             region = regions[number - 1] if number <= len(regions) else None
             category = background if region is None else region.category
             assert category is not None
-            segment_id = _free_id(category, last_index[category.id], row_by_id)
+            color = color_of(category.id, last_index[category.id], category.color)
+            segment_id = free_id(color, row_by_id)
             last_index[category.id] += 1
             id_by_key[key] = segment_id
             crowd = int(region is not None and region.crowd)
@@ -85,11 +86,3 @@ def _key(region: Region, index: int) -> Any:
     if not region.category.isthing:
         return region.category.id, "stuff"
     return region.category.id, region.crowd, ("group", region.group) if region.group is not None else index
-
-
-def _free_id(category: Class, index: int, taken: dict[int, Any]) -> int:
-    red, green, blue = color_of(category.id, index, category.color)
-    segment_id = red + 256 * green + 65536 * blue
-    while segment_id == VOID or segment_id in taken:
-        segment_id = (segment_id + 1) % (LARGEST_ID + 1)
-    return segment_id

@@ -102,39 +102,24 @@ def to_panoptic(
         >>> result.json_paths, result.problems                                                    # doctest: +SKIP
     """
     source, output = Path(source), Path(output)
-    if on_top not in _ON_TOP:
-        raise ConversionError(f"on_top must be one of {', '.join(_ON_TOP)}, got {on_top!r:.60}")
-    if split is not None and not 0 < split < 1:
-        raise ConversionError(f"split must be between 0 and 1, got {split:g}")
-    if workers is not None and workers < 1:
-        raise ConversionError(f"workers must be at least 1, got {workers}")
     folders = {"images": images, "stuff": stuff, "instances": instances}
-    for name, folder in folders.items():
-        if folder is not None and not os.path.isdir(folder):
-            raise ConversionError(f"{name}: {folder}: no such folder")
+    _check_arguments(on_top, split, workers, folders)
     listed, by_color = (None, False) if classes is None else read_classes(classes)
-    paths = [None if folder is None else Path(folder) for folder in (stuff, instances)]
-    opened = open_source(source, format, Options(listed, by_color, *paths))
+    masks_of = [None if folder is None else Path(folder) for folder in (stuff, instances)]
+    opened = open_source(source, format, Options(listed, by_color, *masks_of))
     for name, needed in (("stuff", coco.FORMAT), ("instances", masks.FORMAT)):
         if folders[name] is not None and opened.format != needed:
             raise ConversionError(f"{name}: is for the format {needed}; {source} has the format {opened.format}")
     table = decide_kinds(opened.classes, stuff_classes)
-    background_class = None
-    if background is not None:
-        background_class = next((row for row in table if row.name == background), None)
-        if background_class is None:
-            number = max((row.id for row in table), default=0) + 1
-            background_class = Class(number, background, isthing=False)
-            table.append(background_class)
-        if background_class.isthing:
-            raise ConversionError(f"background: {background!r:.60} is a thing; name a stuff class, or a new one")
+    background_class = None if background is None else _background_class(table, background)
     if not table:
         raise ConversionError(f"{source}: has no class")
     image_folder = opened.images if images is None else Path(images)
     json_paths = [output / f"{name}.json" for name in (_NAMES[:1] if split is None else _NAMES[1:])]
     png_folders = [path.with_suffix("") for path in json_paths]
-    _check_output(json_paths, png_folders, [source, image_folder, *(path for path in paths if path is not None)])
-    no_photographs = [*png_folders, *(path for path in paths if path is not None)]
+    mask_folders = [path for path in masks_of if path is not None]
+    _check_output(json_paths, png_folders, [source, image_folder, *mask_folders])
+    no_photographs = [*png_folders, *mask_folders]
     no_photographs += [output / name for name in _NAMES if earlier_files(output / f"{name}.json", _INFO)[0]]
     no_photographs += [source] if opened.format == masks.FORMAT else []
     photographs = Photographs(image_folder, [path for path in no_photographs if not _is_same(path, image_folder)])
@@ -144,45 +129,24 @@ def to_panoptic(
         example = f"; the first problem: {problems[0].text}" if problems else ""
         hint = "; name the folder of the photographs by --images" if problems and images is None else ""
         raise ConversionError(f"{source}: no image can be converted{example}{hint}")
-    smaller_on_top = opened.smaller_on_top if on_top == "auto" else on_top == "smaller"
     lookup: dict[Any, Class] = {row.name: row for row in table} | {row.id: row for row in table}
     rows = category_rows(table)
+    smaller_on_top = opened.smaller_on_top if on_top == "auto" else on_top == "smaller"
     segments: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-
-    def convert(job: _Job) -> tuple[bool, list[dict[str, Any]], Report]:
-        """Convert one image in a worker thread; return whether it was written, its segments and what happened."""
-        report, size = Report(), (0, 0)
-        try:
-            size = photograph_size(image_folder / job.name)
-            _check_size(job, size)
-            regions = job.item.read(Context(size, job.name, job.item.place, report, lookup, fill_boxes))
-        except ShapeError as error:
-            begin = "" if str(error).startswith(job.item.place) else f"{job.item.place}: "
-            report.add("image", f"{begin}{error}")
-            return False, [], report
-        id_map, found, hidden = compose(regions, size, smaller_on_top, background_class)
-        report.counts["segments hidden by others"] += hidden
-        report.counts["images without a segment"] += not found
-        try:
-            writers[job.set].add(job.image_id, job.name, id_map, found, png_name=job.png_name)
-        except PanopticFormatError as error:
-            report.add("image", f"{job.item.place}: {error}")
-            return False, [], report
-        return True, found, report
-
     isthing = {row.id: row.isthing for row in table}
     written: list[list[str]] = [[] for _ in json_paths]
     threads = workers or available_cores()
     with _writers(png_folders, json_paths, rows, written) as writers:
-        with contextlib.closing(map_ahead(convert, jobs, threads, ahead=2 * threads)) as futures:
+        converter = _Converter(image_folder, lookup, fill_boxes, smaller_on_top, background_class, writers)
+        with contextlib.closing(map_ahead(converter.convert, jobs, threads, ahead=2 * threads)) as futures:
             for done, (job, future) in enumerate(zip(jobs, futures, strict=True), start=1):
-                was_written, found, report = future.result()
-                if was_written:
+                found, report = future.result()
+                if found is not None:
                     written[job.set].append(job.name)
                 segments.update(
                     "crowds" if row["iscrowd"] else "things" if isthing[row["category_id"]] else "stuff"
-                    for row in found
+                    for row in found or ()
                 )
                 problems += report.problems
                 counts += report.counts
@@ -190,16 +154,80 @@ def to_panoptic(
                     progress(done, len(jobs))
     unlisted = len(photographs.names) - len({job.name for job in jobs})
     counts[f"photographs in {image_folder} without annotation"] += unlisted
-    notes = [f"{text}: {count}" for text, count in sorted(counts.items()) if count]
-    if stuff_classes is None and (likely := likely_stuff(table)):
-        names = ",".join(likely)
-        notes.append(f"the classes {names} are taken as things; --stuff-classes {names} makes them stuff")
+    notes = _notes(counts, likely_stuff(table) if stuff_classes is None else [])
     if opened.found_classes:
         notes.append(
             f"classes are numbered in the order of the labels found; --classes {json_paths[0]} gives those of a "
             "further source the same numbers"
         )
     return Conversion(opened.format, image_folder, json_paths, list(map(len, written)), rows, segments, problems, notes)
+
+
+def _check_arguments(
+    on_top: str, split: float | None, workers: int | None, folders: Mapping[str, str | os.PathLike[str] | None]
+) -> None:
+    """Raise ConversionError for an argument of `to_panoptic` that is wrong by itself."""
+    if on_top not in _ON_TOP:
+        raise ConversionError(f"on_top must be one of {', '.join(_ON_TOP)}, got {on_top!r:.60}")
+    if split is not None and not 0 < split < 1:
+        raise ConversionError(f"split must be between 0 and 1, got {split:g}")
+    if workers is not None and workers < 1:
+        raise ConversionError(f"workers must be at least 1, got {workers}")
+    for name, folder in folders.items():
+        if folder is not None and not os.path.isdir(folder):
+            raise ConversionError(f"{name}: {folder}: no such folder")
+
+
+def _background_class(table: list[Class], name: str) -> Class:
+    """Find the stuff class of a name, or add one to the table; ConversionError if the class is a thing."""
+    found = next((row for row in table if row.name == name), None)
+    if found is None:
+        found = Class(max((row.id for row in table), default=0) + 1, name, isthing=False)
+        table.append(found)
+    if found.isthing:
+        raise ConversionError(f"background: {name!r:.60} is a thing; name a stuff class, or a new one")
+    return found
+
+
+def _notes(counts: Mapping[str, int], likely: Sequence[str]) -> list[str]:
+    """Make sentences of counts, and of the things that are likely to be stuff."""
+    notes = [f"{text}: {count}" for text, count in sorted(counts.items()) if count]
+    if likely:
+        names = ",".join(likely)
+        notes.append(f"the classes {names} are taken as things; --stuff-classes {names} makes them stuff")
+    return notes
+
+
+class _Converter(NamedTuple):
+    """Converts images, in any threads."""
+
+    images: Path
+    classes: Mapping[Any, Class]  # by name and by id
+    fill_boxes: bool
+    smaller_on_top: bool
+    background: Class | None
+    writers: Sequence[PanopticWriter]  # by `_Job.set`
+
+    def convert(self, job: _Job) -> tuple[list[dict[str, Any]] | None, Report]:
+        """Convert one image; return its segments, or None if it was not written, and what happened."""
+        report = Report()
+        try:
+            size = photograph_size(self.images / job.name)
+            _check_size(job, size)
+            regions = job.item.read(Context(size, job.name, job.item.place, report, self.classes, self.fill_boxes))
+        except ShapeError as error:
+            begin = "" if str(error).startswith(job.item.place) else f"{job.item.place}: "
+            report.add("image", f"{begin}{error}")
+            return None, report
+        id_map, found, hidden = compose(regions, size, self.smaller_on_top, self.background)
+        report.counts["segments hidden by others"] += hidden
+        report.counts["images without a segment"] += not found
+        try:
+            self.writers[job.set].add(job.image_id, job.name, id_map, found, png_name=job.png_name)
+        except PanopticFormatError as error:
+            report.add("image", f"{job.item.place}: {error}")
+            return None, report
+        return found, report
 
 
 def _jobs(

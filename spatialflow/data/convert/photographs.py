@@ -9,10 +9,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from spatialflow.data.convert.shapes import ShapeError
-from spatialflow.panoptic.photographs import photograph_key
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: the picture is shown with width and height exchanged
+from spatialflow.image_formats import IMAGE_SUFFIXES
+from spatialflow.images import ImageError, image_size
+from spatialflow.panoptic.photographs import image_id_of, photograph_key
 
 
 class Photographs:
@@ -39,7 +38,7 @@ class Photographs:
             skipped.add(real_path)  # links may lead to it again
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for file in files:
-                if file.lower().endswith(SUFFIXES) and not file.startswith("."):
+                if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
                     self.names.append(Path(os.path.relpath(os.path.join(root, file), folder)).as_posix())
         self.names.sort()
         self._by_name: dict[str, list[str]] = defaultdict(list)
@@ -93,29 +92,16 @@ def _common_end(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def photograph_size(path: Path) -> tuple[int, int]:
-    """Read (height, width) of a photograph as it is shown, from its header.
-
-    Raises:
-        ShapeError: the file cannot be read, or is no image.
-    """
-    from PIL import Image
-
+    """Read (height, width) of a photograph as it is shown; ShapeError if the file cannot be read, or is no image."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except Exception as error:  # Pillow's decoders raise exceptions of many types
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is no image that can be read"
-        raise ShapeError(f"{path}: {reason}") from None
-    return (width, height) if turned else (height, width)
+        return image_size(path)
+    except ImageError as error:
+        raise ShapeError(str(error)) from None
 
 
 def image_ids(names: Collection[str]) -> dict[str, int | str]:
     """Choose ids for photographs as `spatialflow predict` does: the name without suffix, or the number that it is."""
-    ids: dict[str, int | str] = {}
-    for name in names:
-        stem = PurePosixPath(name).stem.removesuffix("_leftImg8bit")
-        ids[name] = int(stem) if stem.isascii() and stem.isdigit() and len(stem) <= 15 else stem
+    ids = {name: image_id_of(name) for name in names}
     counts = Counter(ids.values())
     ids = {name: i if counts[i] == 1 else str(PurePosixPath(name).with_suffix("")) for name, i in ids.items()}
     counts = Counter(ids.values())

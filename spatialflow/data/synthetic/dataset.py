@@ -21,7 +21,10 @@ DRAWN_SCENES = "drawn scenes of `spatialflow synthesize`"
 
 def is_drawn(json_path: str | os.PathLike[str]) -> bool:
     """Return whether a panoptic JSON, or its unfinished journal, is that of a data set from `synthesize`."""
-    return bool(earlier_files(Path(json_path), _INFO)[0])
+    try:
+        return bool(earlier_files(Path(json_path), _INFO)[0])
+    except OSError:  # it cannot be read
+        return False
 
 
 def make_scene(size: tuple[int, int], seed: int, index: int) -> Scene:

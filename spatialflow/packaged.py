@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights that come with the package."""
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).resolve().parent / "weights"
+
+
+def packaged_names() -> list[str]:
+    """List the names of the weights that come with the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
+
+
+def packaged_weights(name: str) -> Path | None:
+    """Return the path of packaged weights; None if there are none of that name."""
+    return _FOLDER / f"{name}.safetensors" if name in packaged_names() else None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of a training run that follow from its data: classes, sizes of the images, and schedule."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,12 +100,12 @@ def with_classes(config: Config, classes: ClassTable, given: Mapping[str, Any]) 
 
 def _table_path(table: str) -> Path:
     packaged = TABLES / f"{table}.json"
-    return packaged if packaged.is_file() else Path(table)
+    return packaged if os.path.isfile(packaged) else Path(table)
 
 
 def _has_classes(table: str | None, classes: ClassTable) -> bool:
     """Return whether a table of the package has the same classes as a file."""
-    if table is None or not (TABLES / f"{table}.json").is_file():
+    if table is None or not os.path.isfile(TABLES / f"{table}.json"):
         return False
     of_table, of_file = (
         {(row["id"], bool(row["isthing"])) for row in rows} for rows in (read_rows(_table_path(table)), classes.rows)

@@ -2,6 +2,7 @@
 """COCO instances: a JSON with polygons and run-length encodings, and optionally PNGs of stuff classes."""
 
 import functools
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def open_source(path: Path, options: Options) -> Source:
             Problem("image", f"{rows[0][0]}: image {image!r:.60} is not listed in images ({len(rows)} annotations)")
         )
     folder = path.parent / "images"
-    images = folder if folder.is_dir() else path.parent
+    images = folder if os.path.isdir(folder) else path.parent
     return Source(FORMAT, _classes(content, path, options), items, problems, smaller_on_top=True, images=images)
 
 

@@ -2,6 +2,7 @@
 """CVAT for images 1.1: one XML with polygons, masks, ellipses and boxes."""
 
 import functools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ _Shape = tuple[str, str, dict[str, str]]  # location, kind, attributes
 
 def open_source(path: Path, options: Options) -> Source:
     """Read an XML; ConversionError if it is malformed, or of another kind."""
-    file = path / "annotations.xml" if path.is_dir() else path
+    file = path / "annotations.xml" if os.path.isdir(path) else path
     items: list[Item] = []
     problems: list[Problem] = []
     labels: dict[str, tuple[int, int, int] | None] = {}
@@ -66,7 +67,7 @@ def open_source(path: Path, options: Options) -> Source:
         labels = dict.fromkeys(sorted(used))
     classes = [Class(number, name, None, color) for number, (name, color) in enumerate(labels.items(), start=1)]
     folder = file.parent / "images"
-    images = folder if folder.is_dir() else file.parent
+    images = folder if os.path.isdir(folder) else file.parent
     found = not listed and options.classes is None
     return Source(FORMAT, [*(options.classes or classes)], items, problems, False, images, found_classes=found)
 

@@ -29,7 +29,7 @@ def open_source(path: Path, format: str, options: Options) -> Source:
         raise ConversionError(f"{path}: no such file or folder")
     if format == "auto":
         format, path = _recognize(path)
-    elif format == coco.FORMAT and path.is_dir():
+    elif format == coco.FORMAT and os.path.isdir(path):
         path = _only_json(path)
     if format not in _MODULES:
         raise ConversionError(f"format must be auto, {', '.join(FORMATS)}, got {format!r:.60}")
@@ -39,7 +39,7 @@ def open_source(path: Path, format: str, options: Options) -> Source:
 
 def _recognize(path: Path) -> tuple[str, Path]:
     """Return the format of a source, and the file to read."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         suffix = path.suffix.lower()
         if suffix == ".json":
             return (labelme.FORMAT if _is_labelme(path) else coco.FORMAT), path
@@ -51,7 +51,7 @@ def _recognize(path: Path) -> tuple[str, Path]:
         raise ConversionError(f"{path}: is of no known format ({', '.join(FORMATS)}){hint}")
     found: dict[str, Path] = {}
     files = labelme.files_of(path)
-    if (path / "annotations.xml").is_file():
+    if os.path.isfile(path / "annotations.xml"):
         found[cvat.FORMAT] = path
     if any(_is_labelme(file) for file in files[:20]):
         found[labelme.FORMAT] = path

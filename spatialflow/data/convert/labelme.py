@@ -33,7 +33,7 @@ FORMAT = "labelme"
 
 def files_of(path: Path) -> list[Path]:
     """List the JSON files of a folder and its sub-folders, or the file itself."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
     found = [Path(root, f) for root, _, files in os.walk(path) for f in files if f.lower().endswith(".json")]
     return sorted(found)
@@ -42,7 +42,7 @@ def files_of(path: Path) -> list[Path]:
 def open_source(path: Path, options: Options) -> Source:
     """Read the labels of all files; files that are damaged become problems."""
     items, problems, labels = [], [], set()
-    folder = path if path.is_dir() else path.parent
+    folder = path if os.path.isdir(path) else path.parent
     for file in files_of(path):
         try:
             content = _load(file)

@@ -40,7 +40,7 @@ def mask_files(folder: Path) -> list[str]:
 
 def open_source(path: Path, options: Options) -> Source:
     """List the masks of a folder; raise ConversionError if there are none, or no class list was given."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ConversionError(f"{path}: masks are read from a folder")
     names = mask_files(path)
     if options.classes is None:
@@ -59,7 +59,7 @@ def open_source(path: Path, options: Options) -> Source:
         for name in names
     ]
     sibling = path.parent / "images"
-    return Source(FORMAT, [*options.classes], items, [], False, sibling if sibling.is_dir() else path)
+    return Source(FORMAT, [*options.classes], items, [], False, sibling if os.path.isdir(sibling) else path)
 
 
 def _found(path: Path) -> str:

@@ -47,7 +47,7 @@ def label_files(path: Path) -> list[Path]:
 
 def open_source(path: Path, options: Options) -> Source:
     """List the label files and read the class names; ConversionError if either is absent."""
-    root = path if path.is_dir() else path.parent
+    root = path if os.path.isdir(path) else path.parent
     files = label_files(root)
     if not files:
         raise ConversionError(f"{root}: holds no label file (labels/*.txt)")

@@ -14,7 +14,7 @@ import spatialflow
 from spatialflow.cli.main import main
 from spatialflow.config import load_config
 from spatialflow.models import postprocess
-from spatialflow.panoptic import read_id_map
+from spatialflow.panoptic import color_ids, read_id_map
 
 PLAIN = dict(test_short_edges=[96], test_long_edge=160, stuff_area_threshold=40)
 
@@ -141,7 +141,8 @@ def test_commands(model, image, tmp_path, capsys):
     expected = spatialflow.Predictor(
         [model, model], test_short_edges=[96, 64], test_long_edge=160, test_flip=True, stuff_area_threshold=40
     )(image)
-    assert np.array_equal(read_id_map(tmp_path / "out" / "panoptic" / "a.png"), expected.id_map)
+    id_map, _ = color_ids(expected.id_map, expected.segments, expected.categories.as_coco())
+    assert np.array_equal(read_id_map(tmp_path / "out" / "panoptic" / "a.png"), id_map)
     capsys.readouterr()
     for change, message in (
         (["--short-edges", "64", "--size", "64"], "--size and --short-edges exclude each other"),

@@ -262,3 +262,11 @@ def test_the_metadata_is_plain_text_for_other_programs(network, tmp_path):
     assert [row["id"] for row in json.loads(metadata["spatialflow.categories"])["categories"]] == [
         row["id"] for row in ROWS
     ]
+
+
+def test_equal_networks_give_equal_files(network, tmp_path):
+    """The library writes metadata in random order, which would make a repeated run look like another one."""
+    files = [
+        spatialflow.save_checkpoint(network, tmp_path / f"{number}.safetensors").read_bytes() for number in range(6)
+    ]
+    assert len(set(files)) == 1

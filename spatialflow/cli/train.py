@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate on this share of the images instead of training on them (default: 0.1 if there are at least 20 "
         "images, no CONFIG and no other images to evaluate on; else 0)",
     )
-    add_model_option(parser, "network to begin with, whose classes may differ", dest="checkpoint")
+    add_model_option(parser, "network to begin with, whose classes may differ")
     add_ema_option(parser)
     add_path(parser, "--backbone", "FILE", "ImageNet weights with torchvision's names")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")

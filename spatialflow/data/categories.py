@@ -158,6 +158,12 @@ def categories_of(config: Config) -> Categories:
     return load_categories(config.data.categories, model.num_things, model.num_stuff, model.stuff_head)
 
 
+def table_path(table: str | Path) -> Path:
+    """Return the path of a category table: of the package, if it has one of that name, else `table` itself."""
+    packaged = TABLES / f"{table}.json"
+    return packaged if os.path.isfile(packaged) else Path(table)
+
+
 def load_categories(
     table: str | Path | None, num_things: int, num_stuff: int, has_stuff_head: bool = True
 ) -> Categories:
@@ -177,8 +183,7 @@ def load_categories(
         rows = [{"id": i + 1, "name": f"thing {i + 1}", "isthing": 1} for i in range(num_things)]
         rows += [{"id": num_things + i + 1, "name": f"stuff {i + 1}", "isthing": 0} for i in range(num_stuff)]
         return Categories(rows, has_other=False)
-    path = TABLES / f"{table}.json" if os.path.isfile(TABLES / f"{table}.json") else Path(table)
-    rows = read_rows(path)
+    rows = read_rows(table_path(table))
     things, stuff = sum(bool(row["isthing"]) for row in rows), sum(not row["isthing"] for row in rows)
     if max(things, 1) != num_things or (has_stuff_head and num_stuff not in (stuff, stuff + 1)):
         raise CategoryError(

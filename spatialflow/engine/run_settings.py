@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of a training run that follow from its data: classes, sizes of the images, and schedule."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spatialflow.config import Config, ConfigError, load_config
-from spatialflow.data.categories import TABLES, read_rows
+from spatialflow.data.categories import TABLES, read_rows, table_path
 
 IMAGES_ON_CPU, IMAGES_ON_GPU = 1200, 12_000
 """Images of a whole run, counted in every epoch, where the schedule is chosen: some minutes of computing time."""
@@ -75,7 +74,7 @@ def with_classes(config: Config, classes: ClassTable, given: Mapping[str, Any]) 
     if "categories" in given:
         if given["categories"] is None:
             return config  # numbered classes
-        classes = read_classes(_table_path(given["categories"]))
+        classes = read_classes(table_path(given["categories"]))
     allowed = {
         "num_things": [max(classes.things, 1)],
         "num_stuff": [classes.stuff + 1] if classes.stuff == 0 else [classes.stuff, classes.stuff + 1],
@@ -98,17 +97,12 @@ def with_classes(config: Config, classes: ClassTable, given: Mapping[str, Any]) 
     return load_config(config, **settings)
 
 
-def _table_path(table: str) -> Path:
-    packaged = TABLES / f"{table}.json"
-    return packaged if os.path.isfile(packaged) else Path(table)
-
-
 def _has_classes(table: str | None, classes: ClassTable) -> bool:
     """Return whether a table of the package has the same classes as a file."""
-    if table is None or not os.path.isfile(TABLES / f"{table}.json"):
+    if table is None or table_path(table).parent != TABLES:
         return False
     of_table, of_file = (
-        {(row["id"], bool(row["isthing"])) for row in rows} for rows in (read_rows(_table_path(table)), classes.rows)
+        {(row["id"], bool(row["isthing"])) for row in rows} for rows in (read_rows(table_path(table)), classes.rows)
     )
     return of_table == of_file
 

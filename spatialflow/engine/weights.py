@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of weights: copying into a network, checks of their values, and writing to a file."""
 
+import json
 import math
 import os
 import re
@@ -85,9 +86,25 @@ def write_weights(state: Mapping[str, Tensor], path: str | Path, description: De
         if path.suffix == ".safetensors":
             from safetensors.torch import save
 
-            file.write(save(state, metadata={"format": "pt", **entries}))
+            file.writelines(_with_ordered_metadata(save(state, metadata={"format": "pt", **entries})))
         else:
             torch.save({"state_dict": state, **entries} if entries else state, file)
         file.flush()
         os.fsync(file.fileno())  # before the rename, so that the file survives a power failure
     return path
+
+
+def _with_ordered_metadata(content: bytes) -> tuple[bytes, memoryview]:
+    """Put the metadata of a safetensors file in order, so that equal networks give equal files.
+
+    The library writes them in random order.
+
+    Returns:
+        The header with its length, and the data.
+    """
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned to eight bytes
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[begin:]

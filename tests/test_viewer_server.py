@@ -251,7 +251,13 @@ def test_files_that_are_no_results(tmp_path, capsys):
 def start(*arguments):
     """Start the command in a process of its own; return the process and the address that it prints."""
     command = [sys.executable, "-m", "spatialflow.cli", "view", *map(str, arguments), "--no-browser"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell may have it ignored
+    )
     line = process.stdout.readline()
     return process, re.search(r"http://\S+", line)[0] if line else line + process.communicate()[1]
 

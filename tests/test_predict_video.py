@@ -273,7 +273,7 @@ class TestPredict:
         assert len(list((tmp_path / "overlays" / "clip").iterdir())) == 2
 
     def test_a_camera(self, clip, command, tmp_path, monkeypatch, capsys):
-        """The frames of a camera until Ctrl-C; the next run starts anew."""
+        """The frames of a camera until Ctrl-C; the next run starts over."""
         capture = cv2.VideoCapture
 
         class Camera:

@@ -249,7 +249,7 @@ class TestSave:
         assert len(read_panoptic_json(tmp_path / "panoptic.json")["images"]) == 2
 
     def test_changes_by_others_are_seen(self, tmp_path):
-        """A JSON that is not the one written last is read anew; so is one of a folder that was removed."""
+        """A JSON that is not the one written last is read again; so is one of a folder that was removed."""
         make_result(name="a.jpg").save(tmp_path)
         kept = (tmp_path / "panoptic.json").read_text()
         make_result(name="b.jpg").save(tmp_path)

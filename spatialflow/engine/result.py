@@ -137,7 +137,7 @@ class PanopticResult:
 
         The files are `panoptic.json` (COCO panoptic format, all results saved in the folder), `panoptic/<stem>.png`
         (segment ids, which are colors of the categories) and `overlays/<stem>.jpg` (not without `image`). A result of
-        the same name is replaced, with a warning. The JSON is written anew at each call; `PanopticWriter` writes it
+        the same name is replaced, with a warning. The JSON is rewritten at each call; `PanopticWriter` writes it
         once for many images.
 
         Args:

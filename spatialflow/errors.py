@@ -11,5 +11,5 @@ class DataWarning(UserWarning):
 
 def did_you_mean(word: str, names: Iterable[str], count: int = 1) -> str:
     """Return "; did you mean NAME?" for at most `count` names that are similar to a word, "" if there are none."""
-    similar = difflib.get_close_matches(word, list(names), n=count)
+    similar = difflib.get_close_matches(word, list(dict.fromkeys(names)), n=count)
     return f"; did you mean {' or '.join(similar)}?" if similar else ""

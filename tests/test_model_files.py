@@ -121,13 +121,13 @@ def test_packaged_weights_have_a_name(tmp_path, monkeypatch, caplog):
     demo = spatialflow.load_model("demo")
     assert demo.config.name == "demo" and demo.trained_on == DRAWN_SCENES and len(demo.categories.rows) == 12
     assert packaged_weights("tiny") is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # as `make demo` leaves it; the suggestion names "demo" once
     with pytest.raises(spatialflow.CheckpointError, match=r"packaged weights \(demo\); did you mean demo\?$"):
         spatialflow.load_model("dmo")
-    monkeypatch.chdir(tmp_path)
     spatialflow.save_checkpoint(demo, "mine.safetensors")
     with pytest.raises(spatialflow.CheckpointError, match=r"did you mean mine.safetensors\?$"):
         spatialflow.load_model("mien.safetensors")
-    (tmp_path / "demo").mkdir()
     assert spatialflow.load_model("demo").config.name == "demo"  # the folder holds no weights
     (tmp_path / "mine.safetensors").rename("demo/model.safetensors")
     with caplog.at_level("INFO"):

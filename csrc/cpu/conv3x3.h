@@ -44,11 +44,6 @@ struct ConvGroup {
     std::vector<ConvBranch<scalar_t>> branches;
 };
 
-template <typename scalar_t>
-void conv3x3_winograd(const std::vector<ConvGroup<scalar_t>>& groups);
-template <typename scalar_t>
-void conv3x3_direct(const std::vector<ConvGroup<scalar_t>>& groups);
-
 // Length of a padded row: a multiple of 16 values, plus 16 (one cache line of floats). Without the extra 16, rows at
 // distances of a power of two would map to few cache sets.
 inline int64_t padded_row(int64_t channels) { return (channels + 15) / 16 * 16 + 16; }

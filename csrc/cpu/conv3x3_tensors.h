@@ -14,11 +14,6 @@ static_assert(kGemmColumnPadding == kPackedOutputs, "packed weights have one siz
 // See packed_tag.
 constexpr int64_t kPackedColumns = kGemmColumns<float>;
 
-// The bias as a contiguous tensor of `dtype`.
-inline std::optional<Tensor> accum_bias(const std::optional<Tensor>& bias, ScalarType dtype) {
-    return bias ? std::optional<Tensor>(contiguous_as(*bias, dtype)) : std::nullopt;
-}
-
 inline std::vector<Tensor> channels_last(const std::vector<Tensor>& levels) {
     std::vector<Tensor> dense;
     for (const Tensor& level : levels) {
@@ -60,23 +55,26 @@ std::vector<ConvLevel<scalar_t>> conv_levels(const std::vector<Tensor>& x, const
     return levels;
 }
 
-template <typename scalar_t>
-std::vector<scalar_t*> output_pointers(const std::vector<Tensor>& levels) {
-    std::vector<scalar_t*> pointers;
-    for (const Tensor& level : levels) {
-        pointers.push_back(mutable_data<scalar_t>(level));
-    }
-    return pointers;
-}
+// A group (conv3x3.h) as tensors, so that callers need not know the dtype. All maps are dense, channels-last, and of one
+// dtype; weights and biases are of its accumulation dtype.
+struct ConvTensors {
+    struct Branch {
+        Tensor packed;  // pack_conv3x3
+        std::optional<Tensor> bias;
+        bool relu;
+        std::vector<Tensor> out;       // of all or of the first levels of the group
+        std::vector<Tensor> residual;  // empty, or per level of `out`; may be `out` itself
+    };
+    std::vector<Tensor> x, flow;  // `flow` may be empty
+    std::vector<Branch> branches;
+    std::optional<Tensor>
+        active;  // (N) bool, contiguous, for groups of one branch; results of inactive images are zero
+};
 
-template <typename scalar_t>
-void run_conv3x3(int64_t resolved, const std::vector<ConvGroup<scalar_t>>& groups) {
-    if (resolved == kConvWinograd) {
-        if constexpr (!std::is_same_v<scalar_t, double>) {
-            return conv3x3_winograd(groups);
-        }
-    }
-    conv3x3_direct(groups);
-}
+// Pack a weight (C_out, C_in, 3, 3) for kConvWinograd or kConvDirect.
+Tensor pack_conv3x3(const Tensor& weight, int64_t resolved);
+
+// Run groups whose weights were packed for the algorithm `resolved`.
+void run_conv3x3(int64_t resolved, const std::vector<ConvTensors>& groups);
 
 }  // namespace spatialflow

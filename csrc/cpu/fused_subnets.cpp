@@ -15,7 +15,6 @@ namespace spatialflow {
 namespace {
 
 // Policy of SubnetWalk that runs convolutions immediately.
-template <typename scalar_t>
 class EagerSubnets {
 public:
     // Maps of one sub-network. Input levels are shared and read-only; maps allocated here are writable.
@@ -46,41 +45,41 @@ private:
     // Enqueue feature += flow(source) for each update with a flow, one group of convolutions per algorithm.
     void add_flows(const Feature& source, const std::vector<SubnetUpdate<Feature>>& updates) {
         for (const int64_t algorithm : {kConvWinograd, kConvDirect}) {
-            ConvGroup<scalar_t> group = {channels(source), {}, {}};
+            ConvTensors group;
             for (const SubnetUpdate<Feature>& update : updates) {
                 if (!update.flow || update.flow->resolved != algorithm) {
                     continue;
                 }
                 Feature& feature = *update.feature;
                 Feature sum = feature.writable ? feature : allocate(num_levels(feature), update.flow->out_channels);
-                group.branches.push_back(branch(*update.flow, false, sum, &feature));
-                if (num_levels(sum) > group.levels.size()) {
-                    group.levels = conv_levels<scalar_t>(first_maps(source.maps, num_levels(sum)), {});
+                group.branches.push_back({update.flow->packed, update.flow->bias, false, sum.maps, feature.maps});
+                if (num_levels(sum) > group.x.size()) {
+                    group.x = first_maps(source.maps, num_levels(sum));
                 }
                 pending_.push_back({&feature, std::move(sum)});
             }
-            if (!group.branches.empty()) {
-                groups_[algorithm == kConvWinograd].push_back(std::move(group));
-            }
+            enqueue(algorithm, std::move(group));
         }
     }
 
     // Enqueue feature = relu(conv(feature)).
     void convolve(Feature& feature, const SubnetConv& conv) {
         Feature result = allocate(num_levels(feature), conv.out_channels);
-        ConvGroup<scalar_t> group = {conv.in_channels, conv_levels<scalar_t>(feature.maps, {}), {}};
-        group.branches.push_back(branch(conv, true, result, nullptr));
-        groups_[conv.resolved == kConvWinograd].push_back(std::move(group));
+        enqueue(conv.resolved, {feature.maps, {}, {{conv.packed, conv.bias, true, result.maps, {}}}, {}});
         pending_.push_back({&feature, std::move(result)});
+    }
+
+    void enqueue(int64_t algorithm, ConvTensors group) {
+        if (!group.x.empty()) {
+            groups_[algorithm == kConvWinograd].push_back(std::move(group));
+        }
     }
 
     // Run the enqueued convolutions, then assign their results to the features.
     void run() {
         for (const bool winograd : {false, true}) {
-            if (!groups_[winograd].empty()) {
-                run_conv3x3<scalar_t>(winograd ? kConvWinograd : kConvDirect, groups_[winograd]);
-                groups_[winograd].clear();
-            }
+            run_conv3x3(winograd ? kConvWinograd : kConvDirect, groups_[winograd]);
+            groups_[winograd].clear();
         }
         for (auto& [feature, result] : pending_) {
             if (feature->writable && feature->maps[0].const_data_ptr() != result.maps[0].const_data_ptr()) {
@@ -93,22 +92,6 @@ private:
 
     static std::vector<Tensor> first_maps(const std::vector<Tensor>& maps, size_t count) {
         return {maps.begin(), maps.begin() + static_cast<std::ptrdiff_t>(count)};
-    }
-
-    static ConvBranch<scalar_t> branch(const SubnetConv& conv, bool relu, const Feature& out, const Feature* residual) {
-        ConvBranch<scalar_t> result = {
-            data<accum_t<scalar_t>>(conv.packed),
-            data<accum_t<scalar_t>>(conv.bias),
-            conv.out_channels,
-            relu,
-            output_pointers<scalar_t>(out.maps),
-            {}};
-        if (residual) {
-            for (const Tensor& map : residual->maps) {
-                result.residual.push_back(data<scalar_t>(map));
-            }
-        }
-        return result;
     }
 
     // Return writable maps for the first `count` levels, from the free list if it has maps of that shape.
@@ -124,7 +107,7 @@ private:
     }
 
     const std::vector<Tensor>& levels_;
-    std::vector<ConvGroup<scalar_t>> groups_[2];         // direct, winograd
+    std::vector<ConvTensors> groups_[2];                 // direct, winograd
     std::vector<std::pair<Feature*, Feature>> pending_;  // the feature and its next value
     std::vector<Feature> free_list_;
 };
@@ -134,19 +117,15 @@ std::vector<Tensor> fused_subnets_cpu(
     const std::vector<int64_t>& algorithms, const std::vector<int64_t>& counts, bool source_is_cls,
     int64_t segmentation_levels) {
     check_fused_subnets(levels, packed, biases, algorithms, counts, segmentation_levels);
-    const ScalarType dtype = levels[0].scalar_type();
     const std::vector<Tensor> dense = channels_last(levels);
-    SubnetConvs convs(packed, biases, algorithms, counts, accum_dtype(dtype), kPackedColumns);
+    SubnetConvs convs(packed, biases, algorithms, counts, accum_dtype(levels[0].scalar_type()), kPackedColumns);
     std::vector<Tensor> results;
-    dispatch_floating("fused_subnets", dtype, [&](auto zero) {
-        using scalar_t = decltype(zero);
-        EagerSubnets<scalar_t> subnets(dense);
-        SubnetWalk<EagerSubnets<scalar_t>> walk(subnets, convs);
-        for (auto& feature : walk.run(dense.size(), static_cast<size_t>(segmentation_levels), source_is_cls)) {
-            const std::vector<Tensor> maps = in_format_of(levels, std::move(feature.maps));
-            results.insert(results.end(), maps.begin(), maps.end());
-        }
-    });
+    EagerSubnets subnets(dense);
+    SubnetWalk<EagerSubnets> walk(subnets, convs);
+    for (auto& feature : walk.run(dense.size(), static_cast<size_t>(segmentation_levels), source_is_cls)) {
+        const std::vector<Tensor> maps = in_format_of(levels, std::move(feature.maps));
+        results.insert(results.end(), maps.begin(), maps.end());
+    }
     return results;
 }
 

@@ -260,8 +260,7 @@ void convolve(
         for (size_t i = 0; i < conv.out.size(); ++i) {
             const Tensor& out = conv.out[i];
             const int64_t tiles = Tiles::tiles(out);
-            check(
-                tiles <= kMaxTiles, op, ": a level of shape ", shape_string(out), " holds too many tiles for a launch");
+            check(tiles <= kMaxTiles, op, ": a level of shape ", out, " holds too many tiles for a launch");
             if (tiles > 0) {
                 sized_entries.push_back(
                     {conv_entry<Tiles>(op, conv, i, weights), out.size(0) * out.size(2) * out.size(3), tiles});

@@ -104,7 +104,7 @@ template <typename scalar_t>
 inline ConvSource<scalar_t> conv_source(const char* op, const Tensor& x, const Tensor* flow) {
     check(
         x.size(1) <= 0x7fffffff && x.size(2) <= 0x7fffffff && x.size(3) <= 0x7fffffff, op,
-        ": channels and sides must be below 2^31, got shape ", shape_string(x));
+        ": channels and sides must be below 2^31, got shape ", x);
     const Tensor& added = flow ? *flow : x;
     return {
         data<scalar_t>(x),

@@ -243,7 +243,7 @@ NormShape shape_of(const Tensor& input, int64_t num_groups, double eps) {
     const bool fits = input.size(0) < kMost && input.size(1) < kMost && input.size(2) < kMost && input.size(3) < kMost;
     check(
         fits && input.size(2) * input.size(3) < kMost,
-        "group_norm_relu: sizes of input and pixels of an image must be below 2^29 on CUDA, got ", shape_string(input));
+        "group_norm_relu: sizes of input and pixels of an image must be below 2^29 on CUDA, got ", input);
     const int channels = static_cast<int>(input.size(1)), groups = static_cast<int>(num_groups);
     NormShape shape{};
     shape.batch = static_cast<int>(input.size(0));

@@ -111,7 +111,7 @@ inline DeformConvShape check_deform_sampling(
     check(
         offset.size(0) == shape.batch && offset.size(2) == shape.out_height && offset.size(3) == shape.out_width, op,
         ": offset must have shape (", shape.batch, ", ", offset.size(1), ", ", shape.out_height, ", ", shape.out_width,
-        "), got ", shape_string(offset));
+        "), got ", offset);
     if (mask) {
         check_dim(op, "mask", *mask, 4, "(N, offset_groups * taps, H_out, W_out)");
         check_floating(op, "mask", *mask);
@@ -120,7 +120,7 @@ inline DeformConvShape check_deform_sampling(
             mask->size(0) == shape.batch && mask->size(1) == shape.offset_groups * shape.taps() &&
                 mask->size(2) == shape.out_height && mask->size(3) == shape.out_width,
             op, ": mask must have shape (", shape.batch, ", ", shape.offset_groups * shape.taps(), ", ",
-            shape.out_height, ", ", shape.out_width, "), got ", shape_string(*mask));
+            shape.out_height, ", ", shape.out_width, "), got ", *mask);
     }
     if (offset_tangent) {
         check_floating(op, "offset_tangent", *offset_tangent);
@@ -129,9 +129,7 @@ inline DeformConvShape check_deform_sampling(
         for (int64_t d = 0; is_same_shape && d < 4; ++d) {
             is_same_shape = offset_tangent->size(d) == offset.size(d);
         }
-        check(
-            is_same_shape, op, ": offset_tangent must have the shape of offset, ", shape_string(offset), ", got ",
-            shape_string(*offset_tangent));
+        check(is_same_shape, op, ": offset_tangent must have the shape of offset, ", offset, ", got ", *offset_tangent);
     }
     return shape;
 }
@@ -159,7 +157,7 @@ inline void check_deform_bias(
         check_same_device(op, "bias", *bias, "input", input);
         check(
             bias->dim() == 1 && bias->size(0) == shape.out_channels, op, ": bias must have shape (", shape.out_channels,
-            "), got ", shape_string(*bias));
+            "), got ", *bias);
     }
 }
 
@@ -250,7 +248,7 @@ inline void check_packed_deform_weight(
         op,
         ": the packed weight was made for other channels, another instruction set, device, dtype or version than "
         "input, ",
-        shape_string(input), " ", dtype_name(input.scalar_type()), "; pack the weight again, by pack_deform_conv2d");
+        input, " ", dtype_name(input.scalar_type()), "; pack the weight again, by pack_deform_conv2d");
 }
 
 inline void check_deform_grad_output(
@@ -262,7 +260,7 @@ inline void check_deform_grad_output(
         grad_output.size(0) == shape.batch && grad_output.size(1) == shape.out_channels &&
             grad_output.size(2) == shape.out_height && grad_output.size(3) == shape.out_width,
         op, ": grad_output must have shape (", shape.batch, ", ", shape.out_channels, ", ", shape.out_height, ", ",
-        shape.out_width, "), got ", shape_string(grad_output));
+        shape.out_width, "), got ", grad_output);
 }
 
 // Gradients of a backward call; those not requested have shape (0).

@@ -62,7 +62,7 @@ inline void check_levels(
         const Tensor& level = levels[i];
         check(
             level.dim() == 4 && level.size(1) == channels, op, ": ", name, "[", i, "] must be (N, ", channels,
-            ", H, W) to fit ", like_name, ", got shape ", shape_string(level));
+            ", H, W) to fit ", like_name, ", got shape ", level);
         check(
             level.scalar_type() == like.scalar_type(), op, ": ", name, "[", i, "] must have the dtype of ", like_name,
             " (", dtype_name(like.scalar_type()), "), got ", dtype_name(level.scalar_type()));
@@ -81,7 +81,7 @@ inline void check_matching_levels(
         for (int64_t d : {0, 2, 3}) {
             check(
                 tensors[i].size(d) == levels[i].size(d), op, ": ", name, "[", i, "] must have the batch and size of ",
-                levels_name, "[", i, "], ", shape_string(levels[i]), ", got ", shape_string(tensors[i]));
+                levels_name, "[", i, "], ", levels[i], ", got ", tensors[i]);
         }
     }
 }
@@ -89,7 +89,7 @@ inline void check_matching_levels(
 inline void check_conv_weight(const char* op, const Tensor& weight) {
     check(
         weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, op,
-        ": weight must have shape (C_out, C_in, 3, 3), got ", shape_string(weight));
+        ": weight must have shape (C_out, C_in, 3, 3), got ", weight);
     check_floating(op, "weight", weight);
 }
 
@@ -97,8 +97,7 @@ inline void check_conv_bias(
     const char* op, const std::optional<Tensor>& bias, int64_t channels, const Tensor& like, const char* like_name) {
     if (bias) {
         check(
-            bias->dim() == 1 && bias->size(0) == channels, op, ": bias must have shape (", channels, ",), got ",
-            shape_string(*bias));
+            bias->dim() == 1 && bias->size(0) == channels, op, ": bias must have shape (", channels, ",), got ", *bias);
         check_floating(op, "bias", *bias);
         check_same_device(op, "bias", *bias, like_name, like);
     }

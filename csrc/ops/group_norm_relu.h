@@ -23,7 +23,7 @@ inline void check_group_norm_relu(
         if (tensor) {
             check(
                 tensor->dim() == 1 && tensor->size(0) == input.size(1), kOp, ": ", name, " must have shape (",
-                input.size(1), "), one number per channel of input, got shape ", shape_string(*tensor));
+                input.size(1), "), one number per channel of input, got shape ", *tensor);
             check_floating(kOp, name, *tensor);
             check_same_device(kOp, name, *tensor, "input", input);
         }
@@ -40,13 +40,13 @@ inline void check_group_norm_relu_backward(
         grad_output.dim() == 4 && grad_output.size(0) == input.size(0) && grad_output.size(1) == input.size(1) &&
             grad_output.size(2) == factor * input.size(2) && grad_output.size(3) == factor * input.size(3),
         kOp, ": grad_output must have shape (", input.size(0), ", ", input.size(1), ", ", factor * input.size(2), ", ",
-        factor * input.size(3), "), got ", shape_string(grad_output));
+        factor * input.size(3), "), got ", grad_output);
     check_floating(kOp, "grad_output", grad_output);
     check_same_device(kOp, "grad_output", grad_output, "input", input);
     check(
         statistics.dim() == 3 && statistics.size(0) == input.size(0) && statistics.size(1) == num_groups &&
             statistics.size(2) == 2,
-        kOp, ": statistics must have shape (", input.size(0), ", ", num_groups, ", 2), got ", shape_string(statistics));
+        kOp, ": statistics must have shape (", input.size(0), ", ", num_groups, ", 2), got ", statistics);
     check_dtype(kOp, "statistics", statistics, ScalarType::Double);
     check_same_device(kOp, "statistics", statistics, "input", input);
 }

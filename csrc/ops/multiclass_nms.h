@@ -12,11 +12,11 @@ inline void check_multiclass_nms(
     constexpr const char* kOp = "multiclass_nms";
     check(
         boxes.dim() == 3 && boxes.size(2) == 4, kOp,
-        ": boxes must have shape (B, N, 4), rows of x1, y1, x2, y2, got shape ", shape_string(boxes));
+        ": boxes must have shape (B, N, 4), rows of x1, y1, x2, y2, got shape ", boxes);
     check_floating(kOp, "boxes", boxes);
     check(
         scores.dim() == 3 && scores.size(0) == boxes.size(0) && scores.size(1) == boxes.size(1), kOp,
-        ": scores must have shape (", boxes.size(0), ", ", boxes.size(1), ", C), got shape ", shape_string(scores));
+        ": scores must have shape (", boxes.size(0), ", ", boxes.size(1), ", C), got shape ", scores);
     check_floating(kOp, "scores", scores);
     check_same_device(kOp, "scores", scores, "boxes", boxes);
     check(score_threshold == score_threshold, kOp, ": score_threshold must be a number, got ", score_threshold);
@@ -38,7 +38,7 @@ inline DetectionTensors detection_tensors(const Tensor& boxes, const Tensor& sco
     const int64_t batch = boxes.size(0), classes = scores.size(2);
     check(
         classes == 0 || boxes.size(1) <= ((int64_t(1) << 32) - 1) / classes,
-        "multiclass_nms: scores must have fewer than 2^32 entries per image, got shape ", shape_string(scores));
+        "multiclass_nms: scores must have fewer than 2^32 entries per image, got shape ", scores);
     const ScalarType type = nms_compute_type(boxes, scores);
     return {
         contiguous_as(boxes, type),

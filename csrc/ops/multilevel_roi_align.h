@@ -48,7 +48,7 @@ inline void check_multilevel_roi_align(
         check(
             feature.size(0) == features[0].size(0) && feature.size(1) == features[0].size(1), op, ": ", name,
             " must have the batch size and the channels of features[0], (", features[0].size(0), ", ",
-            features[0].size(1), "), got shape ", shape_string(feature));
+            features[0].size(1), "), got shape ", feature);
     }
     check_boxes(op, boxes);
     check_same_device(op, "boxes", boxes, "features[0]", features[0]);
@@ -71,7 +71,7 @@ inline void check_multilevel_roi_align_backward(
         grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
             grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
         op, ": grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ", pooled_width,
-        "), got ", shape_string(grad_output));
+        "), got ", grad_output);
 }
 
 // Operator multilevel_roi_align.

@@ -14,11 +14,11 @@ inline void check_iou_threshold(const char* op, double iou_threshold) {
 inline void check_nms(const char* op, const Tensor& boxes, const Tensor& scores, double iou_threshold) {
     check(
         boxes.dim() == 2 && boxes.size(1) == 4, op,
-        ": boxes must have shape (N, 4), rows of x1, y1, x2, y2, got shape ", shape_string(boxes));
+        ": boxes must have shape (N, 4), rows of x1, y1, x2, y2, got shape ", boxes);
     check_floating(op, "boxes", boxes);
     check(
         scores.dim() == 1 && scores.size(0) == boxes.size(0), op, ": scores must have shape (", boxes.size(0),
-        "), one per box, got shape ", shape_string(scores));
+        "), one per box, got shape ", scores);
     check_floating(op, "scores", scores);
     check_same_device(op, "scores", scores, "boxes", boxes);
     check_iou_threshold(op, iou_threshold);
@@ -28,7 +28,7 @@ inline void check_batched_nms(const Tensor& boxes, const Tensor& scores, const T
     check_nms("batched_nms", boxes, scores, iou_threshold);
     check(
         idxs.dim() == 1 && idxs.size(0) == boxes.size(0), "batched_nms: idxs must have shape (", boxes.size(0),
-        "), one per box, got shape ", shape_string(idxs));
+        "), one per box, got shape ", idxs);
     check_dtype("batched_nms", "idxs", idxs, ScalarType::Long);
     check_same_device("batched_nms", "idxs", idxs, "boxes", boxes);
 }

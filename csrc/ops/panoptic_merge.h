@@ -24,22 +24,22 @@ inline void check_panoptic_merge(
     const int64_t count = masks.size(0);
     check(
         scores.dim() == 1 && scores.size(0) == count, op, ": scores must have shape (", count, "), one per mask, got ",
-        shape_string(scores));
+        scores);
     check_floating(op, "scores", scores);
     check(
         labels.dim() == 1 && labels.size(0) == count, op, ": labels must have shape (", count, "), one per mask, got ",
-        shape_string(labels));
+        labels);
     check(is_integer(labels.scalar_type()), op, ": labels must be integers, got ", dtype_name(labels.scalar_type()));
     if (boxes) {
         check(
             boxes->dim() == 2 && boxes->size(0) == count && boxes->size(1) == 4, op, ": boxes must have shape (", count,
-            ", 4), x1, y1, x2, y2 of every mask, got ", shape_string(*boxes));
+            ", 4), x1, y1, x2, y2 of every mask, got ", *boxes);
         check_floating(op, "boxes", *boxes);
         check_same_device(op, "boxes", *boxes, "masks", masks);
     }
     check(
         stuff.dim() == 2 && stuff.size(0) == masks.size(1) && stuff.size(1) == masks.size(2), op,
-        ": stuff must have the masks' size (", masks.size(1), ", ", masks.size(2), "), got ", shape_string(stuff));
+        ": stuff must have the masks' size (", masks.size(1), ", ", masks.size(2), "), got ", stuff);
     check(is_integer(stuff.scalar_type()), op, ": stuff must hold integers, got ", dtype_name(stuff.scalar_type()));
     check_same_device(op, "scores", scores, "masks", masks);
     check_same_device(op, "labels", labels, "masks", masks);

@@ -14,7 +14,7 @@ inline void check_panoptic_quality_counts(
     check_dtype(op, "gt_map", gt_map, ScalarType::Int);
     check(
         pred_map.dim() == 2 && pred_map.size(0) == gt_map.size(0) && pred_map.size(1) == gt_map.size(1), op,
-        ": pred_map must have gt_map's shape ", shape_string(gt_map), ", got ", shape_string(pred_map));
+        ": pred_map must have gt_map's shape ", gt_map, ", got ", pred_map);
     check_dtype(op, "pred_map", pred_map, ScalarType::Int);
     check_same_device(op, "pred_map", pred_map, "gt_map", gt_map);
     constexpr int64_t kEnd = int64_t{1} << 31;  // end of the range of ids

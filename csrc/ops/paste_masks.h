@@ -14,7 +14,7 @@ inline void check_paste_masks(
     check_floating(op, "mask_logits", mask_logits);
     check(
         boxes.dim() == 2 && boxes.size(0) == mask_logits.size(0) && boxes.size(1) == 4, op, ": boxes must have shape (",
-        mask_logits.size(0), ", 4), x1, y1, x2, y2 of every mask, got ", shape_string(boxes));
+        mask_logits.size(0), ", 4), x1, y1, x2, y2 of every mask, got ", boxes);
     check_floating(op, "boxes", boxes);
     check_same_device(op, "boxes", boxes, "mask_logits", mask_logits);
     check(height >= 0 && width >= 0, op, ": size must not be negative, got (", height, ", ", width, ")");

@@ -25,12 +25,12 @@ inline void check_preprocess_images(
         const Tensor& image = images[n];
         check(
             image.dim() == 3 && image.size(2) == 3 && image.numel() != 0, op, ": images[", n,
-            "] must be (H, W, 3) with at least one pixel, got shape ", shape_string(image));
+            "] must be (H, W, 3) with at least one pixel, got shape ", image);
         check_dtype(op, "images", image, ScalarType::Byte);
         check_same_device(op, "every image", image, "the first one", images[0]);
         check(
             image.size(0) <= kMaxImageSide && image.size(1) <= kMaxImageSide, op, ": images[", n,
-            "] must have sides up to ", kMaxImageSide, ", got shape ", shape_string(image));
+            "] must have sides up to ", kMaxImageSide, ", got shape ", image);
         check(
             heights[n] >= 1 && widths[n] >= 1 && heights[n] <= kMaxImageSide && widths[n] <= kMaxImageSide, op,
             ": sizes[", n, "] must be from 1 to ", kMaxImageSide, ", got (", heights[n], ", ", widths[n], ")");

@@ -51,7 +51,7 @@ inline void check_spatial_scale(const char* op, double spatial_scale) {
 inline void check_boxes(const char* op, const Tensor& boxes) {
     check(
         boxes.dim() == 2 && boxes.size(1) == 5, op,
-        ": boxes must have shape (K, 5), rows of batch index, x1, y1, x2, y2, got shape ", shape_string(boxes));
+        ": boxes must have shape (K, 5), rows of batch index, x1, y1, x2, y2, got shape ", boxes);
     check_floating(op, "boxes", boxes);
 }
 
@@ -78,7 +78,7 @@ inline void check_roi_align_backward(
         grad_output.size(0) == boxes.size(0) && grad_output.size(1) == channels &&
             grad_output.size(2) == pooled_height && grad_output.size(3) == pooled_width,
         "roi_align_backward: grad_output must have shape (", boxes.size(0), ", ", channels, ", ", pooled_height, ", ",
-        pooled_width, "), got ", shape_string(grad_output));
+        pooled_width, "), got ", grad_output);
 }
 
 // Operator roi_align: a pyramid of one level.

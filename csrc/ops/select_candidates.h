@@ -24,7 +24,7 @@ inline void check_select_candidates(
     check(
         base_anchors.dim() == 3 && base_anchors.size(0) == static_cast<int64_t>(levels) && base_anchors.size(1) > 0 &&
             base_anchors.size(2) == 4,
-        kOp, ": base_anchors must have shape (", levels, ", A, 4) with A > 0, got shape ", shape_string(base_anchors));
+        kOp, ": base_anchors must have shape (", levels, ", A, 4) with A > 0, got shape ", base_anchors);
     check_dtype(kOp, "base_anchors", base_anchors, ScalarType::Float);
     const Tensor& first = class_logits[0];
     const int64_t anchors = base_anchors.size(1);
@@ -40,12 +40,12 @@ inline void check_select_candidates(
         check(
             logits.size(0) == first.size(0) && logits.size(1) == first.size(1), kOp, ": ", logits_name,
             " must have the batch size and the channels of class_logits[0], (", first.size(0), ", ", first.size(1),
-            "), got shape ", shape_string(logits));
+            "), got shape ", logits);
         check(
             deltas.dim() == 4 && deltas.size(0) == logits.size(0) && deltas.size(1) == 4 * anchors &&
                 deltas.size(2) == logits.size(2) && deltas.size(3) == logits.size(3),
             kOp, ": ", deltas_name, " must have shape (", logits.size(0), ", ", 4 * anchors, ", ", logits.size(2), ", ",
-            logits.size(3), "), got shape ", shape_string(deltas));
+            logits.size(3), "), got shape ", deltas);
         check_dtype(kOp, deltas_name.c_str(), deltas, first.scalar_type());
         check_same_device(kOp, deltas_name.c_str(), deltas, "class_logits[0]", first);
         // Test by division, because with an empty batch the number of cells may exceed 64 bits.
@@ -59,14 +59,14 @@ inline void check_select_candidates(
     }
     check(
         first.size(1) % anchors == 0, kOp, ": class_logits[0] must have a multiple of ", anchors,
-        " channels, the number of anchors of base_anchors, got shape ", shape_string(first));
+        " channels, the number of anchors of base_anchors, got shape ", first);
     check(
         valid_sizes.dim() == 2 && valid_sizes.size(0) == first.size(0) && valid_sizes.size(1) == 2, kOp,
-        ": valid_sizes must have shape (", first.size(0), ", 2), got shape ", shape_string(valid_sizes));
+        ": valid_sizes must have shape (", first.size(0), ", 2), got shape ", valid_sizes);
     check_dtype(kOp, "valid_sizes", valid_sizes, ScalarType::Long);
     check(
         scale_factors.dim() == 2 && scale_factors.size(0) == first.size(0) && scale_factors.size(1) == 2, kOp,
-        ": scale_factors must have shape (", first.size(0), ", 2), got shape ", shape_string(scale_factors));
+        ": scale_factors must have shape (", first.size(0), ", 2), got shape ", scale_factors);
     check_dtype(kOp, "scale_factors", scale_factors, ScalarType::Float);
     for (const auto& [name, tensor] :
          {std::pair<const char*, const Tensor&>("base_anchors", base_anchors),

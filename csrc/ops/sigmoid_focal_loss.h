@@ -9,15 +9,15 @@ namespace spatialflow {
 
 inline void check_sigmoid_focal_loss(const Tensor& logits, const Tensor& labels, double gamma, double alpha) {
     constexpr const char* kOp = "sigmoid_focal_loss";
-    check(logits.dim() >= 1, kOp, ": logits must have shape (..., C), got shape ", shape_string(logits));
+    check(logits.dim() >= 1, kOp, ": logits must have shape (..., C), got shape ", logits);
     check_floating(kOp, "logits", logits);
     bool fits = labels.dim() == logits.dim() - 1;
     for (int64_t d = 0; fits && d < labels.dim(); ++d) {
         fits = labels.size(d) == logits.size(d);
     }
     check(
-        fits, kOp, ": labels must have the shape of logits without the classes, got shape ", shape_string(labels),
-        " for logits of shape ", shape_string(logits));
+        fits, kOp, ": labels must have the shape of logits without the classes, got shape ", labels,
+        " for logits of shape ", logits);
     check(
         labels.scalar_type() == ScalarType::Long || labels.scalar_type() == ScalarType::Int, kOp,
         ": labels must be int64 or int32, got ", dtype_name(labels.scalar_type()));
@@ -34,9 +34,7 @@ inline void check_sigmoid_focal_loss_derivative(
     for (int64_t d = 0; fits && d < factor.dim(); ++d) {
         fits = factor.size(d) == logits.size(d);
     }
-    check(
-        fits, kOp, ": the incoming gradient must have shape ", shape_string(logits), " or (), got ",
-        shape_string(factor));
+    check(fits, kOp, ": the incoming gradient must have shape ", logits, " or (), got ", factor);
     check_floating(kOp, "the incoming gradient", factor);
     check_same_device(kOp, "the incoming gradient", factor, "logits", logits);
     check(order == 1 || order == 2, kOp, ": derivatives beyond the second are not supported, got order ", order);

@@ -17,10 +17,10 @@ inline void check_stuff_labels(
     check_floating(op, "logits", logits);
     check(
         logits.size(0) >= 1 && logits.size(0) < (int64_t{1} << 31), op,
-        ": logits must have from 1 to 2147483647 classes, got shape ", shape_string(logits));
+        ": logits must have from 1 to 2147483647 classes, got shape ", logits);
     check(
         logits.size(1) <= kMaxLogitSide && logits.size(2) <= kMaxLogitSide, op, ": logits must have sides up to ",
-        kMaxLogitSide, ", got shape ", shape_string(logits));
+        kMaxLogitSide, ", got shape ", logits);
     const int64_t max_height = 4 * logits.size(1), max_width = 4 * logits.size(2);
     check(
         valid_height >= 1 && valid_height <= max_height && valid_width >= 1 && valid_width <= max_width, op,

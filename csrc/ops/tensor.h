@@ -10,96 +10,72 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <iosfwd>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace spatialflow {
 
 using torch::headeronly::MemoryFormat;
+using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Unless `condition` holds, throw an error that is a RuntimeError in Python. Its text is the concatenation of `parts`:
-// "<op>: <argument> must ..., got ...".
+// A part of an error message. It refers to its value, so that passing it costs nothing if the check holds.
+class MessagePart {
+public:
+    MessagePart(const char* text) : kind_(Kind::kText), text_(text) {}
+    MessagePart(const std::string& text) : MessagePart(text.c_str()) {}
+    MessagePart(double number) : kind_(Kind::kReal), real_(number) {}
+    template <typename Integer, typename = std::enable_if_t<std::is_integral_v<Integer>>>
+    MessagePart(Integer number) : kind_(Kind::kInteger), integer_(static_cast<int64_t>(number)) {}
+    MessagePart(const Tensor& shape) : kind_(Kind::kShape), shape_(&shape) {}
+
+    friend std::ostream& operator<<(std::ostream& stream, const MessagePart& part);
+
+private:
+    enum class Kind { kText, kReal, kInteger, kShape };
+    Kind kind_;
+    union {
+        const char* text_;
+        double real_;
+        int64_t integer_;
+        const Tensor* shape_;
+    };
+};
+
+// Throw an error that is a RuntimeError in Python. Its text is the concatenation of `parts`.
+[[noreturn]] void fail(std::initializer_list<MessagePart> parts);
+
+// Call fail(parts) unless `condition` holds: "<op>: <argument> must ..., got ...". A tensor stands for its shape.
 template <typename... Parts>
 inline void check(bool condition, const Parts&... parts) {
     if (__builtin_expect(!condition, 0)) {
-        std::ostringstream message;
-        (message << ... << parts);
-        throw std::runtime_error(message.str());
+        fail({MessagePart(parts)...});
     }
 }
 
-inline std::string shape_string(const Tensor& tensor) {
-    std::ostringstream text;
-    text << '(';
-    for (int64_t d = 0; d < tensor.dim(); ++d) {
-        text << (d ? ", " : "") << tensor.size(d);
-    }
-    text << ')';
-    return text.str();
-}
-
-inline const char* dtype_name(ScalarType dtype) {
-    switch (dtype) {
-        case ScalarType::Float:
-            return "float32";
-        case ScalarType::Double:
-            return "float64";
-        case ScalarType::Half:
-            return "float16";
-        case ScalarType::BFloat16:
-            return "bfloat16";
-        case ScalarType::Bool:
-            return "bool";
-        case ScalarType::Byte:
-            return "uint8";
-        case ScalarType::Char:
-            return "int8";
-        case ScalarType::Short:
-            return "int16";
-        case ScalarType::Int:
-            return "int32";
-        case ScalarType::Long:
-            return "int64";
-        default:
-            return torch::headeronly::toString(dtype);
-    }
-}
+const char* dtype_name(ScalarType dtype);
 
 inline bool is_floating(ScalarType dtype) {
     return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
            dtype == ScalarType::BFloat16;
 }
 
-inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
-    check(
-        is_floating(tensor.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16, got ",
-        dtype_name(tensor.scalar_type()));
-}
-
-inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
-    check(
-        tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), ", got ",
-        dtype_name(tensor.scalar_type()));
-}
-
-inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim, const char* meaning) {
-    check(tensor.dim() == dim, op, ": ", name, " must be ", meaning, ", got shape ", shape_string(tensor));
-}
-
 inline bool have_same_device(const Tensor& first, const Tensor& second) {
     return first.is_cuda() == second.is_cuda() && first.get_device() == second.get_device();
 }
 
-inline void check_same_device(
-    const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
-    check(have_same_device(tensor, like), op, ": ", name, " must be on the device of ", like_name);
-}
+void check_floating(const char* op, const char* name, const Tensor& tensor);
+void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype);
+void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim, const char* meaning);
+void check_same_device(
+    const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
 
 // Stride of a dimension in elements, or 0 if its size is 0 or 1. Torch allows any stride for a dimension of such a
 // size, also in a contiguous tensor. With 0, no address, alignment or layout depends on it. Only this header reads
@@ -125,30 +101,24 @@ inline MemoryFormat memory_format_of(const Tensor& tensor) {
     return prefers_channels_last(tensor) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
+// Throw an out-of-memory error that names shape and dtype.
+[[noreturn]] void fail_allocation(IntArrayRef sizes, ScalarType dtype);
+
 // Return make(), a tensor of `sizes` and `dtype`, or raise an out-of-memory error. The stable ABI drops torch's error
 // text. The arguments are checked already, so a failed allocation is the only possible cause.
-template <typename Sizes, typename Make>
-inline Tensor allocated(const Sizes& sizes, ScalarType dtype, const Make& make) {
+template <typename Make>
+inline Tensor allocated(IntArrayRef sizes, ScalarType dtype, const Make& make) {
     try {
         return make();
     } catch (const std::exception&) {
-        std::ostringstream shape;
-        for (const int64_t size : sizes) {
-            shape << (shape.tellp() > 0 ? ", " : "") << size;
-        }
-        check(
-            false, "spatialflow: out of memory, or too large: a tensor of shape (", shape.str(), ") and dtype ",
-            dtype_name(dtype));
-        throw;
+        fail_allocation(sizes, dtype);
     }
 }
 
 // Return the tensor, or a copy that is contiguous in `format`. Kernels then compute strides from sizes, because torch
 // may report any stride for sizes of 1, see stride_of. The name is not `contiguous`, which argument-dependent lookup
 // would find in torch.
-inline Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
-    return allocated(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor, format); });
-}
+Tensor to_contiguous(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous);
 
 // Return the (N, C, H, W) tensor if its channels are adjacent in memory, with any other strides; otherwise a
 // channels-last copy.
@@ -156,11 +126,7 @@ inline Tensor channels_adjacent(const Tensor& tensor) {
     return has_adjacent_channels(tensor) ? tensor : to_contiguous(tensor, MemoryFormat::ChannelsLast);
 }
 
-inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
-    return tensor.scalar_type() == dtype
-               ? tensor
-               : allocated(tensor.sizes(), dtype, [&] { return torch::stable::to(tensor, dtype); });
-}
+Tensor as_dtype(const Tensor& tensor, ScalarType dtype);
 
 // Accumulation dtype, also used for boxes and offsets: float64 for float64, otherwise float32.
 inline ScalarType accum_dtype(ScalarType feature_dtype) {
@@ -169,13 +135,9 @@ inline ScalarType accum_dtype(ScalarType feature_dtype) {
 
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) { return to_contiguous(as_dtype(tensor, dtype)); }
 
-inline Tensor empty_like_sized(
+// Return an uninitialized tensor on the device of `like`; its dtype is that of `like` unless `dtype` is given.
+Tensor empty_like_sized(
     const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt,
-    MemoryFormat format = MemoryFormat::Contiguous) {
-    const ScalarType type = dtype ? *dtype : like.scalar_type();
-    return allocated(sizes, type, [&] {
-        return torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt, format);
-    });
-}
+    MemoryFormat format = MemoryFormat::Contiguous);
 
 }  // namespace spatialflow

@@ -269,6 +269,24 @@ def test_throughput(tmp_path, monkeypatch, capsys):
     assert "overlapped" in capsys.readouterr().out
 
 
+def test_memory(tmp_path, monkeypatch):
+    """Every row is the peak of its own process, which imports torch: more than 50 MiB."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    options = ["--images", "2", "--frames", "3", "--size", "64", "96", "--output", str(tmp_path)]
+    importlib.import_module("memory").main(options)
+    (path,) = tmp_path.glob("*/memory.json")
+    rows = json.loads(path.read_text())["rows"]
+    images = [(program, "images", 2) for program in ("spatialflow predict", "Predictor.stream")]
+    assert [tuple(row.values())[:3] for row in rows] == [*images, ("spatialflow predict", "frames", 3)]
+    assert all(50 << 20 < row["peak_bytes"] < 8 << 30 for row in rows)
+
+
+def test_memory_of_a_failed_process(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with pytest.raises(SystemExit, match="memory: `.* -c 1/0` failed with exit code 1"):
+        importlib.import_module("memory").peak_memory(["-c", "1/0"], 1)
+
+
 def test_untrained_branches_are_not_zero():
     """Every residual branch has a nonzero output, and its norms have the statistics of the images."""
     from untrained import settle_norms

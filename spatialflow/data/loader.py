@@ -4,6 +4,8 @@
 import contextlib
 import dataclasses
 import signal
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple, Protocol
@@ -247,7 +249,8 @@ def make_loader(
         worker_init_fn=_use_one_thread,
         multiprocessing_context="forkserver" if workers > 0 else None,
     )
-    with _without_interrupts():
+    needs_script = type(data).__module__ == "__main__"
+    with _without_interrupts(), contextlib.nullcontext() if needs_script else _without_main_module():
         batches = iter(loader)
     for batch in batches:
         if isinstance(batch, SampleError):
@@ -267,6 +270,20 @@ def _without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Within the block, processes that are started do not import the script that runs.
+
+    It would train again in each worker, unless it has `if __name__ == "__main__":`.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 class _SinglePass:

@@ -171,7 +171,7 @@ def describe_settings(config: Config, classes: Sequence[str], count: int, held_o
     epochs = " and ".join(map(str, training.learning_rate_epochs))
     decays = f", a tenth of it after epochs {epochs}" if epochs else ""
     return [
-        f"network: {config.name}, num_things={model.num_things} num_stuff={model.num_stuff}; classes: {shown}",
+        f"network: {config.name}; {model.num_things} thing and {len(classes) - model.num_things} stuff classes: {shown}",
         f"images: {count} to train on, {held_out} to evaluate on; train_short_edges={list(data.train_short_edges)} "
         f"train_long_edge={data.train_long_edge}",
         f"schedule: epochs={training.epochs} images_per_step={training.images_per_step} "

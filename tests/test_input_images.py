@@ -21,6 +21,7 @@ from spatialflow.cli.input_images import resolve_images
 from spatialflow.cli.label_folders import RESULT_INFO
 from spatialflow.cli.main import main
 from spatialflow.files import write_json
+from spatialflow.image_formats import UNREADABLE_SUFFIXES
 from spatialflow.panoptic import read_panoptic_json
 from spatialflow.panoptic.result_folder import SAVED_INFO
 
@@ -66,6 +67,18 @@ class TestFolders:
         )
         assert names_of(tmp_path, recursive=True) == ["a.jpg", "deep/y.png"]
         assert "1 .csv" in error_messages(capsys)[0]
+
+    def test_photographs_that_need_a_library(self, tmp_path, monkeypatch, capsys):
+        """One sentence for each library that is missing, and for raw files of cameras."""
+        advice = dict.fromkeys((".heic", ".heif"), "HEIC needs pillow-heif: pip install pillow-heif")
+        monkeypatch.setattr("spatialflow.cli.input_images.UNREADABLE_SUFFIXES", {**UNREADABLE_SUFFIXES, **advice})
+        monkeypatch.setattr("spatialflow.cli.input_images.IMAGE_SUFFIXES", (".jpg",))
+        write(tmp_path, "a.jpg", "IMG_1.HEIC", "IMG_2.heic", "b.heif", "c.NEF")
+        assert names_of(tmp_path) == ["a.jpg"]
+        assert error_messages(capsys) == [
+            f"{tmp_path}: skipped 2 .heic, 1 .heif, 1 .nef; HEIC needs pillow-heif: pip install pillow-heif; "
+            "a camera's raw file must be converted to JPEG, PNG or TIFF first"
+        ]
 
     def test_many_kinds(self, tmp_path, capsys):
         write(tmp_path, "a.jpg", *(f"{kind}.x{kind}" for kind in range(12)))

@@ -221,7 +221,7 @@ def test_a_taken_port(data, viewing, capsys, monkeypatch):
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: is not an address of this machine"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1: cannot be used: "),
         (["--images", "absent"], "absent: no such folder"),
-        (["--ground-truth", "absent.json"], "absent.json: no such file"),
+        (["--ground-truth", "absent.json"], "absent.json: no such file or folder"),
         (["--export", "/proc/none/page.html"], "/proc/none/page.html: cannot be written"),
     ],
 )
@@ -238,8 +238,8 @@ def test_files_that_are_no_results(tmp_path, capsys):
     for name in ("broken", "list", "none"):
         (tmp_path / name).mkdir()
     for name, message in {
-        "absent": "no such file",
-        "empty": "no such file",
+        "absent": "absent: no such file or folder",
+        "empty": "empty: holds no panoptic.json, and there is no ",
         "broken.json": "not a JSON file",
         "list.json": "a panoptic JSON is a mapping",
         "none.json": "lists no images",

@@ -211,6 +211,13 @@ class TestStandardInput:
         assert names_of("-") == []
         assert error_messages(capsys) == [f"standard input: {reason}"]
 
+    def test_a_terminal(self, tmp_path, give, monkeypatch, capsys):
+        """The message says why the command waits."""
+        give(f"{write(tmp_path, 'a.jpg')}/a.jpg\n".encode())
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        assert names_of("-") == ["a.jpg"]
+        assert error_messages(capsys) == ["reading paths from standard input, one a line; Ctrl-D ends the list"]
+
     def test_too_large(self, give, monkeypatch, capsys):
         monkeypatch.setattr("spatialflow.cli.input_images.SIZE_LIMIT", 2**20)
         give(b"a\n" * 2**20)

@@ -230,6 +230,18 @@ def test_wrong_options_are_one_message(data, arguments, message, capsys):
     assert error_messages(capsys)[0].startswith(message)
 
 
+@pytest.mark.parametrize("host", [None, "localhost", "0.0.0.0"])
+def test_only_the_loopback_address_without_a_host(data, monkeypatch, capsys, host):
+    """Another address is served on demand alone, and what that means is said."""
+    served = []
+    monkeypatch.setattr(server.Server, "serve_forever", lambda self: served.append(self.server_address[0]))
+    arguments = [] if host is None else ["--host", host]
+    assert main(["view", str(data[1]), "--no-browser", *arguments]) == 0
+    messages = ["--host 0.0.0.0: everyone who reaches this machine can see these images"]
+    assert served == ["0.0.0.0" if host == "0.0.0.0" else "127.0.0.1"]
+    assert error_messages(capsys) == (messages if host == "0.0.0.0" else [])
+
+
 def test_files_that_are_no_results(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{")

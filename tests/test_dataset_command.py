@@ -507,3 +507,4 @@ def test_examples_show_rare_classes(tmp_path):
             writer.add(number, f"{number}.jpg", ids, [{"id": 1, "category_id": 1}, {"id": 2, "category_id": rare}])
     names = [row["name"] for row in survey(tmp_path / "panoptic.json", examples=5).examples]
     assert len(set(names)) == 5 and {"17.jpg", "23.jpg"} <= set(names)
+    assert len(survey(tmp_path / "panoptic.json").examples) == 16

@@ -144,6 +144,14 @@ def test_a_number(tmp_path, monkeypatch, capsys):
     assert error_messages(capsys) == ["1: no such file; the option for a camera is --camera 1"]
 
 
+@pytest.mark.parametrize("word", ["test_flip", "test.test_flip"])
+def test_a_setting_without_its_value(tmp_path, monkeypatch, capsys, word):
+    monkeypatch.chdir(tmp_path)
+    assert names_of(word, "data.test_flip") == ["data.test_flip"]  # no field of that section
+    assert error_messages(capsys) == [f"{word}: no such file; a setting has the form {word}=VALUE"]
+    assert names_of(write(tmp_path, word) / word) == [word]
+
+
 class TestPatterns:
     @pytest.mark.parametrize(
         "pattern, names",

@@ -150,6 +150,8 @@ class _Search:
             self._add_folder(Path(argument))
         elif argument.isdecimal() and not os.path.lexists(argument):
             self.failed.append(f"{argument}: no such file; the option for a camera is --camera {argument}")
+        elif not os.path.lexists(argument) and _is_field(argument):
+            self.failed.append(f"{argument}: no such file; a setting has the form {argument}=VALUE")
         else:
             self._add_file(Path(argument), Path(argument).name)
 
@@ -317,6 +319,14 @@ class _Scan:
                 yield InputImage(path, name)
             else:
                 skipped[kind] += 1
+
+
+def _is_field(word: str) -> bool:
+    """Tell whether a word is the name of a field of a configuration, with or without its section."""
+    from spatialflow.config import SECTIONS
+
+    section, _, field = word.rpartition(".")
+    return any(field in kind.__annotations__ for name, kind in SECTIONS.items() if section in ("", name))
 
 
 def _is_video(name: str) -> bool:

@@ -2,6 +2,7 @@
 """The command `spatialflow train`: arguments, settings and warnings."""
 
 import pytest
+import torch
 from helpers.command_line import error_messages
 from helpers.training import SMALL_RUN
 
@@ -48,6 +49,11 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         assert main(["train", "tiny", "num_things=6", "--output", "run", *arguments]) == 2
         assert error_messages(capsys) == [message] and not (tmp_path / "run").exists()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_a_missing_gpu_is_named(self, tmp_path, capsys):
+        assert main(["train", "--device", "cuda", "--cityscapes", "x", "--output", str(tmp_path / "run")]) == 2
+        assert error_messages(capsys) == [f"--device cuda: torch {torch.__version__} sees no CUDA device here"]
 
     @pytest.mark.parametrize(
         "setting, message",

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that come with the package."""
+"""Where files of weights are: those of a training run, and those that come with the package."""
 
 from pathlib import Path
+
+RUN_FILES = ("model.safetensors", "checkpoint.pt")
+"""Files of a run folder that hold its weights, the better first."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
+"""Suffixes of files of weights."""
 
 _FOLDER = Path(__file__).resolve().parent / "weights"
 

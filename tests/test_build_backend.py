@@ -63,6 +63,24 @@ def test_the_chosen_interpreter_comes_first(environment):
     assert done.stdout.strip() == str(chosen.parents[1] / "torch")
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_build_shows_progress_and_names_what_failed(environment, tmp_path, code):
+    """With a cmake that prints the form of Ninja's lines instead of building."""
+    python = environment("target", "2.13.0")
+    pytest.importorskip("pybind11")
+    (tmp_path / "cmake").write_text(f'#!/bin/sh\necho "$NINJA_STATUS"\nexit {code}\n')
+    (tmp_path / "cmake").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SPATIALFLOW_TORCH_PYTHON": str(python)}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp"]
+    command.append(str(tmp_path / "temp"))
+    done = subprocess.run(command, cwd=TOOLS.parent, env=os.environ | variables, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("spatialflow: ")]
+    assert lines == ["spatialflow: %f of %t files in %e s: "] * (1 if code else 2) and done.returncode == code
+    failure = done.stderr.splitlines()[-1] if code else ""
+    assert not code or failure.startswith("spatialflow: the build failed in `cmake -S ")
+    assert not code or failure.endswith("`; the reason is above")
+
+
 def test_without_torch_the_build_ends_with_one_sentence(environment):
     done = torch_folder(environment("isolated", None))
     assert done.returncode == 1 and done.stdout == ""

@@ -31,6 +31,7 @@ def parser():
     parser.add_argument("--model", action="append")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction)
     parser.add_argument("--score", type=float)
+    parser.add_argument("--count", type=int)
     add_settings_option(parser, "x=1")
     return parser
 
@@ -72,6 +73,12 @@ def test_words_that_are_no_settings(parser, tmp_path, monkeypatch):
         ("--zzzzzz", "no such option: --zzzzzz (see `spatialflow test --help`)"),
         ("--size 256xa", "must be numbers, such as 256x384 or 600,800, got '256xa'"),
         ("--size --flip", "--size: expected one argument"),
+        ("a.jpg b.jpg --model", "--model: expected one argument"),
+        ("a.jpg --size", "--size: expected one argument"),
+        ("--score -- a.jpg", "--score: expected one argument"),
+        ("a.jpg x=1 --set", "--set: expected one argument"),
+        ("--score high", "--score: must be a number, got 'high'"),
+        ("--count 2.5", "--count: must be an integer, got '2.5'"),
         ("--s 3", "ambiguous option: --s could match --size, --score, --set"),
     ],
 )
@@ -176,6 +183,20 @@ class TestDrawnScenes:
         assert self.predict(tmp_path / "c", scenes / "images", photograph, "--model", "demo") == 0
         assert len(error_messages(capsys)) == 1
 
+    def test_visualize(self, photographs, tmp_path, capsys):
+        scenes = write_coco(tmp_path / "scenes", 1, (64, 96)) / "images"
+        arguments = ["--model", "demo", "test_short_edges=[64]", "--output", str(tmp_path / "out")]
+        assert main(["visualize", str(scenes), *arguments]) == 0 and error_messages(capsys) == []
+        assert main(["visualize", str(photographs / "plain.jpg"), *arguments]) == 0
+        (message,) = error_messages(capsys)
+        assert message.startswith("these weights know only drawn scenes of `spatialflow synthesize`: ")
+
+    def test_no_photograph(self, tmp_path, capsys):
+        """Nothing is said of photographs that do not exist."""
+        assert self.predict(tmp_path / "out", tmp_path / "absent.jpg", "--model", "demo") == 1
+        absent = f"{tmp_path}/absent.jpg: cannot be read: No such file or directory"
+        assert error_messages(capsys) == [absent, "no image could be predicted"]
+
     def test_other_weights(self, photographs, weights, tmp_path, capsys):
         assert self.predict(tmp_path / "out", photographs / "plain.jpg", "--model", weights) == 0
         assert error_messages(capsys) == []
@@ -194,6 +215,40 @@ class TestRunFolders:
         arguments = ["--prediction", str(run), "--ground-truth", str(scenes), "--output", str(tmp_path / "pictures")]
         assert main(["visualize", str(scenes / "images"), *arguments]) == 0
         assert "2 of 2 pictures done" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "results, message",
+        [
+            ("absent", "absent: no such file or folder"),
+            (
+                "empty",
+                "empty: holds no panoptic.json, and there is no empty.json; give a panoptic JSON or the output of ",
+            ),
+            ("run", "run: is a training run without an evaluation; predict photographs with it first: spatialflow "),
+            (
+                "run/model.safetensors",
+                "run/model.safetensors: holds weights, not results; predict photographs with it ",
+            ),
+        ],
+    )
+    def test_what_has_no_results(self, tmp_path, monkeypatch, capsys, results, message):
+        monkeypatch.chdir(tmp_path)
+        write_coco(tmp_path / "scenes", 1, (64, 96))
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "model.safetensors").touch()
+        for command in (
+            ["evaluate", "scenes", results],
+            ["view", results, "--no-browser"],
+            ["visualize", "scenes/images", "--prediction", results, "--output", "pictures"],
+            ["validate", results],
+            ["dataset", "check", results],
+        ):
+            assert main(command) == 2
+            (text,) = error_messages(capsys)
+            assert text.startswith(message)
+            if results.startswith("run"):
+                assert text.endswith(f"spatialflow predict PHOTOGRAPHS --model {results} --output predicted")
 
     def test_visualize_takes_a_model_and_settings(self, tmp_path, capsys):
         scenes = write_coco(tmp_path / "scenes", 1, (64, 96))

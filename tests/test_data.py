@@ -136,11 +136,11 @@ class TestCoco:
             ({"annotations": [], "images": [IMAGE], "categories": 3}, "categories"),
             (
                 {"annotations": [], "images": [IMAGE], "categories": [{"id": 99, "isthing": 1}]},
-                "none of its 1 categories",
+                "none of its 1 categories is in the network's table; the configuration's `categories` may name this",
             ),
             (
                 {"annotations": [], "images": [IMAGE], "categories": [{"id": 1, "isthing": 0}]},
-                "category 1 is stuff here and a thing in the network's table",
+                "category 1 is stuff here and a thing in the network's table; the configuration's `categories` may ",
             ),
         ],
     )
@@ -155,6 +155,10 @@ class TestCoco:
         segments = [{"id": 1, "category_id": 1, "bbox": bbox}]
         with pytest.raises(SampleError, match="x: segment 1: bbox must be four finite numbers"):
             make_sample("x", np.zeros((4, 4, 3), np.uint8), ids, segments, scene_categories())
+
+    def test_photographs_of_another_size_are_named(self):
+        with pytest.raises(SampleError, match="^x: image of 4x5 pixels, but annotation of 4x4$"):
+            make_sample("x", np.zeros((5, 4, 3), np.uint8), np.ones((4, 4), np.int32), [], scene_categories())
 
     def test_segments_listed_twice_are_named(self):
         segments = [{"id": 1, "category_id": 1}] * 2

@@ -120,6 +120,24 @@ def test_python_blocks(page, tmp_path, monkeypatch):
             exec(compile(block.text, page_name(page), "exec"), session)
 
 
+@pytest.mark.skipif("SPATIALFLOW_BACKEND" in os.environ, reason="the commands are tested on the CPU kernels")
+def test_first_examples_of_the_readme(tmp_path):
+    """The first commands of README's section work as they stand, and its Python after the first of them."""
+    section = PAGES[0].read_text().split("## Panoptic segmentation")[1].split("\n## ")[0]
+    console, python = (re.search(rf"^```{kind}\n(.*?)^```", section, re.M | re.S)[1] for kind in ("console", "python"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commands = commands_of(f"```\n{console}```\n")
+    assert [command[0] for command in commands] == ["synthesize", "predict", "evaluate", "view"]
+    commands[0][commands[0].index("--count") + 1] = "2"
+    commands[3] += ["--export", "view.html"]  # instead of a server
+    for arguments in commands:
+        run([sys.executable, "-m", "spatialflow", *arguments], tmp_path, environment)
+    result = subprocess.run(
+        [sys.executable, "-c", python], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_python_syntax(page):
     for block in blocks_of(page):

@@ -327,7 +327,6 @@ class TestErrors:
             ((torch.zeros(1, 4, 2, 2), 2, None, None, -1e-5), "eps must be a finite number >= 0, got -1e-05"),
             ((torch.zeros(1, 4, 2, 2), 2, None, None, INF), "eps must be a finite number >= 0, got inf"),
             ((torch.zeros(1, 4, 2, 2), 2, None, None, NAN), "eps must be a finite number >= 0, got nan"),
-            ((torch.zeros(1, 4, 2, 2), 2.5), "num_groups"),
         ],
     )
     def test_errors_name_argument_rule_and_value(self, arguments, message):

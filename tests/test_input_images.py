@@ -21,6 +21,7 @@ from spatialflow.cli.input_images import resolve_images
 from spatialflow.cli.label_folders import RESULT_INFO
 from spatialflow.cli.main import main
 from spatialflow.files import write_json
+from spatialflow.image_formats import UNREADABLE_SUFFIXES
 from spatialflow.panoptic import read_panoptic_json
 from spatialflow.panoptic.result_folder import SAVED_INFO
 
@@ -66,6 +67,18 @@ class TestFolders:
         )
         assert names_of(tmp_path, recursive=True) == ["a.jpg", "deep/y.png"]
         assert "1 .csv" in error_messages(capsys)[0]
+
+    def test_photographs_that_need_a_library(self, tmp_path, monkeypatch, capsys):
+        """One sentence for each library that is missing, and for raw files of cameras."""
+        advice = dict.fromkeys((".heic", ".heif"), "HEIC needs pillow-heif: pip install pillow-heif")
+        monkeypatch.setattr("spatialflow.cli.input_images.UNREADABLE_SUFFIXES", {**UNREADABLE_SUFFIXES, **advice})
+        monkeypatch.setattr("spatialflow.cli.input_images.IMAGE_SUFFIXES", (".jpg",))
+        write(tmp_path, "a.jpg", "IMG_1.HEIC", "IMG_2.heic", "b.heif", "c.NEF")
+        assert names_of(tmp_path) == ["a.jpg"]
+        assert error_messages(capsys) == [
+            f"{tmp_path}: skipped 2 .heic, 1 .heif, 1 .nef; HEIC needs pillow-heif: pip install pillow-heif; "
+            "a camera's raw file must be converted to JPEG, PNG or TIFF first"
+        ]
 
     def test_many_kinds(self, tmp_path, capsys):
         write(tmp_path, "a.jpg", *(f"{kind}.x{kind}" for kind in range(12)))
@@ -129,6 +142,14 @@ def test_a_number(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(write(tmp_path, "0"))
     assert names_of("0", "1") == ["0"]
     assert error_messages(capsys) == ["1: no such file; the option for a camera is --camera 1"]
+
+
+@pytest.mark.parametrize("word", ["test_flip", "test.test_flip"])
+def test_a_setting_without_its_value(tmp_path, monkeypatch, capsys, word):
+    monkeypatch.chdir(tmp_path)
+    assert names_of(word, "data.test_flip") == ["data.test_flip"]  # no field of that section
+    assert error_messages(capsys) == [f"{word}: no such file; a setting has the form {word}=VALUE"]
+    assert names_of(write(tmp_path, word) / word) == [word]
 
 
 class TestPatterns:
@@ -197,6 +218,13 @@ class TestStandardInput:
         give(content)
         assert names_of("-") == []
         assert error_messages(capsys) == [f"standard input: {reason}"]
+
+    def test_a_terminal(self, tmp_path, give, monkeypatch, capsys):
+        """The message says why the command waits."""
+        give(f"{write(tmp_path, 'a.jpg')}/a.jpg\n".encode())
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        assert names_of("-") == ["a.jpg"]
+        assert error_messages(capsys) == ["reading paths from standard input, one a line; Ctrl-D ends the list"]
 
     def test_too_large(self, give, monkeypatch, capsys):
         monkeypatch.setattr("spatialflow.cli.input_images.SIZE_LIMIT", 2**20)

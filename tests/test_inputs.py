@@ -2,6 +2,7 @@
 """Kinds of images that a Predictor takes: equal maps for equal pixels, channel order, errors, bounded memory."""
 
 import gc
+import inspect
 import io
 import sys
 import types
@@ -297,6 +298,12 @@ UNSUSPICIOUS = {
     "read-only": lambda: np.broadcast_to(picture(), (32, 48, 3)),
     "planes": lambda: np.ascontiguousarray(picture().transpose(2, 0, 1)).transpose(1, 2, 0),
 }
+
+
+def test_the_order_is_documented_first():
+    """`help(Predictor)` says it directly after what a Predictor is."""
+    paragraphs = inspect.getdoc(spatialflow.Predictor).split("\n\n")
+    assert "NumPy arrays are read as BGR" in paragraphs[1] and 'channel_order="rgb"' in paragraphs[1]
 
 
 @pytest.mark.parametrize("kind", SUSPICIOUS)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the wrong kind: the error names the operator, the option and the value."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,66 @@ PAIRS = {
 def test_what_is_no_pair_is_named(option, value):
     with pytest.raises(ValueError, match=rf"^{option} must be one integer or a pair, got ") as caught:
         PAIRS[option](value)
+    assert str(caught.value).endswith(repr(value))
+
+
+SIZES = {
+    "paste_masks: size": lambda value: ops.paste_masks(FEATURES[0], BOXES[[0] * 4], value),
+    "stuff_labels: valid_size": lambda value: ops.stuff_labels(FEATURES[0], value, (8, 8)),
+    "stuff_labels: original_size": lambda value: ops.stuff_labels(FEATURES[0], (8, 8), value),
+    "preprocess_images: sizes[0]": lambda value: ops.preprocess_images(PHOTOGRAPH, value, [0] * 3, [1] * 3),
+}
+
+
+@pytest.mark.parametrize("option", SIZES)
+@pytest.mark.parametrize("value", [(8.0, 8), (8, "8"), (8, None), (1, 2, 3), 8, np.array([8.0, 8.0])], ids=str)
+def test_what_is_no_size_is_named(option, value):
+    SIZES[option]((8, 8))
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(option)} must be \(height, width\) in integers, got "
+    ) as caught:
+        SIZES[option](value)
+    assert str(caught.value).endswith(repr(value))
+
+
+def select(strides=8, per_level=7):
+    anchors, sizes, factors = torch.ones(1, 1, 4), torch.tensor([[20, 20]]), torch.ones(1, 2)
+    return ops.select_candidates([FEATURES], [FEATURES], anchors, [strides], sizes, factors, per_level)
+
+
+def merge(stuff_labels=2, stuff_area_threshold=1, ignored_stuff=1):
+    options = {"stuff_area_threshold": stuff_area_threshold, "ignored_stuff": [ignored_stuff]}
+    return ops.panoptic_merge(MASKS, SCORES[:1], LABELS, None, STUFF, stuff_labels, **options)
+
+
+def counts(gt_segments=2, pred_segments=2):
+    return ops.panoptic_quality_counts(STUFF.int(), STUFF.int(), gt_segments, pred_segments)
+
+
+INTEGERS = {
+    "multiclass_nms: max_detections": lambda value: ops.multiclass_nms(BOXES, torch.rand(3, 2), 0.1, 0.5, value),
+    "group_norm_relu: num_groups": lambda value: ops.group_norm_relu(FEATURES, value),
+    "preprocess_images: divisor": lambda value: ops.preprocess_images(PHOTOGRAPH, (8, 8), [0] * 3, [1] * 3, value),
+    "panoptic_merge: stuff_labels": lambda value: merge(stuff_labels=value),
+    "panoptic_merge: stuff_area_threshold": lambda value: merge(stuff_area_threshold=value),
+    "panoptic_merge: ignored_stuff[0]": lambda value: merge(ignored_stuff=value),
+    "panoptic_quality_counts: gt_segments": lambda value: counts(gt_segments=value),
+    "panoptic_quality_counts: pred_segments": lambda value: counts(pred_segments=value),
+    "select_candidates: strides[0]": lambda value: select(strides=value),
+    "select_candidates: per_level": lambda value: select(per_level=value),
+    "DeformConv2d: in_channels": lambda value: ops.DeformConv2d(value, 4, 3),
+    "DeformConv2d: out_channels": lambda value: ops.DeformConv2d(4, value, 3),
+    "DeformConv2d: groups": lambda value: ops.DeformConv2d(4, 4, 3, groups=value),
+}
+
+
+@pytest.mark.parametrize("option", INTEGERS)
+@pytest.mark.parametrize("value", [2.0, 2.5, "2", None, (2, 2)], ids=str)
+def test_what_is_no_integer_is_named(option, value):
+    for right in (2, np.int64(2)):
+        INTEGERS[option](right)
+    with pytest.raises(ValueError, match=rf"^{re.escape(option)} must be an integer, got ") as caught:
+        INTEGERS[option](value)
     assert str(caught.value).endswith(repr(value))
 
 

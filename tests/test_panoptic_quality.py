@@ -189,7 +189,8 @@ def damage_pixels_without_segment(pred):
 
 def damage_unknown_category(pred):
     pred["annotations"][0]["segments_info"][2]["category_id"] = 99999
-    return "image 10: segment 210000 has the unknown category 99999"
+    reason = r"the ground truth has 1 \(.*\), .*; the network must have been trained on its categories$"
+    return f"image 10: segment 210000 has the unknown category 99999: {reason}"
 
 
 def damage_missing_image(pred):

@@ -96,6 +96,13 @@ class TestVideo:
         with pytest.raises(VideoError, match=r"long.avi: ends at frame [1-5]\d of 60: is truncated or damaged there"):
             frames_of(path)
 
+    def test_a_camera_that_ends(self, clip, monkeypatch):
+        """A camera that is unplugged gives an error; a file of this length ends."""
+        video = Video(clip)
+        monkeypatch.setattr(video, "_is_camera", True)
+        with pytest.raises(VideoError, match=f"gave no frame {COUNT}$"):
+            list(video.positions())
+
     def test_no_camera(self, capfd):
         with pytest.raises(VideoError, match="camera 63: cannot be opened"):
             Video(63)

@@ -261,7 +261,12 @@ class TestErrors:
                 {},
                 r"labels must have the shape of logits without.*shape \(4\) for.*\(3, 4\)",
             ),
-            (torch.zeros(3, 4), torch.zeros(3, 4).long(), {}, r"labels must have the shape.*got shape \(3, 4\)"),
+            (
+                torch.zeros(3, 4),
+                torch.zeros(3, 4).long(),
+                {},
+                r"targets must be floating-point, got int64; use labels.to\(l",
+            ),
             (torch.zeros(()), torch.zeros(()).long(), {}, r"logits must have shape \(..., C\), got shape \(\)"),
             (torch.zeros(3, 4).int(), torch.zeros(3).long(), {}, "logits must be float32.*got int32"),
             (torch.zeros(3, 4), torch.zeros(3), {}, "labels must be int64 or int32, got float32"),

@@ -136,7 +136,15 @@ class TestTargetsOfSigmoidFocalLoss:
             (TARGETS, (0.3,), {"alpha": 0.4}, TypeError, "alpha must be given once, got 0.3 and 0.4"),
             (LABELS, (0.3,), {"gamma": 0.4}, TypeError, "gamma must be given once, got 0.3 and 0.4"),
             (LABELS, (2.0, 0.3, "sum", 1), {}, TypeError, "takes at most 5 arguments by position, got 6"),
-            (TARGETS.long(), (), {}, RuntimeError, r"labels must have the shape of logits without the classes"),
+            (F.one_hot(LABELS, 5), (), {}, RuntimeError, r"labels must have the shape of logits without the classes"),
+            (
+                TARGETS.long(),
+                (),
+                {},
+                RuntimeError,
+                r"must be floating-point, got int64; use labels.to\(logits.dt",
+            ),
+            (TARGETS.bool(), (), {}, RuntimeError, r"must be floating-point, got bool; use labels.to\(logits.dt"),
         ],
     )
     def test_errors(self, labels, options, named, error, message):
@@ -221,7 +229,7 @@ def test_boxes_may_be_a_list_or_a_tuple(form):
     assert torch.equal(ops.multilevel_roi_align([FEATURES], boxes, 2, [4]), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
 def test_dtypes_that_are_refused(dtype):
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(RuntimeError, match=f"^roi_align: input must be float32, .* got {name}"):

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initial weights from a network with other classes: rows of equal names are taken, and the rest is named."""
 
+import re
+
 import pytest
 import torch
 from helpers.scenes import write_coco
 from helpers.training import small
 
 import spatialflow
+from spatialflow.cli.main import main
 from spatialflow.data.categories import Categories
 from spatialflow.engine.checkpoints import CheckpointError, save_checkpoint
 from spatialflow.engine.finetuning import CLASS_LAYERS, load_for_finetuning
@@ -89,6 +92,28 @@ def test_a_run_begins_with_the_network_of_another(tmp_path, caplog):
     assert second.network.config.model.fpn_channels == 16
     assert "stuff_head.logits start from random weights for the classes other than person, car" in caplog.text
     assert "box_head" not in caplog.text
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors", "checkpoint.pt"])
+@pytest.mark.parametrize("option", ["--model", "--checkpoint"])
+def test_the_command_takes_a_run_or_its_file(run, tmp_path, capsys, option, file):
+    """Nothing else is needed: the fields of the network come from the file."""
+    data, first = run
+    files = ["--images", data / "images", "--annotations", data / "panoptic.json", "--output", tmp_path, option]
+    assert main(["train", *map(str, files), str(first / file), "epochs=1", "--workers", "0"]) == 0
+    taken = first / (file or "model.safetensors")
+    assert re.search(rf"{taken}: ([\d,]+) of \1 weights are taken\n", capsys.readouterr().err)
+    assert spatialflow.load_model(tmp_path).config.model.fpn_channels == 16
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A data set, and the folder of a run on it."""
+    folder = tmp_path_factory.mktemp("run")
+    data = write_coco(folder / "data", 2, (64, 96))
+    files = dict(images=data / "images", annotations=data / "panoptic.json", workers=0, progress=False, epochs=1)
+    spatialflow.train(**files, output=folder / "first", config="tiny", norm_groups=4, fpn_channels=16)
+    return data, folder / "first"
 
 
 def test_a_model_that_is_not_there_or_unknown_is_named(tmp_path):

@@ -5,7 +5,8 @@ import json
 import shutil
 
 import pytest
-from helpers.scenes import write_coco
+from helpers.command_line import error_messages
+from helpers.scenes import write_cityscapes, write_coco
 
 import spatialflow
 from spatialflow.cli.main import main
@@ -138,12 +139,54 @@ class TestClasses:
         config = with_classes(load_config("demo", **given), read_classes(scenes / "panoptic.json"), given)
         assert config.model.num_stuff == 6 and categories_of(config).other_index is None
 
-    def test_a_file_without_classes_is_refused(self, scenes, tmp_path):
-        content = json.loads((scenes / "panoptic.json").read_text())
-        del content["categories"]
-        (tmp_path / "a.json").write_text(json.dumps(content))
-        with pytest.raises(CategoryError, match=r"a\.json: holds no list of categories"):
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            ('{"images": [], "annotations": []}', "holds no list of categories"),
+            ('{"categories": [{"id": 1, "name": "cat"}]}', r'categories\[0\] must be .* "isthing" 0 or 1, got '),
+            ("<annotations/>", "not a JSON file"),
+        ],
+    )
+    def test_a_file_without_classes_is_refused(self, scenes, tmp_path, content, message):
+        """Annotations of other formats are such files; the command that converts them is named."""
+        (tmp_path / "a.json").write_text(content)
+        advice = "; annotations of other formats become a panoptic JSON by `spatialflow dataset convert`$"
+        with pytest.raises(CategoryError, match=rf"a\.json: {message}.*{advice}"):
             spatialflow.train(scenes / "images", tmp_path / "a.json", output=tmp_path / "run")
+
+    @pytest.mark.parametrize("config", [None, "demo"])
+    def test_what_is_no_file_is_named(self, scenes, tmp_path, config):
+        (tmp_path / "empty").mkdir()
+        for path, message in (
+            (tmp_path / "absent.json", "absent.json: no such file$"),
+            (tmp_path / "empty", "empty: is a folder; annotations must be a panoptic JSON$"),
+            (scenes, f"is a folder; annotations must be a panoptic JSON, such as {scenes}/panoptic.json$"),
+        ):
+            with pytest.raises(TrainingError, match=message):
+                spatialflow.train(scenes / "images", path, config=config, output=tmp_path / "run")
+
+    def test_cityscapes_needs_no_configuration(self, tmp_path):
+        tree = write_cityscapes(tmp_path / "tree", 2)
+        result = spatialflow.train(cityscapes=tree, output=tmp_path / "run", **SHORT)
+        config = result.network.config
+        assert (config.model.num_things, config.model.num_stuff) == (8, 12) and config.data.categories == "cityscapes"
+
+
+def test_a_folder_of_other_photographs_is_refused_at_the_start(scenes, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.jpg").touch()
+    message = f"holds none of the 4 photographs of {scenes}/panoptic.json, such as 000001.jpg; name the folder that"
+    for folders in (
+        ["--images", tmp_path / "other"],
+        ["--images", scenes],
+        [*options(scenes)[:2], "--validation-images", tmp_path / "other"],
+    ):
+        files = ["--annotations", scenes / "panoptic.json"]
+        files += ["--validation-annotations", scenes / "panoptic.json"] if "--validation-images" in folders else []
+        assert main(["train", *map(str, folders + files), "--output", str(tmp_path / "run")]) == 2
+        (error,) = error_messages(capsys)
+        assert error.startswith(f"{folders[-1]}: {message}")
+        assert not (tmp_path / "run").exists()
 
 
 class TestSizesAndSchedule:

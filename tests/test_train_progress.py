@@ -138,8 +138,12 @@ class TestResume:
         assert f"4 images, 2 steps per epoch, step 0 of 2: {tmp_path}: new run" in capsys.readouterr().out
         assert self.run(scenes, tmp_path, "--resume") == 0
         assert "step 2 of 2: " in (out := capsys.readouterr().out) and "is complete; more epochs=N" in out
-        assert self.run(scenes, tmp_path, "epochs=2") == 0
-        assert f"step 2 of 4: {tmp_path}: continues from its checkpoint" in capsys.readouterr().out
+        assert self.run(scenes, tmp_path, "epochs=2", "gradient_clip_norm=5") == 0
+        shown = capsys.readouterr()
+        assert f"step 2 of 4: {tmp_path}: continues from its checkpoint" in shown.out
+        assert (
+            f"spatialflow: {tmp_path}: continues with changed settings: gradient_clip_norm None -> 5.0\n" in shown.err
+        )
         assert self.run(scenes, tmp_path, "--restart") == 0
         assert f"step 0 of 2: {tmp_path}: starts over, and replaces the earlier run" in capsys.readouterr().out
 

@@ -183,10 +183,10 @@ class TestCommand:
             ["visualize", str(valid_scenes / "images"), "--ground-truth", ".", "--output", "out"],
         ):
             assert main(command) == 2
-            assert ".json: no such file" in capsys.readouterr().err
+            assert ": holds no panoptic.json, and there is no " in capsys.readouterr().err
         data = ["--annotations", ".", "--images", str(valid_scenes / "images"), "--output", "run"]
         assert main(["train", "demo", *data]) == 2
-        assert ".: cannot be read" in capsys.readouterr().err
+        assert ".: is a folder; annotations must be a panoptic JSON" in capsys.readouterr().err
         with pytest.raises(PanopticFormatError, match="cannot be read"):
             evaluate(".", None, ".", None)
 

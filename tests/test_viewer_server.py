@@ -221,13 +221,25 @@ def test_a_taken_port(data, viewing, capsys, monkeypatch):
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: is not an address of this machine"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1: cannot be used: "),
         (["--images", "absent"], "absent: no such folder"),
-        (["--ground-truth", "absent.json"], "absent.json: no such file"),
+        (["--ground-truth", "absent.json"], "absent.json: no such file or folder"),
         (["--export", "/proc/none/page.html"], "/proc/none/page.html: cannot be written"),
     ],
 )
 def test_wrong_options_are_one_message(data, arguments, message, capsys):
     assert main(["view", str(data[1]), "--no-browser", *arguments]) == 2
     assert error_messages(capsys)[0].startswith(message)
+
+
+@pytest.mark.parametrize("host", [None, "localhost", "0.0.0.0"])
+def test_only_the_loopback_address_without_a_host(data, monkeypatch, capsys, host):
+    """Another address is served on demand alone, and what that means is said."""
+    served = []
+    monkeypatch.setattr(server.Server, "serve_forever", lambda self: served.append(self.server_address[0]))
+    arguments = [] if host is None else ["--host", host]
+    assert main(["view", str(data[1]), "--no-browser", *arguments]) == 0
+    messages = ["--host 0.0.0.0: everyone who reaches this machine can see these images"]
+    assert served == ["0.0.0.0" if host == "0.0.0.0" else "127.0.0.1"]
+    assert error_messages(capsys) == (messages if host == "0.0.0.0" else [])
 
 
 def test_files_that_are_no_results(tmp_path, capsys):
@@ -238,8 +250,8 @@ def test_files_that_are_no_results(tmp_path, capsys):
     for name in ("broken", "list", "none"):
         (tmp_path / name).mkdir()
     for name, message in {
-        "absent": "no such file",
-        "empty": "no such file",
+        "absent": "absent: no such file or folder",
+        "empty": "empty: holds no panoptic.json, and there is no ",
         "broken.json": "not a JSON file",
         "list.json": "a panoptic JSON is a mapping",
         "none.json": "lists no images",

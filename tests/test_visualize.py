@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.command_line import error_messages
 from helpers.scenes import write_coco
 from torch.nn import functional as F
 
@@ -121,6 +122,15 @@ class TestCommand:
         assert "000001.png: is 96x64 pixels, 000001.jpg is 20x10" in messages[0]
         assert "street.png: the prediction in" in messages[1] and "text.jpg: is not an image" in messages[2]
         assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == ["000002.jpg", "000003.jpg"]
+
+    def test_nothing_that_can_be_drawn(self, prediction, tmp_path, capsys):
+        (tmp_path / "text.jpg").write_text("no picture")
+        arguments = ["--prediction", str(prediction), "--output", str(tmp_path / "out")]
+        assert main(["visualize", str(tmp_path / "text.jpg"), *arguments]) == 1
+        assert error_messages(capsys) == [
+            f"{tmp_path}/text.jpg: is not an image of a known format, or is damaged",
+            "no picture could be drawn",
+        ]
 
     def test_photographs_in_folders(self, truth, tmp_path, capsys):
         """A photograph's map is found by name with folders, or by a unique stem; a photograph without one is named."""

@@ -57,6 +57,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error without the whole usage, and exit with code 2."""
+        for kind, rule in (("int", "an integer"), ("float", "a number")):
+            message = message.replace(f"invalid {kind} value:", f"must be {rule}, got")
         print_error(f"{message} (see `{self.prog} --help`)")
         self.exit(2)
 
@@ -76,6 +78,7 @@ class CommandParser(Parser):
         """Put options with their values first, then the positional arguments; settings become values of `--set`."""
         options: list[str] = []
         positionals: list[str] = []
+        lacks_value = False
         takes_settings = "--set" in self._option_string_actions
         while words:
             word = words.pop(0)
@@ -86,12 +89,15 @@ class CommandParser(Parser):
                 options.append(word)
                 action = self._action(word)
                 if action is not None and "=" not in word:
-                    options += _take_values(action, words)
+                    values = _take_values(action, words)
+                    options += values
+                    lacks_value = lacks_value or (not values and action.nargs not in (0, "?", "*"))
             elif takes_settings and SETTING.match(word) and not os.path.exists(word):
                 options.append(f"--set={word}")
             else:
                 positionals.append(word)
-        separator = ["--"] if any(_is_option(word) for word in positionals) else []
+        # Without "--" an option at the end that lacks its value would take the first positional argument.
+        separator = ["--"] if lacks_value or any(_is_option(word) for word in positionals) else []
         return options + separator + positionals
 
     def _action(self, word: str) -> argparse.Action | None:

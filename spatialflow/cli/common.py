@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialflow.image_formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # also exported by this module
+from spatialflow.packaged import RUN_FILES, WEIGHT_SUFFIXES
 from spatialflow.threads import available_cores
 
 MAX_WORKERS = 1024
@@ -98,16 +99,27 @@ def panoptic_json(path: Path) -> Path:
     It is `path` itself, the one in the output of `predict`, that of the evaluation in the folder of a training run, or
     the one beside a folder of PNGs.
     """
-    candidates = [path]
-    if os.path.isdir(path):
-        # `Path(".").name` is empty and `Path("..").name` is "..": only the resolved path has the folder's name.
-        folder = path.resolve() if path.name in ("", "..") else path
-        inside = [path / "panoptic.json", path / "evaluation" / "panoptic.json"]
-        candidates = [*inside, folder.parent / f"{folder.name}.json"]
-    for candidate in candidates:
-        if os.path.exists(candidate) and not os.path.isdir(candidate):  # includes pipes
+    if not os.path.exists(path):
+        raise CommandError(f"{path}: no such file or folder")
+    if not os.path.isdir(path):  # includes pipes
+        if path.suffix in WEIGHT_SUFFIXES:
+            raise CommandError(f"{path}: holds weights, not results; {_predict_advice(path)}")
+        return path
+    # `Path(".").name` is empty and `Path("..").name` is "..": only the resolved path has the folder's name.
+    folder = path.resolve() if path.name in ("", "..") else path
+    beside = folder.parent / f"{folder.name}.json"
+    for candidate in (path / "panoptic.json", path / "evaluation" / "panoptic.json", beside):
+        if os.path.exists(candidate) and not os.path.isdir(candidate):
             return candidate
-    raise CommandError(f"{' and '.join(map(str, candidates))}: no such file")
+    if any(os.path.isfile(path / name) for name in RUN_FILES):
+        raise CommandError(f"{path}: is a training run without an evaluation; {_predict_advice(path)}")
+    raise CommandError(
+        f"{path}: holds no panoptic.json, and there is no {beside}; give a panoptic JSON or the output of `predict`"
+    )
+
+
+def _predict_advice(model: Path) -> str:
+    return f"predict photographs with it first: spatialflow predict PHOTOGRAPHS --model {model} --output predicted"
 
 
 def png_folder(path: Path, chosen: Path | None = None, option: str | None = None) -> Path:

@@ -222,6 +222,8 @@ def _print_conversion(result: Conversion) -> None:
         print(f"left out: {len(result.problems)} damaged or unknown entries, named above")
     for path, count in zip(result.json_paths, result.image_counts, strict=True):
         print(f"{path}: {count} images")
+    if not any(result.image_counts):
+        return
     paths = [shlex.quote(_printable(str(path))) for path in (result.json_paths[0], result.images)]
     print(f"next: spatialflow dataset check {paths[0]} --images {paths[1]} --pictures examples.jpg")
 

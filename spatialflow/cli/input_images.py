@@ -19,7 +19,7 @@ from typing import NamedTuple
 from spatialflow.cli.common import IMAGE_SUFFIXES, nonempty, print_error
 from spatialflow.cli.downloads import SIZE_LIMIT, DownloadError, download, is_url
 from spatialflow.cli.label_folders import is_cityscapes_label, label_folder
-from spatialflow.image_formats import image_suffix
+from spatialflow.image_formats import UNREADABLE_SUFFIXES, image_suffix
 
 VIDEO_SUFFIXES = (
     ".mp4",
@@ -150,6 +150,8 @@ class _Search:
             self._add_folder(Path(argument))
         elif argument.isdecimal() and not os.path.lexists(argument):
             self.failed.append(f"{argument}: no such file; the option for a camera is --camera {argument}")
+        elif not os.path.lexists(argument) and _is_field(argument):
+            self.failed.append(f"{argument}: no such file; a setting has the form {argument}=VALUE")
         else:
             self._add_file(Path(argument), Path(argument).name)
 
@@ -319,6 +321,14 @@ class _Scan:
                 skipped[kind] += 1
 
 
+def _is_field(word: str) -> bool:
+    """Tell whether a word is the name of a field of a configuration, with or without its section."""
+    from spatialflow.config import SECTIONS
+
+    section, _, field = word.rpartition(".")
+    return any(field in kind.__annotations__ for name, kind in SECTIONS.items() if section in ("", name))
+
+
 def _is_video(name: str) -> bool:
     return name.lower().endswith(VIDEO_SUFFIXES)
 
@@ -338,9 +348,10 @@ def _print_skipped(place: str | Path, skipped: Counter[str]) -> None:
     parts = [f"{count} {kind}" for kind, count in skipped.most_common(8)]
     rest = sum(skipped.values()) - sum(count for _, count in skipped.most_common(8))
     parts += [f"{rest} of other kinds"] if rest else []
-    videos = any(kind in VIDEO_SUFFIXES for kind in skipped)
-    note = "; a video is read if its own path is given" if videos else ""
-    print_error(f"{place}: skipped {', '.join(parts)}{note}")
+    notes = {UNREADABLE_SUFFIXES[kind]: None for kind in sorted(skipped) if kind in UNREADABLE_SUFFIXES}
+    if any(kind in VIDEO_SUFFIXES for kind in skipped):
+        notes["a video is read if its own path is given"] = None
+    print_error("; ".join((f"{place}: skipped {', '.join(parts)}", *notes)))
 
 
 def without_suffix(name: str) -> str:

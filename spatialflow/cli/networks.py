@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -131,8 +132,9 @@ def note_drawn_scenes(networks: Iterable[SpatialFlow], images: Iterable[Path]) -
         return
     from spatialflow.data.synthetic import is_drawn
 
-    folders = {Path(image).parent for image in images}
-    if not folders or not all(is_drawn(folder.parent / "panoptic.json") for folder in folders):
+    paths = list(images)
+    folders = {path.parent for path in paths if os.path.exists(path)}  # others are reported when they are read
+    if not paths or not all(is_drawn(folder.parent / "panoptic.json") for folder in folders):
         print_error(
             f"these weights know only {known}: their maps of photographs are meaningless; for photographs, train on "
             f"your own (`spatialflow train`) or give other weights with --model (docs/weights.md)"

@@ -20,7 +20,14 @@ from spatialflow.cli.common import (
 )
 from spatialflow.cli.drawing_options import CONTACT_SHEET, add_drawing_options, drawing_style, write_contact_sheet
 from spatialflow.cli.input_images import InputImage, Inputs, add_images, resolve_images, without_suffix
-from spatialflow.cli.networks import add_config_option, add_ema_option, add_model_option, check_ema, load_model
+from spatialflow.cli.networks import (
+    add_config_option,
+    add_ema_option,
+    add_model_option,
+    check_ema,
+    load_model,
+    note_drawn_scenes,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,6 +130,8 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
     if options.prediction is not None:
         folders["prediction"] = _read_folder(options.prediction, PREDICTION, folders.get("ground truth"))
     model = _load_model(options)
+    if model is not None and images:
+        note_drawn_scenes([model], [image.path for image in images])
     pictures: list[Picture] = []
     try:
         _draw_all(images, folders, model, options.output, style, pictures, failed)

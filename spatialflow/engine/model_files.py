@@ -18,13 +18,10 @@ from spatialflow.engine.weights import check_network, fill, not_finite, shorten,
 from spatialflow.errors import did_you_mean
 from spatialflow.models.build import build_model
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.packaged import packaged_names
+from spatialflow.packaged import RUN_FILES, packaged_names
 from spatialflow.packaged import packaged_weights as packaged_weights  # also exported by this module
 
 logger = logging.getLogger("spatialflow.engine.checkpoints")  # the documented name
-
-RUN_FILES = ("model.safetensors", "checkpoint.pt")
-"""Files of a run folder that hold its weights, the better first."""
 
 INPUT_FIELDS = ("image_mean", "image_std")
 """Fields of the section `data` that belong to the weights, as all of the section `model` do."""

@@ -87,7 +87,8 @@ def with_classes(config: Config, classes: ClassTable, given: Mapping[str, Any]) 
             )
     settings: dict[str, Any] = {}
     if "categories" not in given and not _has_classes(config.data.categories, classes):
-        settings["categories"] = str(classes.path.resolve())
+        is_packaged = classes.path.parent == TABLES
+        settings["categories"] = classes.path.stem if is_packaged else str(classes.path.resolve())
     if "num_things" not in given:
         settings["num_things"] = allowed["num_things"][0]
     if "num_stuff" not in given:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import yaml
 
 from spatialflow.config import SECTIONS, Config, given_fields, load_config, own_settings
-from spatialflow.data.categories import Categories, CategoryError, categories_of
+from spatialflow.data.categories import Categories, CategoryError, categories_of, table_path
 from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
 from spatialflow.data.samples import SampleError
@@ -49,6 +49,8 @@ CHECKED_IMAGES = 4
 
 DEFAULT_VALIDATION_SHARE, LEAST_FOR_VALIDATION = 0.1, 20
 """Share of the images that a run without configuration and validation images evaluates on, from this many images on."""
+
+_CONVERT_ADVICE = "annotations of other formats become a panoptic JSON by `spatialflow dataset convert`"
 
 _logger = logging.getLogger("spatialflow")
 
@@ -333,12 +335,19 @@ def _settings(
 def _classes(files: TrainingData, are_needed: bool) -> ClassTable | None:
     """Read the classes of the annotations; None if the file has none, and they are not needed."""
     if files.annotations is None:
-        return read_classes("cityscapes") if are_needed else None
+        return read_classes(table_path("cityscapes")) if are_needed else None
+    path = files.annotations
+    if not os.path.exists(path):
+        raise TrainingError(f"{path}: no such file")
+    if os.path.isdir(path):
+        inside = path / "panoptic.json"
+        hint = f", such as {inside}" if os.path.isfile(inside) else ""
+        raise TrainingError(f"{path}: is a folder; annotations must be a panoptic JSON{hint}")
     try:
-        return read_classes(files.annotations)
-    except CategoryError:
+        return read_classes(path)
+    except CategoryError as error:
         if are_needed:
-            raise
+            raise CategoryError(f"{error}; {_CONVERT_ADVICE}") from None
         return None  # the configuration has them; other defects of the file are reported when it is opened
 
 
@@ -372,6 +381,11 @@ def _open_coco(
     for folder in (data.image_folder, data.panoptic_folder):
         if not os.path.isdir(folder):
             raise TrainingError(f"{folder}: no such folder")
+    if len(data) and not any(os.path.isfile(data.image_path(index)) for index in range(len(data))):
+        raise TrainingError(
+            f"{images}: holds none of the {len(data)} photographs of {annotations}, such as {data.names[0]}; "
+            f"name the folder that holds them"
+        )
     return data
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spatialflow.engine.checkpoint_reader import CheckpointError
 from spatialflow.engine.description import Description
 from spatialflow.files import atomic_write
+from spatialflow.packaged import WEIGHT_SUFFIXES
 
 
 def check_network(state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -75,7 +76,7 @@ def shorten(names: Sequence[str], limit: int = 12) -> str:
 def write_weights(state: Mapping[str, Tensor], path: str | Path, description: Description) -> Path:
     """Write tensors and the description of their network, as `save_checkpoint`."""
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
+    if path.suffix not in WEIGHT_SUFFIXES:
         raise ValueError(f"path: must end in .safetensors, .pt or .pth, got '{path}'")
     broken = not_finite(state)
     if broken:

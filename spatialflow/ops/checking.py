@@ -55,6 +55,11 @@ def integer(op: str, name: str, value: Any) -> int:
     return value
 
 
+def integers(op: str, name: str, values: Iterable[Any]) -> list[int]:
+    """Return the items of `values`; ValueError if `values` is not an iterable of integers."""
+    return [integer(op, f"{name}[{index}]", value) for index, value in enumerate(items(op, name, values))]
+
+
 def flag(op: str, name: str, value: Any) -> bool:
     """Return `value` as a bool; ValueError if it is a string, of which all but the empty one are true."""
     if isinstance(value, (str, bytes)):
@@ -78,9 +83,9 @@ def numbers(op: str, name: str, values: Iterable[Any]) -> list[float]:
 
 
 def height_and_width(op: str, name: str, value: Size) -> Size:
-    """Return `value` if it is a pair; ValueError otherwise."""
-    if not hasattr(value, "__len__") or len(value) != 2:
-        raise ValueError(f"{op}: {name} must be (height, width), got {value!r}")
+    """Return `value` if it is a pair of integers; ValueError otherwise."""
+    if not hasattr(value, "__len__") or len(value) != 2 or not all(map(_is_integer, value)):
+        raise ValueError(f"{op}: {name} must be (height, width) in integers, got {value!r}")
     return value
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, pair, require_finite
+from spatialflow.ops.checking import integer, is_checking, pair, require_finite
 from spatialflow.ops.conv_algorithm import CUDA_TAG, algorithm_code, check_packed_bias, packed_tag
 from spatialflow.ops.deform_conv2d_backward import differentiable_deform_conv2d
 from spatialflow.ops.differentiable import autocast, needs_gradient, without_gradient
@@ -264,10 +264,11 @@ class DeformConv2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        integer("DeformConv2d", "groups", groups)
         if groups < 1:
             raise ValueError(f"DeformConv2d: groups must be positive, got {groups}")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
+            if integer("DeformConv2d", name, channels) % groups:
                 raise ValueError(
                     f"DeformConv2d: {name} must be divisible by groups, got {channels} for {groups} groups"
                 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import number
+from spatialflow.ops.checking import integer, number
 from spatialflow.ops.differentiable import DifferentiableOp, autocast
 from spatialflow.ops.fake import register_fake
 from spatialflow.ops.layout import memory_format_of
@@ -43,7 +43,7 @@ def group_norm_relu(
 
     Raises:
         RuntimeError: a shape, dtype, device or number that does not fit, naming the argument.
-        ValueError: `eps` that is not a number.
+        ValueError: `num_groups` that is not an integer, or `eps` that is not a number.
 
     Note:
         Arithmetic is in float32 (float64 for float64 features); long sums are in float64. Statistics are computed from
@@ -76,7 +76,7 @@ def group_norm_relu(
     """
     if not are_tensors(input, optional=(weight, bias)):
         return with_arrays(group_norm_relu, locals())
-    eps = number("group_norm_relu", "eps", eps)
+    num_groups, eps = integer("group_norm_relu", "num_groups", num_groups), number("group_norm_relu", "eps", eps)
     return _group_norm_relu(autocast(input), weight, bias, num_groups, eps, bool(upsample))[0]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, number, require_finite
+from spatialflow.ops.checking import integer, is_checking, number, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -48,7 +48,8 @@ def multiclass_nms(
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
         ValueError: `boxes` and `scores` that do not both have three dimensions or both have two; a threshold that is
-            not a number; within `spatialflow.ops.checked()` a box or score that is not finite.
+            not a number, or `max_detections` that is not an integer; within `spatialflow.ops.checked()` a box or score
+            that is not finite.
 
     Note:
         Equal scores rank by row, then by class, the lower first. Pairs of boxes are compared as in `nms`. The score
@@ -86,7 +87,8 @@ def multiclass_nms(
         require_finite("multiclass_nms", "boxes", boxes)
         require_finite("multiclass_nms", "scores", scores)
     score_threshold = number("multiclass_nms", "score_threshold", score_threshold)
-    settings = (score_threshold, number("multiclass_nms", "iou_threshold", iou_threshold), max_detections)
+    iou_threshold = number("multiclass_nms", "iou_threshold", iou_threshold)
+    settings = (score_threshold, iou_threshold, integer("multiclass_nms", "max_detections", max_detections))
     if boxes.dim() == 3:
         return Detections(*_multiclass_nms(boxes, scores, *settings))
     batched = _multiclass_nms(boxes.unsqueeze(0), scores.unsqueeze(0), *settings)

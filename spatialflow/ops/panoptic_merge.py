@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spatialflow.deprecated import renamed_keywords
 from spatialflow.ops.arrays import are_tensors, with_arrays
-from spatialflow.ops.checking import is_checking, items, number, require_finite
+from spatialflow.ops.checking import integer, integers, is_checking, number, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -74,8 +74,9 @@ def panoptic_merge(
 
     Raises:
         RuntimeError: a shape, dtype or option that does not fit, naming the argument.
-        ValueError: `ignored_stuff` that is not a sequence, a threshold that is not a number; within
-            `spatialflow.ops.checked()`, a score or box that is not finite.
+        ValueError: `ignored_stuff` that is not a sequence of integers, `stuff_labels` or `stuff_area_threshold` that is
+            not an integer, another threshold that is not a number; within `spatialflow.ops.checked()`, a score or box
+            that is not finite.
 
     Note:
         Scores, shares and thresholds are compared in float64, where 0.7 of a float32 tensor is below a threshold of
@@ -111,18 +112,18 @@ def panoptic_merge(
         require_finite("panoptic_merge", "scores", scores)
         if boxes is not None:
             require_finite("panoptic_merge", "boxes", boxes)
-    ignored_stuff = items("panoptic_merge", "ignored_stuff", ignored_stuff)
+    ignored_stuff = integers("panoptic_merge", "ignored_stuff", ignored_stuff)
     id_map, table, segment_scores, count = _panoptic_merge(
         masks,
         scores,
         labels,
         boxes,
         stuff,
-        stuff_labels,
+        integer("panoptic_merge", "stuff_labels", stuff_labels),
         ignored_stuff,
         number("panoptic_merge", "score_threshold", score_threshold),
         number("panoptic_merge", "overlap_threshold", overlap_threshold),
-        stuff_area_threshold,
+        integer("panoptic_merge", "stuff_area_threshold", stuff_area_threshold),
         number("panoptic_merge", "box_overlap_threshold", box_overlap_threshold),
     )
     return PanopticMergeOutput(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, with_arrays
+from spatialflow.ops.checking import integer
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -29,6 +30,7 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
 
     Raises:
         RuntimeError: a shape, dtype, device or number that does not fit, naming the argument.
+        ValueError: a number of segments that is not an integer.
 
     Note:
         A pixel with an id outside its range is not counted. The result has no gradient.
@@ -49,6 +51,8 @@ def panoptic_quality_counts(gt_map: Tensor, pred_map: Tensor, gt_segments: int, 
     """
     if not are_tensors(gt_map, pred_map):
         return with_arrays(panoptic_quality_counts, locals())
+    gt_segments = integer("panoptic_quality_counts", "gt_segments", gt_segments)
+    pred_segments = integer("panoptic_quality_counts", "pred_segments", pred_segments)
     return _panoptic_quality_counts(gt_map, pred_map, gt_segments, pred_segments)
 
 

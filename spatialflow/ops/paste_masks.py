@@ -30,7 +30,8 @@ def paste_masks(mask_logits: Tensor, boxes: Tensor, size: tuple[int, int], thres
 
     Raises:
         RuntimeError: a shape, dtype, device, size or threshold that does not fit, naming the argument.
-        ValueError: `threshold` that is not a number; within `spatialflow.ops.checked()`, a box that is not finite.
+        ValueError: `size` that is not a pair of integers, or `threshold` that is not a number; within
+            `spatialflow.ops.checked()`, a box that is not finite.
 
     Note:
         With a threshold of 0.5 or more, only pixels whose center is in the box can be inside. A box without extent,

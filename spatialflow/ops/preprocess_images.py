@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
-from spatialflow.ops.checking import height_and_width, items, numbers
+from spatialflow.ops.checking import height_and_width, integer, items, numbers
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -38,7 +38,8 @@ def preprocess_images(
 
     Raises:
         RuntimeError: a shape, dtype, size or number that does not fit, naming the argument.
-        ValueError: `sizes`, `mean` or `std` that is not a sequence of numbers, naming it.
+        ValueError: `sizes`, `mean` or `std` that is not a sequence of numbers, or a size or `divisor` that is not an
+            integer, naming it.
 
     Note:
         Equal to OpenCV to the last bit in float32: `resize` with INTER_LINEAR, `subtract` in float32 and `multiply` by
@@ -67,6 +68,7 @@ def preprocess_images(
     sizes = [height_and_width("preprocess_images", f"sizes[{index}]", size) for index, size in enumerate(sizes)]
     heights, widths = [height for height, _ in sizes], [width for _, width in sizes]
     mean, std = numbers("preprocess_images", "mean", mean), numbers("preprocess_images", "std", std)
+    divisor = integer("preprocess_images", "divisor", divisor)
     return _preprocess_images(list(images), heights, widths, mean, std, divisor, dtype)
 
 

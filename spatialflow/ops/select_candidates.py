@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialflow.ops.arrays import are_tensors, as_list, with_arrays
-from spatialflow.ops.checking import is_checking, items, require_finite
+from spatialflow.ops.checking import integer, integers, is_checking, require_finite
 from spatialflow.ops.differentiable import without_gradient
 from spatialflow.ops.fake import register_fake
 
@@ -50,8 +50,9 @@ def select_candidates(
 
     Raises:
         RuntimeError: a shape, dtype, device or option that does not fit, naming the argument.
-        ValueError: `class_logits` or `box_deltas` that is one tensor or an empty list, or `strides` that is not a
-            sequence; within `spatialflow.ops.checked()` a value that is not finite.
+        ValueError: `class_logits` or `box_deltas` that is one tensor or an empty list, `strides` that is not a
+            sequence of integers, or `per_level` that is not an integer; within `spatialflow.ops.checked()` a
+            value that is not finite.
 
     Note:
         A level with more than `per_level` anchors gives those with the highest best logit, best first. Equal ones rank
@@ -87,7 +88,8 @@ def select_candidates(
         if isinstance(levels, Tensor) or not levels:
             got = f"a tensor of shape {tuple(levels.shape)}" if isinstance(levels, Tensor) else "none"
             raise ValueError(f"select_candidates: {name} must be a sequence of at least one level, got {got}")
-    strides = items("select_candidates", "strides", strides)
+    strides = integers("select_candidates", "strides", strides)
+    per_level = integer("select_candidates", "per_level", per_level)
     selected = _select_candidates(
         list(class_logits), list(box_deltas), base_anchors, strides, valid_sizes, scale_factors, per_level
     )

@@ -84,6 +84,12 @@ def sigmoid_focal_loss(
     gamma, alpha = number("sigmoid_focal_loss", "gamma", gamma), number("sigmoid_focal_loss", "alpha", alpha)
     if labels.is_floating_point() and labels.ndim == logits.ndim:
         return _loss_of_targets(logits, labels, gamma, alpha, reduction)
+    if labels.shape == logits.shape != ():  # F.one_hot gives integers
+        dtype = str(labels.dtype).removeprefix("torch.")
+        raise RuntimeError(
+            f"sigmoid_focal_loss: labels that are targets must be floating-point, got {dtype}; use "
+            f"labels.to(logits.dtype)"
+        )
     loss = (_elementwise if reduction == "none" else _sum)(logits, labels, gamma, alpha)
     if is_checking():  # values; the operator has checked the shapes
         require_finite("sigmoid_focal_loss", "logits", logits)

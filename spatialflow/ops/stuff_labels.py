@@ -29,7 +29,8 @@ def stuff_labels(logits: Tensor, valid_size: tuple[int, int], original_size: tup
 
     Raises:
         RuntimeError: a shape, dtype or size that does not fit, or no class at all, naming the argument.
-        ValueError: within `spatialflow.ops.checked()`, a logit that is not finite.
+        ValueError: a size that is not a pair of integers; within `spatialflow.ops.checked()`, a logit that is not
+            finite.
 
     Note:
         Ties go to the lower class. A class whose interpolated value is NaN is never the best; if all are NaN, the label

@@ -267,7 +267,15 @@ def score_files(
     gt_problems = check_panoptic(gt, gt_name, with_categories=True, use=TRUTH)
     quality = PanopticQuality(gt["categories"])
     pred, pred_name = _content(prediction.json, "pred_json")
-    pred_problems = check_panoptic(pred, pred_name, use=PREDICTION, categories=quality.categories)
+    try:
+        pred_problems = check_panoptic(pred, pred_name, use=PREDICTION, categories=quality.categories)
+    except PanopticFormatError as error:
+        if error.rule != "category-unknown":
+            raise
+        known = ", ".join(f"{row['id']} ({row.get('name', '')})" for row in gt["categories"][:3])
+        known += ", ..." * (len(gt["categories"]) > 3)
+        reason = f"the ground truth has {known}; the network must have been trained on its categories"
+        raise PanopticFormatError(f"{error}: {reason}", error.rule) from None
     prediction_of = join_images(gt, pred)
     predicted = {annotation["image_id"]: annotation for annotation in pred["annotations"]}
 

@@ -168,11 +168,12 @@ def _schedule(
 def describe_settings(config: Config, classes: Sequence[str], count: int, held_out: int) -> list[str]:
     """Describe the chosen settings, with the names of their fields, in three lines."""
     model, data, training = config.model, config.data, config.training
+    stuff = len(classes) - model.num_things
     shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
     epochs = " and ".join(map(str, training.learning_rate_epochs))
     decays = f", a tenth of it after epochs {epochs}" if epochs else ""
     return [
-        f"network: {config.name}; {model.num_things} thing and {len(classes) - model.num_things} stuff classes: {shown}",
+        f"network: {config.name}; {model.num_things} thing and {stuff} stuff classes: {shown}",
         f"images: {count} to train on, {held_out} to evaluate on; train_short_edges={list(data.train_short_edges)} "
         f"train_long_edge={data.train_long_edge}",
         f"schedule: epochs={training.epochs} images_per_step={training.images_per_step} "

@@ -95,6 +95,8 @@ def test_wrong_words(parser, capsys, line, message):
     [
         ("predit a.jpg", "no such command: predit; did you mean predict?"),
         ("predict a.jpg --outptu x", "no such option: --outptu; did you mean --output?"),
+        ("train demo --train-short-edges 5", "no such option: --train-short-edges; train_short_edges is a setting: "),
+        ("predict a.jpg --num_things=5", "no such option: --num_things; num_things is a setting: num_things=VALUE"),
         ("predict a.jpg --output x --config demoo", "got 'demoo'; did you mean demo"),
         (
             "predict a.jpg --output x --config w.safetensors",

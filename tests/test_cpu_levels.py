@@ -7,6 +7,7 @@ A library repacks or refuses weights that another library packed.
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,17 @@ def test_operators_equal_their_references(level):
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 4 * len(OPERATORS)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="needs cmake and ninja")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 only")
+def test_native_is_the_level_of_the_processor(tmp_path):
+    options = ["SPATIALFLOW_CPU_LEVELS=native", "SPATIALFLOW_CUDA=off", f"SPATIALFLOW_PACKAGE_DIR={tmp_path}/package"]
+    command = ["cmake", "-S", TESTS.parent, "-B", tmp_path, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run([*command, *(f"-D{option}" for option in options)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    built = set(re.findall(r"libspatialflow_cpu_([\w-]+)\.so", (tmp_path / "build.ninja").read_text()))
+    assert built == {_library._processor_levels()[0]}
 
 
 class TestMissingLibraries:

@@ -252,20 +252,21 @@ def test_readme_is_short():
     assert len(PAGES[0].read_text().splitlines()) <= 120
 
 
-def test_configuration_page():
-    """The generated tables describe every field and list every configuration of the package."""
+def test_tables_of_the_configuration():
+    """The tables are those of the package, describe every field and list every configuration."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        hooks = importlib.import_module("hooks")
+        tables = importlib.import_module("tables")
     finally:
         sys.path.remove(str(ROOT / "docs"))
+    for path in tables.PAGES:
+        assert path.read_text() == tables.with_tables(path.read_text()), f"run python docs/tables.py: {path}"
     text = (ROOT / "docs" / "configuration.md").read_text()
     for section, kind in SECTIONS.items():
-        assert f"<!-- fields: {section} -->" in text
-        rows = hooks.fields_table(section).splitlines()[2:]
+        rows = text.partition(f"<!-- fields: {section} -->\n\n")[2].partition("\n\n<!-- end -->")[0].splitlines()[2:]
         assert [row.split("`")[1] for row in rows] == list(kind.__dataclass_fields__)
         assert all(row.rsplit("|", 2)[1].strip() for row in rows), section
-    text = hooks.on_page_markdown((ROOT / "docs" / "models.md").read_text())
+    text = (ROOT / "docs" / "models.md").read_text()
     assert all(text.count(f"\n| `{name}` |") == 1 for name in spatialflow.list_configs())
 
 

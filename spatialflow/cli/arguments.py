@@ -43,6 +43,14 @@ def add_settings_option(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
+def is_field(word: str) -> bool:
+    """Tell whether a word is the name of a field of a configuration, with or without its section."""
+    from spatialflow.config import SECTIONS
+
+    section, _, field = word.rpartition(".")
+    return any(field in kind.__annotations__ for name, kind in SECTIONS.items() if section in ("", name))
+
+
 def add_completed(parser: Any, *names: str, completer: Completer, **options: Any) -> None:
     """Add an argument whose values the shell completes."""
     parser.add_argument(*names, **options).completer = completer
@@ -100,6 +108,9 @@ class CommandParser(Parser):
         separator = ["--"] if lacks_value or any(_is_option(word) for word in positionals) else []
         return options + separator + positionals
 
+    def _takes_settings(self) -> bool:
+        return any("FIELD=VALUE" in str(action.metavar) for action in self._actions)
+
     def _action(self, word: str) -> argparse.Action | None:
         """Find the option of a word, which may be shortened; None if several options begin with it."""
         name = word.partition("=")[0]
@@ -108,6 +119,9 @@ class CommandParser(Parser):
             return actions[name]
         matching = [option for option in actions if option.startswith(name) and name.startswith("--")]
         if not matching:
+            field = name.strip("-").replace("-", "_")
+            if self._takes_settings() and is_field(field):
+                self.error(f"no such option: {name}; {field} is a setting: {field}=VALUE")
             self.error(f"no such option: {name:.80}{did_you_mean(name, actions)}")
         return actions[matching[0]] if len(matching) == 1 else None
 

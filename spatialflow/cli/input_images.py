@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from spatialflow.cli.arguments import is_field
 from spatialflow.cli.common import IMAGE_SUFFIXES, nonempty, print_error
 from spatialflow.cli.downloads import SIZE_LIMIT, DownloadError, download, is_url
 from spatialflow.cli.label_folders import is_cityscapes_label, label_folder
@@ -150,7 +151,7 @@ class _Search:
             self._add_folder(Path(argument))
         elif argument.isdecimal() and not os.path.lexists(argument):
             self.failed.append(f"{argument}: no such file; the option for a camera is --camera {argument}")
-        elif not os.path.lexists(argument) and _is_field(argument):
+        elif not os.path.lexists(argument) and is_field(argument):
             self.failed.append(f"{argument}: no such file; a setting has the form {argument}=VALUE")
         else:
             self._add_file(Path(argument), Path(argument).name)
@@ -319,14 +320,6 @@ class _Scan:
                 yield InputImage(path, name)
             else:
                 skipped[kind] += 1
-
-
-def _is_field(word: str) -> bool:
-    """Tell whether a word is the name of a field of a configuration, with or without its section."""
-    from spatialflow.config import SECTIONS
-
-    section, _, field = word.rpartition(".")
-    return any(field in kind.__annotations__ for name, kind in SECTIONS.items() if section in ("", name))
 
 
 def _is_video(name: str) -> bool:

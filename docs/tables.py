@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MkDocs hooks: generate the configuration reference and the list of configurations from the package.
+"""Write the tables of configuration.md and models.md from the package: `python docs/tables.py`.
 
-A page asks for generated text by a comment: `<!-- fields: model -->` is the table of a section's fields, and
-`<!-- configurations -->` and `<!-- ablations -->` are tables of the package's YAML files.
+A table stands between a comment that names it and `<!-- end -->`: `<!-- fields: model -->` is the table of a section's
+fields, and `<!-- configurations -->` and `<!-- ablations -->` are tables of the package's YAML files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,21 @@ sys.path.insert(0, str(ROOT))  # the package of this tree; its configuration nee
 
 from spatialflow.config import SECTIONS  # noqa: E402  (after the change of sys.path)
 
+PAGES = tuple(ROOT / "docs" / name for name in ("configuration.md", "models.md"))
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the comments that ask for generated text."""
-    markdown = re.sub(r"<!-- fields: (\w+) -->", lambda match: fields_table(match[1]), markdown)
-    markdown = markdown.replace("<!-- configurations -->", configurations_table("*", "ablation_*"))
-    return markdown.replace("<!-- ablations -->", configurations_table("ablation_*"))
+
+def with_tables(page: str) -> str:
+    """Return the text of a page with its tables made again."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, _, section = match[1].partition(": ")
+        if kind == "fields":
+            rows = fields_table(section)
+        else:
+            rows = configurations_table(*(("*", "ablation_*") if kind == "configurations" else ("ablation_*",)))
+        return f"<!-- {match[1]} -->\n\n{rows}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (fields: \w+|configurations|ablations) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def fields_table(section: str) -> str:
@@ -84,3 +93,8 @@ def _comments(section: type) -> dict[str, str]:
         )
         for node in fields
     }
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(with_tables(path.read_text()))

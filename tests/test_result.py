@@ -159,8 +159,14 @@ class TestRows:
         mask = result.mask(2)
         assert mask.dtype == bool and mask.sum() == 200 and mask[20:30, 30:50].all()
         assert result.mask(0).sum() == 40 * 64 - 1324
-        with pytest.raises(ValueError, match=r"segment_id must be 0 or one of \[1, 2, 3\], got 7"):
+        with pytest.raises(ValueError, match=r"segment must be 0, one of \[1, 2, 3\] or the name of a class, got 7"):
             result.mask(7)
+
+    def test_mask_of_a_class(self):
+        result = make_result()
+        assert (result.mask("car") == (result.mask(1) | result.mask(2))).all() and result.mask("car").sum() == 300
+        with pytest.raises(ValueError, match="no class is named 'cars'; did you mean car?"):
+            result.mask("cars")
 
 
 class TestSave:

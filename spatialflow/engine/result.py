@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from spatialflow.data.categories import Categories
+from spatialflow.errors import did_you_mean
 from spatialflow.ops import paste_masks
 from spatialflow.panoptic.detection import detection_rows
 from spatialflow.panoptic.drawing import overlay
@@ -90,22 +91,29 @@ class PanopticResult:
         """Id of the image, derived from its name by `image_id_of`."""
         return image_id_of(self.image_name)
 
-    def mask(self, segment_id: int) -> np.ndarray:
-        """Return the pixels of a segment.
+    def mask(self, segment: int | str) -> np.ndarray:
+        """Return the pixels of a segment, or of all segments of a class.
 
         Args:
-            segment_id: `id` of one of `segments`; 0 for void.
+            segment: `id` of one of `segments`, 0 for void, or the name of a class.
 
         Returns:
-            (H, W) bool.
+            (H, W) bool; all False for a class that the image does not show.
 
         Raises:
-            ValueError: no segment has this id; the message lists the ids.
+            ValueError: no segment has this id, or no class this name; the message lists the ids or similar names.
         """
-        ids = [segment["id"] for segment in self.segments]
-        if segment_id not in (VOID, *ids):
-            raise ValueError(f"segment_id must be 0 or one of {ids}, got {segment_id!r:.40}")
-        pixels: np.ndarray = self.id_map == segment_id
+        if isinstance(segment, str):
+            names = self._names()
+            if segment not in names.values():
+                raise ValueError(f"no class is named {segment!r:.40}{did_you_mean(segment, names.values())}")
+            ids = [row["id"] for row in self.segments if names.get(row["category_id"]) == segment]
+            of_class: np.ndarray = np.isin(self.id_map, ids)
+            return of_class
+        ids = [row["id"] for row in self.segments]
+        if segment not in (VOID, *ids):
+            raise ValueError(f"segment must be 0, one of {ids} or the name of a class, got {segment!r:.40}")
+        pixels: np.ndarray = self.id_map == segment
         return pixels
 
     def rows(self) -> list[dict[str, Any]]:

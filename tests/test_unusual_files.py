@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from spatialflow.cli.common import print_error
 from spatialflow.cli.input_images import resolve_images
 from spatialflow.data.convert.photographs import Photographs
 
@@ -37,3 +38,9 @@ class TestPipes:
         """As with the shell's `<(command)`."""
         with resolve_images([folder / "pipe.png"]) as inputs:
             assert len(inputs.images) == 1
+
+
+def test_names_in_messages_do_not_control_the_terminal(capsys):
+    """A name with an escape sequence could hide other messages. Spaces of all kinds are text."""
+    print_error("\x1b[2Ja.jpg: is empty\nb\r\x9b\udcff \u202f\u00e9.jpg")
+    assert capsys.readouterr().err == "spatialflow: \\x1b[2Ja.jpg: is empty\nb\\r\\x9b\\udcff \u202f\u00e9.jpg\n"

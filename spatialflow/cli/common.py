@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,8 +68,14 @@ def check_count(option: str, value: int | None, minimum: int = 1) -> None:
 
 
 def print_error(text: str) -> None:
-    """Print a message on standard error, after the program's name."""
-    print(f"spatialflow: {text}", file=sys.stderr)
+    """Print a message on standard error, after the program's name; it may have several lines."""
+    lines = [printable(line) for line in text.split("\n")]
+    print("spatialflow: " + "\n".join(lines), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Escape control characters, such as line breaks in names of files, and bytes of names that are not text."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda match: repr(match[0])[1:-1], text)
 
 
 def set_threads(count: int | None) -> None:

@@ -8,6 +8,7 @@ import pytest
 from spatialflow.cli.common import print_error
 from spatialflow.cli.input_images import resolve_images
 from spatialflow.data.convert.photographs import Photographs
+from spatialflow.panoptic.report import quality_table
 
 
 @pytest.fixture
@@ -44,3 +45,10 @@ def test_names_in_messages_do_not_control_the_terminal(capsys):
     """A name with an escape sequence could hide other messages. Spaces of all kinds are text."""
     print_error("\x1b[2Ja.jpg: is empty\nb\r\x9b\udcff \u202f\u00e9.jpg")
     assert capsys.readouterr().err == "spatialflow: \\x1b[2Ja.jpg: is empty\nb\\r\\x9b\\udcff \u202f\u00e9.jpg\n"
+
+
+def test_names_of_classes_do_not_control_the_terminal():
+    row = {"pq": 1.0, "sq": 1.0, "rq": 1.0, "n": 1, "tp": 1, "fp": 0, "fn": 0}
+    groups = dict.fromkeys(("All", "Things", "Stuff"), row)
+    table = quality_table({**groups, "per_class": {1: row}}, {1: "\x1b[2J\nsky"})
+    assert "\\x1b[2J\\nsky" in table and "\x1b" not in table

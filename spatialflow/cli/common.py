@@ -7,12 +7,12 @@ import argparse
 import contextlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from spatialflow.errors import printable as printable  # also exported by this module
 from spatialflow.image_formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # also exported by this module
 from spatialflow.threads import available_cores
 
@@ -71,11 +71,6 @@ def print_error(text: str) -> None:
     """Print a message on standard error, after the program's name; it may have several lines."""
     lines = [printable(line) for line in text.split("\n")]
     print("spatialflow: " + "\n".join(lines), file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Escape control characters, such as line breaks in names of files, and bytes of names that are not text."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda match: repr(match[0])[1:-1], text)
 
 
 def set_threads(count: int | None) -> None:

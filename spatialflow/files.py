@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -56,6 +57,15 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
     with atomic_write(path, "w") as file:
         json.dump(content, file, indent=indent)
         file.write("\n")
+
+
+def is_special_file(path: str | os.PathLike[str]) -> bool:
+    """Tell whether `path` is a pipe, a socket or a device, whose content may never end; False for an absent file."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def write_jpeg(path: str | os.PathLike[str], image: np.ndarray, quality: int = 95) -> None:

@@ -17,7 +17,7 @@ from spatialflow.cli.main import main
 from spatialflow.data.categories import CategoryError, load_categories
 from spatialflow.data.synthetic import DRAWN_SCENES
 from spatialflow.engine.checkpoint_reader import read_weights
-from spatialflow.engine.description import CONFIG
+from spatialflow.engine.description import CATEGORIES, CONFIG, describe
 from spatialflow.engine.model_files import convert, packaged_weights
 from spatialflow.panoptic import read_panoptic_json
 
@@ -236,6 +236,24 @@ class TestDamage:
             path.write_bytes(save(network.state_dict(), metadata={"spatialflow.categories": text}))
             with pytest.raises(spatialflow.CheckpointError, match=reason):
                 spatialflow.load_model(path, config=network.config)
+
+    @pytest.mark.parametrize("change", ["less", "more", "kind", "other"])
+    def test_categories_of_another_network(self, network, tmp_path, change):
+        """They would name the wrong classes in silence, or fail at the first prediction."""
+        description = describe(network).entries()
+        table = json.loads(description[CATEGORIES])
+        if change == "less":
+            table["categories"].pop()
+        elif change == "more":
+            table["categories"].append({"id": 99, "isthing": 1})
+        elif change == "kind":
+            table["categories"][0]["isthing"] = 1 - table["categories"][0]["isthing"]
+        else:
+            table["has_other"] = not table["has_other"]
+        path = tmp_path / "weights.safetensors"
+        path.write_bytes(save(network.state_dict(), metadata=description | {CATEGORIES: json.dumps(table)}))
+        with pytest.raises(spatialflow.CheckpointError, match="categories has .* network .* has num_things = "):
+            spatialflow.load_model(path)
 
     def test_text_that_would_control_a_terminal(self, network, tmp_path):
         path = tmp_path / "weights.safetensors"

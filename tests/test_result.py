@@ -254,6 +254,26 @@ class TestSave:
         make_result(name="new.jpg").save(tmp_path)
         assert len(read_panoptic_json(tmp_path / "panoptic.json")["images"]) == 2
 
+    @pytest.mark.parametrize("function", ["write_jpeg", "write_id_map", "atomic_write"])
+    def test_a_result_that_cannot_be_replaced_is_kept(self, tmp_path, monkeypatch, function):
+        """As on a full disk: all files are as before, and the next call succeeds."""
+
+        def files():
+            return {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        make_result().save(tmp_path)
+        before = files()
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)
+            patch.setattr(f"spatialflow.panoptic.result_folder.{function}", fail)
+            make_result([segment(7, 3, 0, 0, 9, 9)]).save(tmp_path)
+        assert files() == before
+        make_result(name="b.jpg").save(tmp_path)
+        assert len(files()) == 5
+
     def test_changes_by_others_are_seen(self, tmp_path):
         """A JSON that is not the one written last is read again; so is one of a folder that was removed."""
         make_result(name="a.jpg").save(tmp_path)

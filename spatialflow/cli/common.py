@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from spatialflow.errors import printable as printable  # also exported by this module
 from spatialflow.image_formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # also exported by this module
 from spatialflow.packaged import RUN_FILES, WEIGHT_SUFFIXES
 from spatialflow.threads import available_cores
@@ -68,8 +69,9 @@ def check_count(option: str, value: int | None, minimum: int = 1) -> None:
 
 
 def print_error(text: str) -> None:
-    """Print a message on standard error, after the program's name."""
-    print(f"spatialflow: {text}", file=sys.stderr)
+    """Print a message on standard error, after the program's name; it may have several lines."""
+    lines = [printable(line) for line in text.split("\n")]
+    print("spatialflow: " + "\n".join(lines), file=sys.stderr)
 
 
 def set_threads(count: int | None) -> None:

@@ -22,6 +22,7 @@ from spatialflow.cli.common import (
     path_in_oserror,
     png_folder,
     print_error,
+    printable,
 )
 from spatialflow.cli.validate import problem_table, verdict
 
@@ -196,19 +197,14 @@ def _print_problems(result: Conversion) -> None:
         texts_by_rule.setdefault(problem.rule, []).append(problem.text)
     for rule, texts in texts_by_rule.items():
         for text in texts[:SHOWN_PROBLEMS]:
-            print_error(_printable(text))
+            print_error(printable(text))
         if len(texts) > SHOWN_PROBLEMS:
             print_error(f"and {len(texts) - SHOWN_PROBLEMS} more problems of the kind {rule!r}")
 
 
-def _printable(text: str) -> str:
-    """Escape line breaks, control characters and unpaired surrogates in names from files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _print_conversion(result: Conversion) -> None:
-    things = [_printable(row["name"]) for row in result.categories if row["isthing"]]
-    stuff = [_printable(row["name"]) for row in result.categories if not row["isthing"]]
+    things = [printable(row["name"]) for row in result.categories if row["isthing"]]
+    stuff = [printable(row["name"]) for row in result.categories if not row["isthing"]]
     counts = ", ".join(
         f"{result.segments[kind]} {kind}" for kind in ("things", "stuff", "crowds") if result.segments[kind]
     )
@@ -217,14 +213,14 @@ def _print_conversion(result: Conversion) -> None:
     print(f"stuff: {', '.join(stuff) or '-'}")
     print(f"segments: {counts or '0'}")
     for note in result.notes:
-        print(f"note: {_printable(note)}")
+        print(f"note: {printable(note)}")
     if result.problems:
         print(f"left out: {len(result.problems)} damaged or unknown entries, named above")
     for path, count in zip(result.json_paths, result.image_counts, strict=True):
         print(f"{path}: {count} images")
     if not any(result.image_counts):
         return
-    paths = [shlex.quote(_printable(str(path))) for path in (result.json_paths[0], result.images)]
+    paths = [shlex.quote(printable(str(path))) for path in (result.json_paths[0], result.images)]
     print(f"next: spatialflow dataset check {paths[0]} --images {paths[1]} --pictures examples.jpg")
 
 
@@ -245,7 +241,7 @@ def _check(options: argparse.Namespace) -> int:
         print(_class_table(result), end="")
         print(problem_table(problems), end="")
         for text in advice(result):
-            print(f"note: {_printable(text)}")
+            print(f"note: {printable(text)}")
         if options.pictures is not None:
             with path_in_oserror(options.pictures):
                 count = _write_examples(options.pictures, result, folder, options.images)
@@ -261,7 +257,7 @@ def _class_table(result: Survey) -> str:
         kind = "thing" if row.category["isthing"] else "stuff"
         crowds = f" + {row.crowds} crowds" if row.crowds else ""
         median = f"{row.median_area:,.0f} px" if row.segments else "-"
-        name = _printable(row.category["name"][:40])
+        name = printable(row.category["name"][:40])
         numbers = (f"{row.segments:,}{crowds}", f"{row.images:,}", f"{100 * row.share:.2f} %", median)
         rows.append((str(row.category["id"]), name, kind, *numbers))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -285,7 +281,7 @@ def _write_examples(output: Path, result: Survey, folder: Path, images: Path | N
         raise CommandError(f"{folder}: holds no image to draw")
     categories = [row.category for row in result.classes]
     pictures = (
-        (f"{number}: {_printable(annotation['name'])}", _example(annotation, folder, images, categories))
+        (f"{number}: {printable(annotation['name'])}", _example(annotation, folder, images, categories))
         for number, annotation in enumerate(result.examples, start=1)
     )
     write_jpeg(output, thumbnails(pictures, _COLUMNS, _CELL), quality=90)

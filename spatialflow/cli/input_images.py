@@ -20,6 +20,7 @@ from spatialflow.cli.arguments import is_field
 from spatialflow.cli.common import IMAGE_SUFFIXES, nonempty, print_error
 from spatialflow.cli.downloads import SIZE_LIMIT, DownloadError, download, is_url
 from spatialflow.cli.label_folders import is_cityscapes_label, label_folder
+from spatialflow.files import is_special_file
 from spatialflow.image_formats import UNREADABLE_SUFFIXES, image_suffix
 
 VIDEO_SUFFIXES = (
@@ -40,6 +41,7 @@ VIDEO_SUFFIXES = (
 )
 
 _STANDARD_INPUT = "standard input"
+_SPECIAL = "pipe or device"
 
 
 class InputImage(NamedTuple):
@@ -221,8 +223,8 @@ class _Search:
         fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0] or ("/" if pattern.startswith("/") else ".")
         skipped = Counter[str]()
         for match in files:
-            kind = _kind(match)
-            if kind is None or _is_video(match):
+            kind = _kind_of_file(match)
+            if kind is None or (kind in VIDEO_SUFFIXES and _is_video(match)):
                 self._add_file(Path(match), Path(os.path.relpath(match, fixed)).as_posix())
             else:
                 skipped[kind] += 1
@@ -316,7 +318,7 @@ class _Scan:
                     yield from self.images(path, f"{name}/", (*parents, real_path))
             elif (os.path.realpath(path) if is_link else f"{real_path}/{path.name}") in self._outputs:
                 continue
-            elif (kind := _kind(path.name)) is None:
+            elif (kind := _kind_of_file(path)) is None:
                 yield InputImage(path, name)
             else:
                 skipped[kind] += 1
@@ -332,6 +334,11 @@ def _kind(name: str) -> str | None:
     if suffix in IMAGE_SUFFIXES:
         return "Cityscapes label picture" if is_cityscapes_label(name) else None
     return suffix or "without suffix"
+
+
+def _kind_of_file(path: str | Path) -> str | None:
+    """Return the kind of a file found in a folder as `_kind` does, also for a pipe, which would never be read whole."""
+    return _SPECIAL if is_special_file(path) else _kind(Path(path).name)
 
 
 def _print_skipped(place: str | Path, skipped: Counter[str]) -> None:

@@ -75,12 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the command could not run. 130: interrupted (SIGINT). 141: standard output was closed (broken pipe). 143:
         terminated (SIGTERM).
     """
+    _open_closed_streams()
     try:
         parser = _parser()
         _complete(parser)
         options = parser.parse_args(_checked(parser, sys.argv[1:] if arguments is None else list(arguments)))
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
             sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain bytes that are not text
+        _check_current_folder()
         show_log()
         leave_cores_to_others()
         with _signals_raise() as received, _data_warnings_as_messages():
@@ -108,6 +110,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_terminated = isinstance(error, Terminated)
         print_error(": ".join(("terminated" if is_terminated else "interrupted", *map(str, error.args))))
         return 143 if is_terminated else 130
+
+
+def _open_closed_streams() -> None:
+    """Open those of the three standard streams that the parent process closed, as empty ones.
+
+    A file of results would otherwise get the number of the closed stream, and messages of libraries would be written
+    into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def _check_current_folder() -> None:
+    """Raise CommandError if the current folder was deleted; libraries such as torch end the process then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise CommandError(f"the current folder cannot be used: {error.strerror}; change to another one") from None
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:

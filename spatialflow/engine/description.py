@@ -57,10 +57,22 @@ def read_description(entries: Mapping[str, str]) -> Description:
         config = make_config(str(settings.pop("name", "")), settings)
     if CATEGORIES in entries:
         categories = Categories.from_table(_mapping(entries, CATEGORIES), CATEGORIES)
+    if config is not None and categories is not None:
+        _check_counts(config, categories)
     trained_on = entries.get(TRAINED_ON)
     if trained_on is not None and not (trained_on.isprintable() and len(trained_on) <= 200):
         raise ValueError(f"{TRAINED_ON} must be one line of at most 200 printable characters")
     return Description(config, categories, trained_on)
+
+
+def _check_counts(config: Config, categories: Categories) -> None:
+    """Raise ValueError if the network has not one output for each class."""
+    model, things, stuff = config.model, len(categories.things), len(categories.stuff)
+    if max(things, 1) != model.num_things or (model.stuff_head and stuff != model.num_stuff):
+        raise ValueError(
+            f"{CATEGORIES} has {things} things and {stuff} stuff classes, and the network of {CONFIG} has num_things = "
+            f"{model.num_things} and num_stuff = {model.num_stuff}"
+        )
 
 
 def _mapping(entries: Mapping[str, str], name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training from files: `spatialflow.train` and the command `spatialflow train`."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -21,6 +22,7 @@ from spatialflow.engine.checkpoints import CheckpointError
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.model_files import read_model_file
 from spatialflow.engine.run_advice import advice
+from spatialflow.engine.run_folder import check_replaced_files, only_process
 from spatialflow.engine.run_settings import (
     CLASS_FIELDS,
     ClassTable,
@@ -207,7 +209,8 @@ def train(
         `TrainingResult`, with the network and its scores.
 
     Raises:
-        TrainingError: arguments exclude each other; or the run cannot start, continue or be resumed.
+        TrainingError: arguments exclude each other; the run cannot start, continue or be resumed; another process
+            trains into the folder; or a file in it that is not of a run would be replaced.
         ConfigError: a field breaks a rule, or contradicts the annotation file.
         CategoryError, PanopticFormatError, CityscapesError: annotations cannot be used.
         CheckpointError: weights cannot be read, or do not fit.
@@ -236,29 +239,35 @@ def train(
     configured, data, validation = _settings(start, files, config, overrides, group)
     if validation is not None:
         _check_readable(validation)
-    trainer = Trainer(
-        configured,
-        data,
-        Path(output),
-        group,
-        validation=validation,
-        initial_weights=InitialWeights(
-            start.weights, None if backbone is None else Path(backbone), ema, start.categories
-        ),
-        workers=workers,
-        strict=strict,
-        progress=progress,
-        resume=resume,
-    )
-    if group.is_first:
-        _write_config(trainer)
-        _announce(trainer, start, is_chosen=config is None, is_pretrained=backbone is not None, prints=progress)
-    try:
-        network = trainer.run().eval()
-    except KeyboardInterrupt as stop:
-        if os.path.isfile(trainer.store.path):
-            stop.args = (f"run the same command again to continue from {trainer.store.path}",)
-        raise
+    folder = Path(output)
+    is_new = resume is False or not os.path.isfile(folder / "checkpoint.pt")
+    if is_new and resume is None and group.is_first:
+        check_replaced_files(folder)
+    writes = group.is_first and not (is_new and resume)  # a run to resume that is absent is an error
+    with only_process(folder) if writes else contextlib.nullcontext():
+        trainer = Trainer(
+            configured,
+            data,
+            folder,
+            group,
+            validation=validation,
+            initial_weights=InitialWeights(
+                start.weights, None if backbone is None else Path(backbone), ema, start.categories
+            ),
+            workers=workers,
+            strict=strict,
+            progress=progress,
+            resume=resume,
+        )
+        if group.is_first:
+            _write_config(trainer)
+            _announce(trainer, start, is_chosen=config is None, is_pretrained=backbone is not None, prints=progress)
+        try:
+            network = trainer.run().eval()
+        except KeyboardInterrupt as stop:
+            if os.path.isfile(trainer.store.path):
+                stop.args = (f"run the same command again to continue from {trainer.store.path}",)
+            raise
     rows = [] if trainer.log is None else trainer.log.rows
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     return TrainingResult(

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import IO, Any
 
+from spatialflow.errors import printable
 from spatialflow.files import write_json
 from spatialflow.panoptic.detection import average_precision, read_detections, rename_images
 from spatialflow.panoptic.quality import AnnotationFiles, default_folder, score_files
@@ -84,6 +85,7 @@ def quality_table(result: Mapping[str, Any], names: Mapping[int, str] | None = N
     if result["All"]["n"] == 0:
         lines.append("no segment of any category was annotated or predicted")
     if names is not None:
+        names = {category: printable(name) for category, name in names.items()}
         seen = {category: row for category, row in result["per_class"].items() if row["n"]}
         width = max([len(names[category]) for category in seen] + [8]) + 2
         lines += ["", f"{'class':{width}}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'TP':>7}{'FP':>7}{'FN':>7}"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -70,18 +71,38 @@ def add_to_folder(
             warnings.warn(f"{folder}: {rule}", DataWarning, stacklevel=3)
         if content.is_taken(image_id, png_name):
             image_id = name.with_suffix("").as_posix()
-        try:
+        with _unchanged_after_errors(content.path, (png, overlay)):
             if picture is not None:
                 write_jpeg(overlay, picture)
             write_id_map(png, id_map)
             content.add(panoptic_row(image_id, image_name, png_name, id_map, segments))
             content.write()
-        except BaseException:  # the JSON would not list the files, or list other ids
-            _contents.pop(content.path, None)
-            for path in (png, overlay):
-                path.unlink(missing_ok=True)
-            raise
     return png
+
+
+@contextlib.contextmanager
+def _unchanged_after_errors(json_path: Path, files: Iterable[Path]) -> Iterator[None]:
+    """Within the block, write `files` and the JSON; after an exception, restore the files that there were before.
+
+    Otherwise the JSON would not list new files, or not the ids of a result that was to replace another one.
+    """
+    earlier: dict[Path, Path] = {}
+    try:
+        for path in files:
+            if os.path.lexists(path):
+                aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # a renaming needs no space on disk
+                os.replace(path, aside)
+                earlier[path] = aside
+        yield
+    except BaseException:
+        _contents.pop(json_path, None)
+        for path in files:
+            path.unlink(missing_ok=True)
+        for path, aside in earlier.items():
+            os.replace(aside, path)
+        raise
+    for aside in earlier.values():
+        aside.unlink(missing_ok=True)
 
 
 class _Content:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from spatialflow.data.convert.shapes import ShapeError
+from spatialflow.files import is_special_file
 from spatialflow.image_formats import IMAGE_SUFFIXES
 from spatialflow.images import ImageError, image_size
 from spatialflow.panoptic.photographs import image_id_of, photograph_key
@@ -38,7 +39,9 @@ class Photographs:
             skipped.add(real_path)  # links may lead to it again
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for file in files:
-                if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
+                if not file.lower().endswith(IMAGE_SUFFIXES) or file.startswith("."):
+                    continue
+                if not is_special_file(os.path.join(root, file)):
                     self.names.append(Path(os.path.relpath(os.path.join(root, file), folder)).as_posix())
         self.names.sort()
         self._by_name: dict[str, list[str]] = defaultdict(list)

@@ -128,7 +128,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> bool:
                 [row["step"] for row in evaluations], [row[name] * 100 for row in evaluations], marker=".", label=name
             )
         quality.set(ylabel="panoptic quality, %", ylim=(0, 100))
-        quality.legend(loc="lower right")
+        quality.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)  # above the curves, which it would cover
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
     return True

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a training run: one run at a time, its configuration, and what an interrupted run has saved."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from spatialflow.config import SECTIONS, Config
+from spatialflow.engine.checkpoint_store import CheckpointStore, TrainingError
+from spatialflow.engine.distributed import ProcessGroup
+from spatialflow.files import atomic_write, open_locked
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path, group: ProcessGroup) -> Iterator[None]:
+    """Keep other runs out of a folder during the block, which ends with the process at the latest.
+
+    Args:
+        folder: created if it is absent, and removed again if the block writes nothing.
+        group: processes of the run; the first one locks the folder for all.
+
+    Raises:
+        TrainingError: another process trains in the folder; raised in all processes of the group.
+        OSError: the folder cannot be written.
+    """
+    path, is_new, error = folder / ".training.lock", not os.path.exists(folder), None
+    with contextlib.ExitStack() as stack:
+        if group.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(open_locked(path))
+            except BlockingIOError:
+                error = f"{folder}: is being written by another process; use another output folder"
+            else:
+                stack.callback(_remove_lock, path, is_new)
+        for message in group.gather(error):
+            if message is not None:
+                raise TrainingError(message)
+        yield
+
+
+def _remove_lock(path: Path, with_folder: bool) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+        if with_folder:
+            path.parent.rmdir()  # fails if the run has written a file
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Write the whole configuration of a run to `config.yaml` of its folder.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    sections = {
+        section: {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(getattr(config, section)).items()
+        }
+        for section in SECTIONS
+    }
+    with atomic_write(folder / "config.yaml", "w") as file:
+        yaml.safe_dump(sections, file, sort_keys=False, allow_unicode=True)
+
+
+def describe_saved(store: CheckpointStore, first_save: int, total_steps: int) -> str:
+    """Say what an interrupted run has saved, and what the same command will do.
+
+    Args:
+        store: with the checkpoint.
+        first_save: steps of a new run before its first checkpoint.
+        total_steps: of the run.
+    """
+    if store.saved_step is not None:
+        return f"the same command continues at step {store.saved_step} of {total_steps}, from {store.path}"
+    return (
+        f"nothing is saved before step {first_save}, so the same command starts again; "
+        f"checkpoint_every_steps=N saves earlier"
+    )

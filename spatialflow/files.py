@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writing of files: a reader sees the old content or all of the new content, never a part of it."""
+"""Atomic writing of files, which a reader never sees in part, and files that one process at a time has open."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -40,6 +41,36 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def open_locked(path: Path) -> IO[bytes]:
+    """Open a file for appending, and lock it until it is closed or the process ends; create it if it does not exist.
+
+    On a file system without locks, the file is only opened.
+
+    Raises:
+        BlockingIOError: another process, or another stream of this process, has locked the file.
+        OSError: the file cannot be opened.
+    """
+    while True:
+        stream = open(path, "ab", buffering=0)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise
+        except OSError:  # a file system without locks
+            return stream
+        if _is_file_of(stream, path):
+            return stream
+        stream.close()  # the process that locked it before has removed it
+
+
+def _is_file_of(stream: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:

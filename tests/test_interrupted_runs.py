@@ -311,9 +311,8 @@ def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):
     ]
     command = train_arguments(data, run, *settings)
     assert main(command) == 143
-    assert (
-        error_messages(capsys)[-1] == f"terminated: run the same command again to continue from {run / 'checkpoint.pt'}"
-    )
+    path = run / "checkpoint.pt"
+    assert error_messages(capsys)[-1] == f"terminated: the same command continues at step 2 of 4, from {path}"
     monkeypatch.undo()
     assert main(command) == 0
     assert "step 2 of 4" in capsys.readouterr().out

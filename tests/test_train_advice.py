@@ -5,12 +5,14 @@ import json
 import re
 
 import pytest
+import torch
 from helpers.scenes import scene_categories, write_coco
 from helpers.training import SMALL_RUN, small
 
+import spatialflow
 from spatialflow.cli.main import main
 from spatialflow.data.coco import CocoPanoptic
-from spatialflow.engine.run_advice import advice
+from spatialflow.engine.run_advice import advice, spinning_threads
 
 GOOD = dict(learning_rate_epochs=[1], epochs=2)
 
@@ -94,3 +96,38 @@ def test_few_images_and_the_command(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("spatialflow: only 2 training images: the network will fit these") for line in lines)
     assert any(line.startswith("spatialflow: no validation images") for line in lines)
+
+
+class TestSpinningThreads:
+    """On a busy machine they made a run in Python four times as slow as the command, which sets the variable."""
+
+    def warned(self, monkeypatch, policy, threads=2, device="cpu", workers=2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        if policy is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        else:
+            monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        return spinning_threads(torch.device(device), workers)
+
+    @pytest.mark.parametrize("policy", [None, "active"])
+    def test_the_remedy_is_named(self, monkeypatch, policy):
+        (text,) = self.warned(monkeypatch, policy)
+        assert text.startswith("OMP_WAIT_POLICY is not passive: torch's 2 threads keep their cores busy")
+        assert text.endswith('set os.environ["OMP_WAIT_POLICY"] = "passive" before torch is imported')
+
+    @pytest.mark.parametrize("policy", ["passive", "PASSIVE"])
+    def test_not_where_threads_sleep(self, monkeypatch, policy):
+        assert self.warned(monkeypatch, policy) == []
+
+    @pytest.mark.parametrize("options", [{"threads": 1}, {"device": "cuda"}, {"workers": 0}])
+    def test_not_where_they_disturb_nothing(self, monkeypatch, options):
+        assert self.warned(monkeypatch, None, **options) == []
+
+    def test_a_run_says_it_before_its_first_step(self, monkeypatch, tmp_path, caplog):
+        scenes = write_coco(tmp_path / "scenes", 2, (64, 96))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        settings = {k: v for k, v in SMALL_RUN.items() if k not in ("num_things", "num_stuff", "categories")}
+        output = tmp_path / "run"
+        spatialflow.train(scenes / "images", scenes / "panoptic.json", config="tiny", output=output, **settings)
+        assert any(text.startswith("OMP_WAIT_POLICY is not passive") for text in caplog.messages)

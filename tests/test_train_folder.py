@@ -1,17 +1,161 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a training run: files of others, and two processes."""
+"""The folder of a training run: one run at a time, complete runs stay as they are, and what an interrupt leaves."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from helpers.command_line import train_arguments
+import torch
+import yaml
+from helpers.command_line import error_messages, train_arguments
 from helpers.scenes import write_coco
+from helpers.training import SMALL_RUN
 
 from spatialflow.cli.main import main
 from spatialflow.engine.checkpoint_store import TrainingError
-from spatialflow.engine.run_folder import check_replaced_files, only_process
+from spatialflow.engine.distributed import ProcessGroup
+from spatialflow.engine.run_folder import check_replaced_files, only_run_in
+from spatialflow.engine.trainer import Trainer
+
+pytest_plugins = ["helpers.training"]  # fixtures `scenes` and `data`
+
+SETTINGS = tuple(f"{k}={v}" for k, v in SMALL_RUN.items() if k not in ("num_things", "num_stuff", "categories"))
+
+
+@pytest.fixture
+def command(scenes, tmp_path):
+    """Return a function that makes the command line of a run in `tmp_path / "run"`; an epoch has two steps."""
+    files = []
+    for kind in ("", "validation-"):
+        files += [f"--{kind}images", str(scenes / "images"), f"--{kind}annotations", str(scenes / "panoptic.json")]
+
+    def arguments(*more, workers=0):
+        output = ["--output", str(tmp_path / "run")]
+        return ["train", "tiny", *SETTINGS, *files, *output, "--workers", str(workers), *more]
+
+    return arguments
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+class TestOneRunAtATime:
+    def test_a_second_run_is_refused_and_changes_nothing(self, command, tmp_path, capsys, monkeypatch):
+        run, advance, seen = tmp_path / "run", Trainer._advance, []
+
+        def with_a_second_run(*arguments):
+            if not seen:
+                before = contents(run)
+                seen.extend([main(command()), main(command("--restart")), contents(run) == before])
+            return advance(*arguments)
+
+        monkeypatch.setattr(Trainer, "_advance", with_a_second_run)
+        assert main(command("epochs=2")) == 0
+        assert seen == [2, 2, True]
+        refused = [line for line in error_messages(capsys) if "another process" in line]
+        assert refused == [f"{run}: is being written by another process; use another output folder"] * 2
+        assert not [path for path in run.iterdir() if path.name.startswith(".")]
+        assert main(command("epochs=3")) == 0
+
+    def test_a_killed_process_does_not_lock_the_folder(self, command, tmp_path):
+        code = (
+            "import sys, time; from pathlib import Path; from spatialflow.files import open_locked\n"
+            "stream = open_locked(Path(sys.argv[1])); print(flush=True); time.sleep(600)"
+        )
+        (tmp_path / "run").mkdir()
+        holder = [sys.executable, "-c", code, str(tmp_path / "run" / ".training.lock")]
+        with subprocess.Popen(holder, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            assert main(command()) == 2
+            process.kill()
+        assert main(command()) == 0
+
+    def test_only_the_first_process_locks_and_all_stop(self, tmp_path, monkeypatch):
+        second = ProcessGroup(1, 2, torch.device("cpu"))
+        monkeypatch.setattr(ProcessGroup, "gather", lambda self, item: ["run: is in use", item])
+        with pytest.raises(TrainingError, match="run: is in use"), only_run_in(tmp_path / "run", second):
+            pass
+        assert not (tmp_path / "run").exists()
+
+    def test_a_mistyped_folder_is_not_created(self, command, tmp_path):
+        assert main(command("--resume")) == 2
+        assert not (tmp_path / "run").exists()
+
+
+class TestCompleteRun:
+    @pytest.mark.parametrize("change", ["epochs=2", "epochs=1", "learning_rate=0.5", "stuff_area_threshold=7"])
+    def test_nothing_is_changed(self, change, command, tmp_path, capsys):
+        run = tmp_path / "run"
+        assert main(command("epochs=2")) == 0
+        before = contents(run)
+        capsys.readouterr()
+        assert main(command("epochs=2", change)) == 0
+        assert contents(run) == before
+        shown = capsys.readouterr()
+        assert f"{run}: is complete, so nothing was changed; more epochs=N continue it, --restart" in shown.out
+        assert "4 steps: " in shown.out and "PQ " in shown.out
+        assert "changed settings" not in shown.err and "the run ends" not in shown.err
+
+    def test_more_epochs_continue_it(self, command, tmp_path):
+        assert main(command()) == 0
+        assert main(command("epochs=2")) == 0
+        assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["epochs"] == 2
+
+    def test_missing_weights_are_written(self, command, tmp_path):
+        assert main(command()) == 0
+        weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+        (tmp_path / "run" / "model.safetensors").unlink()
+        assert main(command()) == 0
+        assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    "number, word, code", [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
+class TestInterrupt:
+    def test_what_is_kept_is_said(self, number, word, code, command, tmp_path, capsys, monkeypatch):
+        advance, steps = Trainer._advance, []
+
+        def stopping(trainer, *arguments):
+            if trainer.step in (1, 3) and trainer.step not in steps:
+                steps.append(trainer.step)
+                os.kill(os.getpid(), number)
+            steps.append(trainer.step)
+            return advance(trainer, *arguments)
+
+        monkeypatch.setattr(Trainer, "_advance", stopping)
+        assert main(command("epochs=3")) == code
+        assert error_messages(capsys)[-1] == (
+            f"{word}: nothing is saved before step 2, so the same command starts again; "
+            f"checkpoint_every_steps=N saves earlier"
+        )
+        assert main(command("epochs=3")) == code
+        path = tmp_path / "run" / "checkpoint.pt"
+        assert error_messages(capsys)[-1] == f"{word}: the same command continues at step 2 of 6, from {path}"
+        assert main(command("epochs=3")) == 0
+        assert steps == [0, 1, 0, 1, 2, 3, 2, 3, 4, 5]
+
+    def test_a_group_of_processes_that_gets_a_signal(self, number, word, code, command):
+        """Ctrl-C, or the stop of a service, reaches the processes that load data too."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "spatialflow.cli", *command("epochs=100000", workers=2)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        for line in process.stdout:
+            if "images/s" in line:
+                break
+        os.killpg(process.pid, number)
+        _, message = process.communicate(timeout=120)
+        assert process.returncode == code
+        assert f"\nspatialflow: {word}: the same command continues at step " in message, message
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "curves.png", "model.safetensors"])
@@ -31,25 +175,7 @@ def test_files_of_others_are_kept(tmp_path, capsys, name):
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, log):
     (tmp_path / "log.jsonl").write_text(log)
     (tmp_path / "config.yaml").write_text("model: {}")
-    check_replaced_files(tmp_path)
+    check_replaced_files(tmp_path, ProcessGroup(0, 1, torch.device("cpu")))
     (tmp_path / "model.safetensors").touch()  # of a run whose checkpoint was deleted
     with pytest.raises(TrainingError, match=r"model\.safetensors: would be replaced"):
-        check_replaced_files(tmp_path)
-
-
-def test_two_processes_do_not_train_into_one_folder(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from spatialflow.engine.run_folder import only_process\n"
-        "with only_process(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "locked\n"
-        with (
-            pytest.raises(TrainingError, match="another process trains into this folder"),
-            only_process(tmp_path / "run"),
-        ):
-            pass
-        other.kill()
-    with only_process(tmp_path / "run"):  # the lock ended with the process
-        assert os.path.isdir(tmp_path / "run")
+        check_replaced_files(tmp_path, ProcessGroup(0, 1, torch.device("cpu")))

@@ -57,6 +57,7 @@ class CheckpointStore:
     Attributes:
         changed_settings: "field old -> new" for each of `REMEDY_FIELDS` that `restore` found changed.
         last_save_time: `time.monotonic()` at the end of the last `save`; -inf before the first one.
+        saved_step: steps done in the checkpoint that `save` or `restore` used last; None without one.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class CheckpointStore:
         self.network, self.optimizer, self.scaler = network, optimizer, scaler
         self.changed_settings: list[str] = []
         self.last_save_time = -math.inf
+        self.saved_step: int | None = None
 
     @property
     def path(self) -> Path:
@@ -107,11 +109,16 @@ class CheckpointStore:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        self.last_save_time = time.monotonic()
+        self.last_save_time, self.saved_step = time.monotonic(), step
 
     def save_weights(self) -> None:
         """Write the weights alone to `model.safetensors`."""
         save_checkpoint(self.network, self.folder / "model.safetensors")
+
+    def has_new_weights(self) -> bool:
+        """Return whether `model.safetensors` was written after the checkpoint."""
+        weights = self.folder / "model.safetensors"
+        return os.path.isfile(weights) and os.stat(weights).st_mtime_ns >= os.stat(self.path).st_mtime_ns
 
     def copy_before_divergence(self) -> Path | None:
         """Copy the checkpoint to `checkpoint_before_divergence.pt` and return that path; None without a checkpoint."""
@@ -134,7 +141,8 @@ class CheckpointStore:
         """
         content = read_torch(self.path)
         try:
-            return self._load(content)
+            self.saved_step = self._load(content)
+            return self.saved_step
         except (CheckpointError, TrainingError):
             raise
         except Exception:  # the content may have any form

@@ -4,7 +4,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spatialflow.files import atomic_write
 
@@ -14,7 +14,7 @@ class TrainingLog:
 
     The kinds are "step", "evaluation", "problem" (an image that could not be used), "note" and "warning" (divergence).
     A "note" reports an annotation that breaks a rule but is used anyway, once per rule. All numbers are finite, as JSON
-    has no others.
+    has no others. No file is changed before the first `open` or `add`.
 
     Args:
         folder: of the run.
@@ -25,10 +25,18 @@ class TrainingLog:
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
         self.path = folder / "log.jsonl"
         self.rows = [row for row in read_log(self.path) if row["step"] <= steps_done] if steps_done else []
-        with atomic_write(self.path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self._file = open(self.path, "a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard", steps_done)
+        self._steps_done = steps_done
+        self._file: IO[str] | None = None
+        self._board: Any = None
+
+    def open(self) -> IO[str]:
+        """Open the files, without the rows of later steps; return the opened log."""
+        if self._file is None:
+            with atomic_write(self.path, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            self._file = open(self.path, "a", encoding="utf-8")
+            self._board = _tensorboard(self.path.with_name("tensorboard"), self._steps_done)
+        return self._file
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """Add a row, and its numbers to TensorBoard.
@@ -43,8 +51,9 @@ class TrainingLog:
         """
         row = {"kind": kind, "step": step, **values}
         line = json.dumps(row, allow_nan=False)
+        file = self.open()
         self.rows.append(row)
-        self._file.write(line + "\n")
+        file.write(line + "\n")
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -52,14 +61,16 @@ class TrainingLog:
 
     def flush(self) -> None:
         """Flush the buffers of the files."""
-        self._file.flush()
+        if self._file is not None:
+            self._file.flush()
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
         self.flush()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

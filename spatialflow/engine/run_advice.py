@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warnings before a training run: settings and data that will not give what the user expects."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from spatialflow.config import Config, TrainingConfig
 from spatialflow.data.coco import CocoPanoptic
@@ -46,6 +48,24 @@ def advice(config: Config, data: DataSet, total_steps: int, has_validation: bool
             "--validation-annotations, or --validation-share 0.1"
         )
     return messages
+
+
+def spinning_threads(device: torch.device, workers: int) -> list[str]:
+    """List a message if torch's threads on the CPU spin, and take the cores from the processes that load data.
+
+    Args:
+        device: of the training.
+        workers: number of processes that load data.
+    """
+    threads = torch.get_num_threads()
+    is_passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    if device.type != "cpu" or threads < 2 or workers == 0 or is_passive:
+        return []
+    return [
+        f"OMP_WAIT_POLICY is not passive: torch's {threads} threads keep their cores busy while they wait, which slows "
+        f'the processes that load data and the run; set os.environ["OMP_WAIT_POLICY"] = "passive" before torch is '
+        f"imported"
+    ]
 
 
 def settings_without_effect(training: TrainingConfig, total_steps: int) -> list[str]:

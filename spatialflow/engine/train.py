@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training from files: `spatialflow.train` and the command `spatialflow train`."""
 
-import contextlib
 import dataclasses
 import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import yaml
-
-from spatialflow.config import SECTIONS, Config, given_fields, load_config, own_settings
+from spatialflow.config import Config, given_fields, load_config, own_settings
 from spatialflow.data.categories import Categories, CategoryError, categories_of, table_path
 from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
@@ -21,8 +18,8 @@ from spatialflow.engine.checkpoint_store import TrainingError
 from spatialflow.engine.checkpoints import CheckpointError
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.model_files import read_model_file
-from spatialflow.engine.run_advice import advice
-from spatialflow.engine.run_folder import check_replaced_files, only_process
+from spatialflow.engine.run_advice import advice, spinning_threads
+from spatialflow.engine.run_folder import check_replaced_files, describe_saved, only_run_in, write_config
 from spatialflow.engine.run_settings import (
     CLASS_FIELDS,
     ClassTable,
@@ -32,7 +29,6 @@ from spatialflow.engine.run_settings import (
     with_sizes_and_schedule,
 )
 from spatialflow.engine.trainer import InitialWeights, Trainer
-from spatialflow.files import atomic_write
 from spatialflow.models.spatialflow import SpatialFlow
 
 DataSet: TypeAlias = Cityscapes | CocoPanoptic
@@ -209,8 +205,9 @@ def train(
         `TrainingResult`, with the network and its scores.
 
     Raises:
-        TrainingError: arguments exclude each other; the run cannot start, continue or be resumed; another process
-            trains into the folder; or a file in it that is not of a run would be replaced.
+        TrainingError: arguments exclude each other; another process trains in `output`; a file in it that is not of a
+            run would be replaced; or the run cannot start, continue or be resumed.
+        KeyboardInterrupt: the run was interrupted; the message has what is saved.
         ConfigError: a field breaks a rule, or contradicts the annotation file.
         CategoryError, PanopticFormatError, CityscapesError: annotations cannot be used.
         CheckpointError: weights cannot be read, or do not fit.
@@ -240,11 +237,9 @@ def train(
     if validation is not None:
         _check_readable(validation)
     folder = Path(output)
-    is_new = resume is False or not os.path.isfile(folder / "checkpoint.pt")
-    if is_new and resume is None and group.is_first:
-        check_replaced_files(folder)
-    writes = group.is_first and not (is_new and resume)  # a run to resume that is absent is an error
-    with only_process(folder) if writes else contextlib.nullcontext():
+    with only_run_in(folder, group):
+        if resume is None:
+            check_replaced_files(folder, group)
         trainer = Trainer(
             configured,
             data,
@@ -259,14 +254,16 @@ def train(
             progress=progress,
             resume=resume,
         )
-        if group.is_first:
-            _write_config(trainer)
-            _announce(trainer, start, is_chosen=config is None, is_pretrained=backbone is not None, prints=progress)
         try:
+            if group.is_first:
+                if not trainer.is_complete:
+                    write_config(trainer.config, trainer.folder)
+                _announce(trainer, start, is_chosen=config is None, is_pretrained=backbone is not None, prints=progress)
             network = trainer.run().eval()
         except KeyboardInterrupt as stop:
-            if os.path.isfile(trainer.store.path):
-                stop.args = (f"run the same command again to continue from {trainer.store.path}",)
+            if group.is_first:
+                first_save = min(trainer.config.training.checkpoint_every_steps, trainer.schedule.steps_per_epoch)
+                stop.args = (describe_saved(trainer.store, first_save, trainer.total_steps),)
             raise
     rows = [] if trainer.log is None else trainer.log.rows
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
@@ -412,21 +409,12 @@ def _check_readable(validation: DataSet) -> None:
         raise TrainingError(f"the images to evaluate on cannot be used, e.g. {errors[0]}")
 
 
-def _write_config(trainer: Trainer) -> None:
-    """Write the whole configuration of a run to its folder."""
-    sections = {
-        section: {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in vars(getattr(trainer.config, section)).items()
-        }
-        for section in SECTIONS
-    }
-    with atomic_write(trainer.folder / "config.yaml", "w") as file:
-        yaml.safe_dump(sections, file, sort_keys=False, allow_unicode=True)
-
-
 def _announce(trainer: Trainer, start: _Start, is_chosen: bool, is_pretrained: bool, prints: bool) -> None:
     """Print what the run does, and give warnings about settings and data."""
+    if trainer.is_complete:
+        if prints:
+            print(_run_line(trainer), flush=True)
+        return
     data, validation = trainer.data, trainer.validation
     lines = []
     if is_chosen:
@@ -441,6 +429,7 @@ def _announce(trainer: Trainer, start: _Start, is_chosen: bool, is_pretrained: b
     warnings = advice(
         trainer.config, data, trainer.total_steps, validation is not None, is_pretrained or start.weights is not None
     )
+    warnings += spinning_threads(trainer.process_group.device, trainer.workers)
     if trainer.store.changed_settings:
         changed = ", ".join(trainer.store.changed_settings)
         warnings.append(f"{trainer.folder}: continues with changed settings: {changed}")
@@ -452,8 +441,8 @@ def _run_line(trainer: Trainer) -> str:
     """Describe the size of a run, and where it starts."""
     per_epoch = trainer.schedule.steps_per_epoch
     size = f"{len(trainer.data)} images, {per_epoch} steps per epoch, step {trainer.step} of {trainer.total_steps}"
-    if trainer.step >= trainer.total_steps:
-        place = "is complete; more epochs=N continue it, --restart starts over"
+    if trainer.is_complete:
+        place = "is complete, so nothing was changed; more epochs=N continue it, --restart starts over"
     elif trainer.step:
         place = "continues from its checkpoint"
     elif trainer.store.has_checkpoint():

@@ -113,6 +113,7 @@ class Trainer:
 
     Attributes:
         step: steps done.
+        is_complete: whether `run` has nothing to do, and changes no file.
         taken_weights: the part of the initial weights that `initial_weights.checkpoint` has; None without that file.
 
     Raises:
@@ -173,10 +174,11 @@ class Trainer:
         self.monitor = DivergenceMonitor(self.log, self.store, self.network, initial_largest_weight, LOG_INTERVAL)
         self.unreported_problems: list[str | Problem] = []  # of this process, not yet reported to the first one
         self._last_plot_time = -math.inf
+        self.is_complete = self._has_nothing_to_do()
         self._progress: Progress | None = None
 
     def run(self) -> SpatialFlow:
-        """Train to the end.
+        """Train to the end; a complete run stays as it is.
 
         Returns:
             The trained network.
@@ -188,6 +190,10 @@ class Trainer:
             SampleError: a broken image in a strict run, or no image that can be used.
             OSError: a file cannot be written; the last complete checkpoint stays.
         """
+        if self.is_complete:
+            return self.network
+        if self.log is not None:
+            self.log.open()
         self._progress = Progress(
             self.step,
             self.total_steps,
@@ -400,6 +406,13 @@ class Trainer:
                 **detection,
                 unreadable=len(scores["problems"]),
             )
+
+    def _has_nothing_to_do(self) -> bool:
+        """Return, in every process, whether all steps are done, the last weights saved, and these evaluated."""
+        if self.step != self.total_steps:
+            return self.step > self.total_steps
+        is_saved = all(self.process_group.gather(self.log is None or self.store.has_new_weights()))
+        return is_saved and (self.validation is None or self._is_evaluated())
 
     def _is_evaluated(self) -> bool:
         """Return, in every process, whether the log has an evaluation of the current step."""

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from spatialflow.files import open_locked
+
 
 class ResumeError(ValueError):
     """A journal that cannot be resumed: its run had other settings, which the message names, or still runs."""
@@ -129,18 +131,10 @@ class Journal:
         return stream
 
     def _locked(self) -> IO[bytes]:
-        while True:
-            stream = open(self.path, "ab", buffering=0)
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.close()
-                raise InUseError(f"{self.path}: is being written by another process") from None
-            except OSError:  # a file system without locks
-                return stream
-            if _is_file_of(stream, self.path):
-                return stream
-            stream.close()  # the run that locked it before has removed it
+        try:
+            return open_locked(self.path)
+        except BlockingIOError:
+            raise InUseError(f"{self.path}: is being written by another process") from None
 
     def rows(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
         """Read the lines at the given offsets."""
@@ -199,13 +193,6 @@ class Journal:
     def __del__(self) -> None:
         if self._stream is not None:
             self._stream.close()
-
-
-def _is_file_of(stream: IO[bytes], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _write(stream: IO[bytes], content: Any) -> None:

@@ -12,6 +12,7 @@ from spatialflow.cli.common import (
     CommandError,
     add_path,
     as_command_errors,
+    counted,
     format_error,
     panoptic_json,
     path_in_oserror,
@@ -130,13 +131,14 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
     if options.prediction is not None:
         folders["prediction"] = _read_folder(options.prediction, PREDICTION, folders.get("ground truth"))
     model = _load_model(options)
+    images = _annotated(images, folders, failed)
     if model is not None and images:
         note_drawn_scenes([model], [image.path for image in images])
     pictures: list[Picture] = []
     try:
         _draw_all(images, folders, model, options.output, style, pictures, failed)
     except KeyboardInterrupt as stop:
-        stop.args = (f"{len(pictures)} of {len(images)} pictures are done",)
+        stop.args = (f"{len(pictures)} of {counted(len(images), 'picture')} done",)
         raise
     finally:
         if pictures:  # after an interrupt, the page shows the pictures drawn before it
@@ -151,7 +153,7 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
     if not pictures:
         print_error("no picture could be drawn")
         return 1
-    print(f"{len(pictures)} of {len(pictures) + len(failed)} pictures done: {options.output / 'index.html'}")
+    print(f"{len(pictures)} of {counted(len(pictures) + len(failed), 'picture')} done: {options.output / 'index.html'}")
     return 1 if failed else 0
 
 
@@ -245,6 +247,25 @@ def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> Panoptic
     return PanopticFolder(path, folder, use, annotation_by_name, annotations_by_key, categories, problems)
 
 
+def _annotated(images: list[InputImage], folders: dict[str, PanopticFolder], failed: list[str]) -> list[InputImage]:
+    """Leave out the photographs that a folder does not have, as those of the other set of a split, and print how many.
+
+    If no photograph is left, the message is also added to `failed`.
+    """
+    for title, folder in folders.items():
+        found = [image for image in images if folder.find(image.name) is not None]
+        if images and not found:
+            subject = f"{images[0].path}: has no" if len(images) == 1 else f"none of {len(images)} photographs has a"
+            failed.append(f"{subject} {title} in {folder.path}")
+            print_error(failed[-1])
+        elif count := len(images) - len(found):
+            verbs = ("has", "is") if count == 1 else ("have", "are")
+            counts = f"{count} of {counted(len(images), 'photograph')}"
+            print_error(f"{counts} {verbs[0]} no {title} in {folder.path} and {verbs[1]} left out")
+        images = found
+    return images
+
+
 def _draw(
     image: InputImage,
     folders: dict[str, PanopticFolder],
@@ -261,7 +282,7 @@ def _draw(
     pixels = read_image(image.path)
     panels, maps = {"photograph": pixels}, []
     for title, folder in folders.items():
-        ids, segments = _read_map(image, pixels, title, folder)
+        ids, segments = _read_map(image, pixels, folder)
         maps.append((ids, segments))
         panels[title] = overlay(pixels, ids, segments, folder.categories, **style)
     if model is not None:
@@ -282,15 +303,14 @@ def _draw(
     return Picture(heading, path, quality)
 
 
-def _read_map(image: InputImage, pixels: np.ndarray, title: str, folder: PanopticFolder) -> Map:
+def _read_map(image: InputImage, pixels: np.ndarray, folder: PanopticFolder) -> Map:
     """Read the id map and the segments of one photograph, and append their problems to `folder.problems`."""
     from spatialflow.panoptic import PanopticFormatError, read_id_map
     from spatialflow.panoptic.extents import extents
     from spatialflow.panoptic.rules import pixel_problems, raise_first
 
     annotation = folder.find(image.name)
-    if annotation is None:
-        raise PanopticFormatError(f"{image.path}: the {title} in {folder.folder} has no image of that name")
+    assert annotation is not None  # `_annotated` has left out the others
     path = folder.folder / annotation["file_name"]
     ids = read_id_map(path)
     if ids.shape != pixels.shape[:2]:

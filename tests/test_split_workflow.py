@@ -84,6 +84,24 @@ class TestVisualize:
         assert main(["visualize", str(converted / "photos"), *arguments]) == 0
         assert error_messages(capsys) == [f"2 of 5 photographs have no prediction in {prediction} and are left out"]
 
+    def test_a_photograph_of_the_same_name_in_another_folder(self, converted, tmp_path, capsys):
+        """Its ground truth is not drawn for a photograph that has none."""
+        content = json.loads((converted / "data" / "val.json").read_text())
+        first = content["images"][0]["file_name"]
+        content["images"][0]["file_name"] = f"a/{first}"
+        (tmp_path / "truth.json").write_text(json.dumps(content))
+        shutil.copytree(converted / "data" / "val", tmp_path / "truth")
+        for folder in ("a", "b"):
+            shutil.copytree(converted / "photos", tmp_path / "photos" / folder)
+        (tmp_path / "photos" / "b" / content["images"][1]["file_name"]).unlink()
+        arguments = ["--ground-truth", str(tmp_path / "truth.json"), "--output", str(tmp_path / "out")]
+        assert main(["visualize", str(tmp_path / "photos"), "--recursive", *arguments]) == 0
+        drawn = {
+            path.relative_to(tmp_path / "out" / "pictures").as_posix() for path in tmp_path.rglob("out/pictures/*/*")
+        }
+        assert drawn == {f"a/{first}", f"a/{content['images'][1]['file_name']}"}
+        assert "7 of 9 photographs have no ground truth" in capsys.readouterr().err
+
 
 class TestEvaluate:
     def test_the_number_of_images(self, converted, capsys):

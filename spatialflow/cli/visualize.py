@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -53,16 +55,28 @@ class PanopticFolder(NamedTuple):
     use: str  # `rules.TRUTH` or `rules.PREDICTION`
     annotation_by_name: dict[str, dict[str, Any]]  # by the photograph's name without suffix
     annotations_by_key: dict[str, list[dict[str, Any]]]  # by the `photograph_key` of that name
+    annotation_of: dict[str, dict[str, Any]]  # by `InputImage.name`, for the photographs that are drawn
     categories: list[dict[str, Any]]
     problems: list[Problem]  # problems found so far that are to be reported
 
-    def find(self, name: str) -> dict[str, Any] | None:
-        """Find the annotation of a photograph by its name, or by its `photograph_key` if only one annotation has it."""
+    def match(self, images: Sequence[InputImage]) -> dict[str, dict[str, Any]]:
+        """Find the annotations of photographs by name; photographs without one are left out.
+
+        Where no annotation has the name, the one with its `photograph_key` is taken, if only one annotation and only
+        one photograph have that key. So it is not that of a photograph in another folder.
+        """
         from spatialflow.panoptic.photographs import photograph_key
 
-        annotation = self.annotation_by_name.get(without_suffix(name))
-        with_key = self.annotations_by_key.get(photograph_key(name), [])
-        return with_key[0] if annotation is None and len(with_key) == 1 else annotation
+        count = Counter(photograph_key(image.name) for image in images)
+        found: dict[str, dict[str, Any]] = {}
+        for image in images:
+            key = photograph_key(image.name)
+            with_key = self.annotations_by_key.get(key, [])
+            if (annotation := self.annotation_by_name.get(without_suffix(image.name))) is not None:
+                found[image.name] = annotation
+            elif len(with_key) == count[key] == 1:
+                found[image.name] = with_key[0]
+        return found
 
 
 class Picture(NamedTuple):
@@ -244,16 +258,18 @@ def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> Panoptic
     for name, annotation in zip(photograph_names(content), content["annotations"], strict=True):
         annotation_by_name[without_suffix(name)] = annotation
         annotations_by_key.setdefault(photograph_key(name), []).append(annotation)
-    return PanopticFolder(path, folder, use, annotation_by_name, annotations_by_key, categories, problems)
+    return PanopticFolder(path, folder, use, annotation_by_name, annotations_by_key, {}, categories, problems)
 
 
-def _annotated(images: list[InputImage], folders: dict[str, PanopticFolder], failed: list[str]) -> list[InputImage]:
+def _annotated(inputs: list[InputImage], folders: dict[str, PanopticFolder], failed: list[str]) -> list[InputImage]:
     """Leave out the photographs that a folder does not have, as those of the other set of a split, and print how many.
 
     If no photograph is left, the message is also added to `failed`.
     """
+    images = list(inputs)
     for title, folder in folders.items():
-        found = [image for image in images if folder.find(image.name) is not None]
+        folder.annotation_of.update(folder.match(inputs))
+        found = [image for image in images if image.name in folder.annotation_of]
         if images and not found:
             subject = f"{images[0].path}: has no" if len(images) == 1 else f"none of {len(images)} photographs has a"
             failed.append(f"{subject} {title} in {folder.path}")
@@ -309,8 +325,7 @@ def _read_map(image: InputImage, pixels: np.ndarray, folder: PanopticFolder) -> 
     from spatialflow.panoptic.extents import extents
     from spatialflow.panoptic.rules import pixel_problems, raise_first
 
-    annotation = folder.find(image.name)
-    assert annotation is not None  # `_annotated` has left out the others
+    annotation = folder.annotation_of[image.name]
     path = folder.folder / annotation["file_name"]
     ids = read_id_map(path)
     if ids.shape != pixels.shape[:2]:

@@ -166,6 +166,12 @@ class TestLists:
         assert main(["predict", "-", *FAST, "--output", "out"]) == 0
         assert _names(tmp_path / "out" / "panoptic.json") == _names(converted / "data" / "val.json")
 
+    def test_the_conversion_names_the_lists(self, converted, tmp_path, capsys):
+        files = ["--images", str(converted / "photos"), "--classes", str(converted / "data" / "val.json")]
+        command = ["dataset", "convert", str(converted / "masks"), *files, "--output", str(tmp_path), "--split", "0.6"]
+        assert main(command) == 0
+        assert f"{tmp_path}/val.json: 2 images; list of photographs: {tmp_path}/val.txt" in capsys.readouterr().out
+
     def test_every_photograph_is_in_the_list_of_its_set(self, converted):
         for name in ("train", "val"):
             lines = (converted / "data" / f"{name}.txt").read_text().splitlines()

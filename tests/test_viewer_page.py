@@ -175,6 +175,7 @@ def test_images_without_ground_truth(open_page, data, viewing, tmp_path):
         assert len(names(page)) == 12
         open_image(page, 11)
         assert not page.is_visible("#image-problems")
+        assert fits(open_page(running.url, WIDTHS[-1]))
     assert not open_page(viewing.url).is_visible("#only-truth")
 
 

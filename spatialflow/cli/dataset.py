@@ -223,7 +223,8 @@ def _print_conversion(result: Conversion) -> None:
     if result.problems:
         print(f"left out: {len(result.problems)} damaged or unknown entries, named above")
     for path, count in zip(result.json_paths, result.image_counts, strict=True):
-        print(f"{path}: {counted(count, 'image')}")
+        listed = f"; list of photographs: {path.with_suffix('.txt')}" if len(result.json_paths) > 1 else ""
+        print(f"{path}: {counted(count, 'image')}{listed}")
     if not any(result.image_counts):
         return
     paths = [shlex.quote(_printable(str(path))) for path in (result.json_paths[0], result.images)]

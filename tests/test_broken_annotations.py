@@ -257,5 +257,5 @@ class TestVisualize:
             broken = Broken(scenes_copy)
             broken.row["file_name"] = name
             arguments = ["--ground-truth", str(broken.save()), "--output", str(tmp_path / "out")]
-            assert main(["visualize", str(scenes_copy / "images"), *arguments]) == 1
-            assert "has no image of that name" in capsys.readouterr().err
+            assert main(["visualize", str(scenes_copy / "images"), *arguments]) == 0
+            assert "has no ground truth in" in capsys.readouterr().err

@@ -38,8 +38,8 @@ class TestEvaluate:
         assert main(["evaluate", *arguments]) == 0
         result = json.loads(numbers.read_text())
         assert result["All"]["n"] > 0 and result["All"]["pq"] == 1
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0].split() == ["PQ", "SQ", "RQ", "N"]
+        heading, *lines = capsys.readouterr().out.splitlines()
+        assert heading.endswith(" scored") and lines[0].split() == ["PQ", "SQ", "RQ", "N"]
         assert lines[1].split() == ["All", "100.0", "100.0", "100.0", str(result["All"]["n"])]
         assert len([line for line in lines[5:] if line.split()[1:]]) == 1 + result["All"]["n"]
 

@@ -213,7 +213,7 @@ class TestRunFolders:
         assert main(["predict", str(scenes / "images"), "--model", "demo", "--size", "64", "--output", output]) == 0
         capsys.readouterr()
         assert main(["evaluate", str(scenes), str(run)]) == 0
-        assert capsys.readouterr().out.splitlines()[0].split() == ["PQ", "SQ", "RQ", "N"]
+        assert capsys.readouterr().out.splitlines()[1].split() == ["PQ", "SQ", "RQ", "N"]
         arguments = ["--prediction", str(run), "--ground-truth", str(scenes), "--output", str(tmp_path / "pictures")]
         assert main(["visualize", str(scenes / "images"), *arguments]) == 0
         assert "2 of 2 pictures done" in capsys.readouterr().out
@@ -256,7 +256,7 @@ class TestRunFolders:
         scenes = write_coco(tmp_path / "scenes", 1, (64, 96))
         output = ["--output", str(tmp_path / "pictures")]
         assert main(["visualize", "test_short_edges=[64]", str(scenes / "images"), "--model", "demo", *output]) == 0
-        assert "1 of 1 pictures done" in capsys.readouterr().out
+        assert "1 of 1 picture done" in capsys.readouterr().out
         assert main(["visualize", str(scenes / "images"), "fpn_channels=3", "--model", "demo", *output]) == 2
         assert "fpn_channels: the weights of" in error_messages(capsys)[-1]
 

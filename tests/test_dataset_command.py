@@ -389,7 +389,7 @@ def test_the_summary_of_a_conversion(folder, capsys):
         "note: the classes sky are taken as things; --stuff-classes sky makes them stuff",
         "note: classes are numbered in the order of the labels found; --classes out/panoptic.json gives those of a "
         "further source the same numbers",
-        "out/panoptic.json: 1 images",
+        "out/panoptic.json: 1 image",
         "next: spatialflow dataset check out/panoptic.json --images photos --pictures examples.jpg",
     ]
 

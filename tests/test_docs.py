@@ -53,8 +53,11 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """Return the arguments of every `spatialflow ...` in code, after joining lines that end in a backslash."""
-    text = text.replace("\\\n", " ")
+    """Return the arguments of every `spatialflow ...` in code, after joining lines that end in a backslash.
+
+    A file for standard input is left out.
+    """
+    text = re.sub(r" < \S+", "", text.replace("\\\n", " "))
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) + re.findall(r"^ {4}\S.*$", text, re.M)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(spatialflow [^`\n]+)`", text)
     parts = [part for line in lines for part in line.split("&&")]

@@ -61,7 +61,7 @@ class TestFolders:
         )
         assert names_of(tmp_path) == ["a.jpg"]
         left_out, skipped = error_messages(capsys)
-        assert left_out == f"{tmp_path}: 1 images in its sub-folders are left out; --recursive includes them"
+        assert left_out == f"{tmp_path}: 1 image in its sub-folders is left out; --recursive includes it"
         assert skipped == (
             f"{tmp_path}: skipped 2 hidden, 2 .txt, 1 without suffix, 1 .mp4; a video is read if its own path is given"
         )

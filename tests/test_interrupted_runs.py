@@ -139,12 +139,12 @@ class TestPredict:
             assert rows - 1 <= done <= rows  # the signal may come right after the row of the current image
             assert [image["file_name"] for image in content["images"]] == NAMES[:done]
             word = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}[number]
-            assert f"{word}: {done} of 6 images are done; run the same command again for the others" in message
+            assert f"{word}: {done} of 6 images done; run the same command again for the others" in message
             assert len(json.loads((tmp_path / "detections.json").read_text())) > 0
         first = (tmp_path / "panoptic" / "a.png").stat().st_mtime_ns
         assert main(command) == 0
         (message,) = error_messages(capsys)
-        resumed = [f"{n} of 6 images were done by an interrupted run, which this run continues" for n in possible]
+        resumed = [f"continues an interrupted run, which did {n} of 6 images" for n in possible]
         assert message.removeprefix(f"{tmp_path}: ") in resumed
         assert (tmp_path / "panoptic" / "a.png").stat().st_mtime_ns == first
         assert contents(tmp_path) == uninterrupted
@@ -233,10 +233,10 @@ class TestPredict:
         few = [argument for argument in arguments if argument != str(photographs)]
         few.insert(1, str(photographs / "f.jpg"))
         assert main([*few, "--output", str(stopped)]) == 0
-        message = "3 more images were done by the interrupted run; panoptic.json does not list them, and the"
-        assert error_messages(capsys) == [f"{stopped}: {message} journal keeps them"]
+        message = "the interrupted run did 3 more images; the journal keeps the results, and panoptic.json"
+        assert error_messages(capsys) == [f"{stopped}: {message} does not list them"]
         assert main([*arguments, "--output", str(stopped)]) == 0
-        assert error_messages(capsys)[0].startswith(f"{stopped}: 4 of 6 images were done by an interrupted run")
+        assert error_messages(capsys)[0].startswith(f"{stopped}: continues an interrupted run, which did 4 of 6 images")
         assert contents(stopped) == uninterrupted
 
     def test_the_handlers_are_put_back(self, arguments, stopped):
@@ -282,7 +282,7 @@ def test_visualize_leaves_the_page_of_what_is_done(photographs, tmp_path, capsys
     assert stop_before("3.jpg", command, signal.SIGTERM) == 143
     page = (tmp_path / "index.html").read_text()
     assert page.count("<img ") == 3 and "pictures/c/a.jpg" in page
-    assert error_messages(capsys)[-1] == "terminated: 3 of 6 pictures are done"
+    assert error_messages(capsys)[-1] == "terminated: 3 of 6 pictures done"
 
 
 def test_train_says_from_where_it_goes_on(tmp_path, monkeypatch, capsys):

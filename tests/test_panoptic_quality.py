@@ -329,6 +329,7 @@ def test_report(goldens, tmp_path, capsys):
     output = tmp_path / "scores.json"
     result = evaluate_and_report(folder / "gt.json", None, folder / "dropped.json", folder / "dropped", output=output)
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(0).endswith(" images scored")
     assert lines[0].split() == ["PQ", "SQ", "RQ", "N"]
     assert lines[1].split() == ["All", "56.2", "62.5", "56.2", "8"]
     assert [line.split() for line in lines if line.startswith("person")] == [
@@ -339,7 +340,7 @@ def test_report(goldens, tmp_path, capsys):
     assert written["All"] == result["All"]
     assert written["per_class"]["1"] == {"name": "person"} | result["per_class"][1]
     evaluate_and_report(folder / "gt.json", None, folder / "dropped.json", None, per_class=False)
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_report_says_when_nothing_is_annotated(tmp_path, capsys):

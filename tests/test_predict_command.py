@@ -257,7 +257,7 @@ class TestPredict:
             assert (output / "overlays" / name).with_suffix(".jpg").is_file()
         assert main(command) == 0
         left_out = "2 images in its sub-folders are left out; --recursive includes them"
-        removed = "; those of 2 images that are no inputs now are removed: one/plain.jpg, one/two/dot.png"
+        removed = "; the results of 2 images not among the inputs now are removed: one/plain.jpg, one/two/dot.png"
         assert error_messages(capsys) == [f"{tmp_path}: {left_out}", replaces + removed]
         assert [path.name for path in (output / "panoptic").iterdir()] == ["plain.png"]
         assert [image["id"] for image in read_panoptic_json(output / "panoptic.json")["images"]] == ["plain"]

@@ -212,9 +212,7 @@ class TestPredict:
         monkeypatch.undo()
         done = len(read_panoptic_json(output / "panoptic.json")["images"])
         assert 1 <= done <= 6 and len(frames_of(output / "overlays" / "clip.mp4")[1]) == done
-        assert error_messages(capsys) == [
-            f"interrupted: {done} images are done; run the same command again for the others"
-        ]
+        assert error_messages(capsys) == [f"interrupted: {done} images done; run the same command again for the others"]
         assert main([*arguments, "--output", str(output)]) == 0
         assert contents(output).keys() == contents(tmp_path / "whole").keys()
         assert len(frames_of(output / "overlays" / "clip.mp4")[1]) == 8
@@ -302,7 +300,7 @@ class TestPredict:
         arguments = [*command, "--camera", "0", "--output", str(tmp_path)]
         assert main(arguments) == 130
         done = len(read_panoptic_json(tmp_path / "panoptic.json")["images"])
-        assert error_messages(capsys) == [f"interrupted: {done} images are done"]
+        assert error_messages(capsys) == [f"interrupted: {done} images done"]
         assert not (tmp_path / "panoptic.journal.jsonl").exists()
         assert len(frames_of(tmp_path / "overlays" / "camera0.mp4")[1]) == done
         assert main([*arguments, "--frames", "2"]) == 0

@@ -61,8 +61,8 @@ class TestReplaced:
         capsys.readouterr()
         assert predict(photos / "b.png") == (0, 1)
         assert error_messages(capsys) == [
-            f"{out}: holds the results of an earlier run, which this one replaces; those of 2 images that are no "
-            "inputs now are removed: a.png, c.png"
+            f"{out}: holds the results of an earlier run, which this one replaces; the results of 2 images "
+            "not among the inputs now are removed: a.png, c.png"
         ]
         assert files_of(out) == ["notes.txt", "overlays/b.jpg", "panoptic.json", "panoptic/b.png", "panoptic/mine.png"]
         assert names_of(out) == ["b.png"]
@@ -132,7 +132,7 @@ class TestKept:
         time = (out / "panoptic" / "b.png").stat().st_mtime_ns
         capsys.readouterr()
         assert predict(photos, "--detections", "--skip-existing") == (0, 2)
-        assert error_messages(capsys) == [f"{out}: 1 of 3 images have results, which are kept"]
+        assert error_messages(capsys) == [f"{out}: keeps the results of 1 of 3 images"]
         assert contents(out) == contents(tmp_path / "whole")
         assert (out / "panoptic" / "b.png").stat().st_mtime_ns == time
         assert predict(photos, "--detections", "--skip-existing") == (0, 0)
@@ -142,8 +142,7 @@ class TestKept:
         assert predict(photos / "a.png") == (0, 1)
         capsys.readouterr()
         assert predict(photos / "c.png", "--skip-existing") == (0, 1)
-        rest = "it has 1 results of other images, which are kept too"
-        assert error_messages(capsys) == [f"{out}: 0 of 1 images have results, which are kept; {rest}"]
+        assert error_messages(capsys) == [f"{out}: keeps the results of 0 of 1 image, and of 1 other image"]
         assert names_of(out) == ["c.png", "a.png"]
 
     @pytest.mark.parametrize("change", ["photograph", "map", "picture"])
@@ -157,7 +156,7 @@ class TestKept:
         assert predict(photos, "--skip-existing") == (0, 1)
         messages = error_messages(capsys)
         if change != "map":
-            assert messages[1] == f"{out}: 1 images changed since, or lack a file, and are predicted again"
+            assert messages[1] == f"{out}: predicts 1 image again, as the photograph has changed or a file is missing"
         assert names_of(out) == ["a.png", "b.png", "c.png"] and len(files_of(out)) == 7
 
     @pytest.mark.parametrize(
@@ -224,7 +223,7 @@ class TestKept:
         clip = write_video(tmp_path / "clip.mp4", 4)
         assert predict(clip, "--frames", "2") == (0, 2)
         assert predict(clip, "--skip-existing") == (0, 2)
-        assert error_messages(capsys) == [f"{out}: 2 frames have results, which are kept"]
+        assert error_messages(capsys) == [f"{out}: keeps the results of 2 frames"]
         assert names_of(out) == [f"clip/00000{number}.png" for number in range(4)]
         write_video(clip, 3, rate=5)
         assert predict(clip, "--skip-existing") == (0, 3)  # the video changed

@@ -156,6 +156,29 @@ def test_search_filter_and_order(open_page, viewing):
     assert len(names(page)) == 12
 
 
+def test_images_without_ground_truth(open_page, data, viewing, tmp_path):
+    """They have neither a PQ nor a sign of problems, and can be left out of the grid."""
+    truth = tmp_path / "truth"
+    shutil.copytree(data[0], truth)
+    edit_json(truth, lambda content: content.update({key: content[key][:5] for key in ("images", "annotations")}))
+    with serving(make_catalog(truth, data[1])) as running:
+        page = open_page(running.url)
+        page.locator("#summary strong").wait_for()
+        page.wait_for_function("document.querySelectorAll('.card .badge').length === 5")
+        assert page.locator(".card").count() == 12 and page.locator(".card .sign").count() == 0
+        page.check("#only-truth")
+        assert names(page) == [f"{i:06d}.jpg" for i in range(1, 6)]
+        assert page.text_content("#count") == "5 of 12 images"
+        page.fill("#search", "000007")
+        assert page.is_visible("#empty")
+        page.click("#reset")
+        assert len(names(page)) == 12
+        open_image(page, 11)
+        assert not page.is_visible("#image-problems")
+        assert fits(open_page(running.url, WIDTHS[-1]))
+    assert not open_page(viewing.url).is_visible("#only-truth")
+
+
 def test_keyboard_alone(open_page, viewing):
     page = open_page(viewing.url)
     page.keyboard.press("ArrowRight")  # focuses the first card

@@ -109,31 +109,32 @@ class TestCommand:
         assert "bad.json: categories[1]: color must be three numbers" in capsys.readouterr().err
 
     def test_images_that_do_not_fit_are_named(self, truth, prediction, tmp_path, capsys):
-        """An image of another size, an image without prediction, a text file; the other images are drawn."""
+        """An image of another size, a text file; the other images are drawn, except one without prediction."""
         photographs = tmp_path / "photographs"
         shutil.copytree(truth / "images", photographs)
         cv2.imwrite(str(photographs / "000001.jpg"), np.zeros((10, 20, 3), np.uint8))
         cv2.imwrite(str(photographs / "street.png"), np.zeros((10, 20, 3), np.uint8))
-        (photographs / "text.jpg").write_text("no picture")
+        (photographs / "000002.jpg").write_text("no picture")
         arguments = ["--prediction", str(prediction), "--output", str(tmp_path / "out")]
         assert main(["visualize", str(photographs), *arguments]) == 1
         messages = [line for line in capsys.readouterr().err.splitlines() if line]
         assert len(messages) == 3
-        assert "000001.png: is 96x64 pixels, 000001.jpg is 20x10" in messages[0]
-        assert "street.png: the prediction in" in messages[1] and "text.jpg: is not an image" in messages[2]
-        assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == ["000002.jpg", "000003.jpg"]
+        assert f"1 of 4 photographs has no prediction in {prediction}/panoptic.json and is left out" in messages[0]
+        assert "000001.png: is 96x64 pixels, 000001.jpg is 20x10" in messages[1]
+        assert "000002.jpg: is not an image" in messages[2]
+        assert [path.name for path in (tmp_path / "out" / "pictures").iterdir()] == ["000003.jpg"]
 
     def test_nothing_that_can_be_drawn(self, prediction, tmp_path, capsys):
-        (tmp_path / "text.jpg").write_text("no picture")
+        (tmp_path / "000001.jpg").write_text("no picture")
         arguments = ["--prediction", str(prediction), "--output", str(tmp_path / "out")]
-        assert main(["visualize", str(tmp_path / "text.jpg"), *arguments]) == 1
+        assert main(["visualize", str(tmp_path / "000001.jpg"), *arguments]) == 1
         assert error_messages(capsys) == [
-            f"{tmp_path}/text.jpg: is not an image of a known format, or is damaged",
+            f"{tmp_path}/000001.jpg: is not an image of a known format, or is damaged",
             "no picture could be drawn",
         ]
 
     def test_photographs_in_folders(self, truth, tmp_path, capsys):
-        """A photograph's map is found by name with folders, or by a unique stem; a photograph without one is named."""
+        """A photograph's map is found by name with folders, or by a unique stem; others are counted."""
         content = json.loads((truth / "panoptic.json").read_text())
         for image, name in zip(content["images"], ("a/x.jpg", "b/x.jpg", "b/y.jpg"), strict=True):
             (tmp_path / "photographs" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,13 +152,10 @@ class TestCommand:
         ]
         assert not np.array_equal(cv2.imread(str(pictures / "a/x.jpg")), cv2.imread(str(pictures / "b/x.jpg")))
         capsys.readouterr()
-        assert main([*command, str(tmp_path / "photographs" / "b")]) == 1
-        messages = [line for line in capsys.readouterr().err.splitlines() if line]
-        assert (
-            len(messages) == 1
-            and "b/x.jpg: the ground truth in" in messages[0]
-            and "no image of that name" in messages[0]
-        )
+        assert main([*command, str(tmp_path / "photographs" / "b")]) == 0
+        assert error_messages(capsys) == [
+            f"1 of 2 photographs has no ground truth in {tmp_path}/truth.json and is left out"
+        ]
         assert (pictures / "y.jpg").is_file()
 
 

@@ -87,6 +87,11 @@ class _ErrorHandler(logging.Handler):
         print_error(record.getMessage())
 
 
+def counted(count: int, noun: str) -> str:
+    """Put a number before a noun, which gets its plural "s" if needed: "1 image", "2 images"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def show_log() -> None:
     """Print the log messages of the package on standard error."""
     logger = logging.getLogger("spatialflow")
@@ -115,6 +120,9 @@ def panoptic_json(path: Path) -> Path:
             return candidate
     if any(os.path.isfile(path / name) for name in RUN_FILES):
         raise CommandError(f"{path}: is a training run without an evaluation; {_predict_advice(path)}")
+    others = [str(file) for file in sorted(path.glob("*.json")) if os.path.isdir(file.with_suffix(""))]
+    if others:  # such as the two sets of `dataset convert --split`
+        raise CommandError(f"{path}: holds no panoptic.json; name {'one of ' * (len(others) > 1)}{', '.join(others)}")
     raise CommandError(
         f"{path}: holds no panoptic.json, and there is no {beside}; give a panoptic JSON or the output of `predict`"
     )

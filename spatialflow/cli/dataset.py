@@ -18,6 +18,7 @@ from spatialflow.cli.common import (
     as_command_errors,
     check_count,
     check_output,
+    counted,
     panoptic_json,
     path_in_oserror,
     png_folder,
@@ -113,7 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         type=float,
         metavar="SHARE",
-        help="write train.json with this share of the images, such as 0.9, and val.json",
+        help="write train.json with this share of the images, such as 0.9, and val.json; train.txt and val.txt list "
+        "their photographs, for `predict - < val.txt`",
     )
     add_path(convert, "--problems", "FILE", "write all problems as JSON; only the first ones are printed")
     convert.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: %(default)s)")
@@ -217,7 +219,8 @@ def _print_conversion(result: Conversion) -> None:
     if result.problems:
         print(f"left out: {len(result.problems)} damaged or unknown entries, named above")
     for path, count in zip(result.json_paths, result.image_counts, strict=True):
-        print(f"{path}: {count} images")
+        listed = f"; list of photographs: {path.with_suffix('.txt')}" if len(result.json_paths) > 1 else ""
+        print(f"{path}: {counted(count, 'image')}{listed}")
     if not any(result.image_counts):
         return
     paths = [shlex.quote(printable(str(path))) for path in (result.json_paths[0], result.images)]
@@ -245,7 +248,7 @@ def _check(options: argparse.Namespace) -> int:
         if options.pictures is not None:
             with path_in_oserror(options.pictures):
                 count = _write_examples(options.pictures, result, folder, options.images)
-            print(f"{options.pictures}: {count} examples")
+            print(f"{options.pictures}: {counted(count, 'example')}")
     print(verdict(path, problems))
     return 1 if problems.problems else 0
 

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from spatialflow.cli.common import (
     add_path,
@@ -16,7 +19,9 @@ from spatialflow.cli.common import (
     panoptic_json,
     path_in_oserror,
     png_folder,
+    print_error,
 )
+from spatialflow.cli.label_folders import RESULT_INFO
 
 SUMMARY = "compute the panoptic quality of a folder of predictions"
 DESCRIPTION = (
@@ -64,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
         truth_folder = png_folder(truth, options.ground_truth_folder, "--ground-truth-folder")
         prediction_folder = png_folder(prediction, options.prediction_folder, "--prediction-folder")
         check_output(options.output, truth, truth_folder, prediction, prediction_folder, options.detections)
-        with path_in_oserror(options.output):
+        hint = _order_hint(truth, prediction)
+        with path_in_oserror(options.output), _hint_in_error(hint):
             evaluate_and_report(
                 truth,
                 truth_folder,
@@ -76,4 +82,27 @@ def run(options: argparse.Namespace) -> int:
                 workers=options.workers,
                 progress=sys.stderr.isatty(),
             )
+    if hint:
+        print_error(hint)
     return 1 if failed else 0
+
+
+def _order_hint(truth: Path, prediction: Path) -> str:
+    """Say the order of the arguments if the ground truth alone is a result of `predict`; else return ""."""
+    from spatialflow.panoptic.writer import earlier_files
+
+    is_result = [path in earlier_files(path, RESULT_INFO)[0] for path in (truth, prediction)]
+    if is_result != [True, False]:
+        return ""
+    return f"the first argument is the ground truth, the second the prediction; {truth} holds results of `predict`"
+
+
+@contextlib.contextmanager
+def _hint_in_error(hint: str) -> Iterator[None]:
+    """Within the block, append a hint to the message of a PanopticFormatError."""
+    from spatialflow.panoptic import PanopticFormatError
+
+    try:
+        yield
+    except PanopticFormatError as error:
+        raise PanopticFormatError(f"{error}; {hint}" if hint else str(error), error.rule) from None

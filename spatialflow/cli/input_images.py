@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from spatialflow.cli.arguments import is_field
-from spatialflow.cli.common import IMAGE_SUFFIXES, nonempty, print_error
+from spatialflow.cli.common import IMAGE_SUFFIXES, counted, nonempty, print_error
 from spatialflow.cli.downloads import SIZE_LIMIT, DownloadError, download, is_url
 from spatialflow.cli.label_folders import is_cityscapes_label, label_folder
 from spatialflow.files import is_special_file
@@ -248,10 +248,10 @@ class _Search:
         direct = [image for image in images if "/" not in image.name]
         if not self._recursive and direct:
             if len(direct) < len(images):
-                print_error(
-                    f"{folder}: {len(images) - len(direct)} images in its sub-folders are left out; --recursive "
-                    f"includes them"
-                )
+                below = len(images) - len(direct)
+                verb, pronoun = ("is", "it") if below == 1 else ("are", "them")
+                text = f"{counted(below, 'image')} in its sub-folders {verb} left out; --recursive includes {pronoun}"
+                print_error(f"{folder}: {text}")
             images, skipped = direct, scan.skipped_directly
         else:
             if not self._recursive:

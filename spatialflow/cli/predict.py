@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import spatialflow
 from spatialflow.cli.arguments import add_settings_option, numbers
-from spatialflow.cli.common import CommandError, add_path, print_error, set_threads
+from spatialflow.cli.common import CommandError, add_path, counted, print_error, set_threads
 from spatialflow.cli.drawing_options import CONTACT_SHEET, DEFAULT_STYLE, add_drawing_options, drawing_style
 from spatialflow.cli.input_images import InputImage, Inputs, add_images, resolve_images
 from spatialflow.cli.label_folders import RESULT_FILES, RESULTS
@@ -202,9 +202,10 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
             for video, camera in videos:
                 process.predict_video(video, camera)
     except KeyboardInterrupt as stop:
-        count = f"{len(output.done)} of {len(output.images)} images" if not videos else f"{len(output.done)} images"
+        done = counted(len(output.done), "image")
+        count = done if videos else f"{len(output.done)} of {counted(len(output.images), 'image')}"
         advice = "" if has_camera else "; run the same command again for the others"
-        stop.args = (f"{count} are done{advice}",)
+        stop.args = (f"{count} done{advice}",)
         raise
     _report(options, output, process, time.perf_counter() - begin)
     return 1 if process.failed else 0
@@ -213,20 +214,23 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
 def _print_earlier_results(options: argparse.Namespace, output: PredictionFolder) -> None:
     """Print what happens to the results that are in the output folder."""
     folder, others = options.output, output.other_images()
-    counts = [f"{len(output.done)} of {len(output.images)} images"] if output.images or not output.frames_done else []
-    counts += [f"{output.frames_done} frames"] if output.frames_done else []
+    has_images = output.images or not output.frames_done
+    counts = [f"{len(output.done)} of {counted(len(output.images), 'image')}"] if has_images else []
+    counts += [counted(output.frames_done, "frame")] if output.frames_done else []
     done = " and ".join(counts)
     if options.skip_existing:
         if output.earlier:
-            rest = f"; it has {len(others)} results of other images, which are kept too" if others else ""
-            print_error(f"{folder}: {done} have results, which are kept{rest}")
+            rest = f", and of {counted(len(others), 'other image')}" if others else ""
+            print_error(f"{folder}: keeps the results of {done}{rest}")
         if output.changed:
-            print_error(f"{folder}: {output.changed} images changed since, or lack a file, and are predicted again")
+            changed = counted(output.changed, "image")
+            print_error(f"{folder}: predicts {changed} again, as the photograph has changed or a file is missing")
     elif output.done or output.frames_done:
-        print_error(f"{folder}: {done} were done by an interrupted run, which this run continues")
+        print_error(f"{folder}: continues an interrupted run, which did {done}")
     elif output.replaces_results or output.earlier:
         listed = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-        rest = f"; those of {len(others)} images that are no inputs now are removed: {listed}" if others else ""
+        images = counted(len(others), "image")
+        rest = f"; the results of {images} not among the inputs now are removed: {listed}" if others else ""
         print_error(f"{folder}: holds the results of an earlier run, which this one replaces{rest}")
     if not options.detections and output.has_other_detections():
         print_error(f"{folder}/detections.json: is not a result of this run, and stays")
@@ -242,8 +246,8 @@ def _report(options: argparse.Namespace, output: PredictionFolder, process: Pred
         )
     if output.left_out:
         print_error(
-            f"{options.output}: {output.left_out} more images were done by the interrupted run; "
-            f"panoptic.json does not list them, and the journal keeps them"
+            f"{options.output}: the interrupted run did {counted(output.left_out, 'more image')}; "
+            f"the journal keeps the results, and panoptic.json does not list them"
         )
     done = len(output.done)
     if done:
@@ -252,7 +256,7 @@ def _report(options: argparse.Namespace, output: PredictionFolder, process: Pred
         files += [str(options.output / name) for name in output.overlay_videos]
         files += [str(options.output / "detections.json")] if options.detections else []
         files += [str(options.output / CONTACT_SHEET)] if options.contact_sheet is not None else []
-        print(f"{done} of {done + len(process.failed)} images done: {', '.join(files)}")
+        print(f"{done} of {counted(done + len(process.failed), 'image')} done: {', '.join(files)}")
     else:
         print_error("no image could be predicted")
 

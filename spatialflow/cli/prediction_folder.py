@@ -99,6 +99,7 @@ class PredictionFolder:
         self._style, self._contact_sheet = dict(style or {}), contact_sheet
         self._frame_prefixes = tuple(f"{video.stem}/" for video in videos)
         self.left_out = 0
+        self._created: list[Path] = []  # folders that this run created, the outermost first
         self._active_writes = 0
         self._write_ended = threading.Condition()
         try:
@@ -344,7 +345,7 @@ class PredictionFolder:
         return Path(os.path.relpath(os.path.abspath(image.path), os.path.realpath(self._root))).as_posix()
 
     def __enter__(self) -> PredictionFolder:
-        """Delete the results of an earlier run, and create the folders.
+        """Delete the results of an earlier run, and create the folders; without a result they are removed at the end.
 
         So an output path that cannot be written fails before any inference.
         """
@@ -352,6 +353,7 @@ class PredictionFolder:
 
         with as_command_errors():
             for folder in (self.folder, self.overlay_folder) if self._overlays else (self.folder,):
+                self._created += [path for path in (*reversed(folder.parents), folder) if not os.path.lexists(path)]
                 with path_in_oserror(folder):
                     folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -379,13 +381,16 @@ class PredictionFolder:
             pictures = [] if kind is not None and not self._is_live else self._overlays_of(names, done)
             left_out = self._writer.left_out(names)
             self.left_out = len(left_out)
-            keeps_journal = (kind is not None and not self._is_live) or self.left_out > 0
+            keeps_journal = (kind is not None and not self._is_live and len(self._writer) > 0) or self.left_out > 0
             if not keeps_journal:
                 rows = ((row["image"]["file_name"], row["annotation"]["file_name"]) for row in self._writer.rows())
                 self._remove({name: png for name, png in rows if name not in done})  # photographs that are gone
             self._writer.close(keep_journal=keeps_journal)
             if self._contact_sheet is not None and pictures:
                 write_contact_sheet(self._root, pictures, self._contact_sheet)
+            for folder in reversed(self._created) if not done else ():
+                with contextlib.suppress(OSError):  # it has files
+                    folder.rmdir()
 
     def _overlays_of(self, names: Sequence[str], done: set[str]) -> list[tuple[str, Path]]:
         """List name and overlay of the images that are done, in the order of `names`."""

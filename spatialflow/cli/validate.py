@@ -14,6 +14,7 @@ from spatialflow.cli.common import (
     as_command_errors,
     check_count,
     check_output,
+    counted,
     panoptic_json,
     path_in_oserror,
     png_folder,
@@ -72,7 +73,7 @@ def verdict(path: Path, result: Validation) -> str:
     """Summarize the check of a panoptic JSON in one line."""
     count = len(result.problems)
     problems = f"{count} problem{'s' * (count > 1)}" if count else "clean"
-    return f"{path}: {result.images} images, {result.segments} segments: {problems}"
+    return f"{path}: {counted(result.images, 'image')}, {counted(result.segments, 'segment')}: {problems}"
 
 
 def problem_table(result: Validation) -> str:

@@ -17,6 +17,7 @@ from spatialflow.cli.common import (
     add_path,
     as_command_errors,
     check_output,
+    counted,
     panoptic_json,
     path_in_oserror,
     png_folder,
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         catalog = _catalog(options)
     if not catalog.images:
         raise CommandError(f"{catalog.main.path}: lists no images")
-    for note in catalog.notes[:PRINTED_NOTES]:
+    for note in (*catalog.missing, *catalog.notes[:PRINTED_NOTES]):
         print_error(note)
     if len(catalog.notes) > PRINTED_NOTES:
         print_error(f"and {len(catalog.notes) - PRINTED_NOTES} more notes, on the page")
@@ -128,7 +129,7 @@ def _serve(options: argparse.Namespace, catalog: Catalog, scan: Scan) -> int:
         raise CommandError(f"{place}: cannot be used: {reason.lower()}; leave --port out for a free one") from None
     with server:
         scan.start()
-        print(f"{len(catalog.images)} images at {server.url} (Ctrl-C ends the server)", flush=True)
+        print(f"{counted(len(catalog.images), 'image')} at {server.url} (Ctrl-C ends the server)", flush=True)
         if not server.is_loopback:
             print_error(f"--host {options.host}: everyone who reaches this machine can see these images")
         if not options.no_browser:
@@ -158,7 +159,7 @@ def _export(options: argparse.Namespace, catalog: Catalog, scan: Scan) -> int:
     with as_command_errors(), path_in_oserror(options.export):
         count = export.export_page(options.export, catalog, scan, export.MAX_IMAGES)
     total = len(catalog.images)
-    print(f"{count} images: {options.export} ({os.path.getsize(options.export) / 1e6:.1f} MB)")
+    print(f"{counted(count, 'image')}: {options.export} ({os.path.getsize(options.export) / 1e6:.1f} MB)")
     if count < total:
         which = "of lowest PQ" if catalog.main.key != TRUTH_SIDE and TRUTH_SIDE in catalog.sides else "listed first"
         print(f"the page has the {count} images {which} of {total}; without --export all are shown")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -12,6 +14,7 @@ from spatialflow.cli.common import (
     CommandError,
     add_path,
     as_command_errors,
+    counted,
     format_error,
     panoptic_json,
     path_in_oserror,
@@ -52,16 +55,28 @@ class PanopticFolder(NamedTuple):
     use: str  # `rules.TRUTH` or `rules.PREDICTION`
     annotation_by_name: dict[str, dict[str, Any]]  # by the photograph's name without suffix
     annotations_by_key: dict[str, list[dict[str, Any]]]  # by the `photograph_key` of that name
+    annotation_of: dict[str, dict[str, Any]]  # by `InputImage.name`, for the photographs that are drawn
     categories: list[dict[str, Any]]
     problems: list[Problem]  # problems found so far that are to be reported
 
-    def find(self, name: str) -> dict[str, Any] | None:
-        """Find the annotation of a photograph by its name, or by its `photograph_key` if only one annotation has it."""
+    def match(self, images: Sequence[InputImage]) -> dict[str, dict[str, Any]]:
+        """Find the annotations of photographs by name; photographs without one are left out.
+
+        Where no annotation has the name, the one with its `photograph_key` is taken, if only one annotation and only
+        one photograph have that key. So it is not that of a photograph in another folder.
+        """
         from spatialflow.panoptic.photographs import photograph_key
 
-        annotation = self.annotation_by_name.get(without_suffix(name))
-        with_key = self.annotations_by_key.get(photograph_key(name), [])
-        return with_key[0] if annotation is None and len(with_key) == 1 else annotation
+        count = Counter(photograph_key(image.name) for image in images)
+        found: dict[str, dict[str, Any]] = {}
+        for image in images:
+            key = photograph_key(image.name)
+            with_key = self.annotations_by_key.get(key, [])
+            if (annotation := self.annotation_by_name.get(without_suffix(image.name))) is not None:
+                found[image.name] = annotation
+            elif len(with_key) == count[key] == 1:
+                found[image.name] = with_key[0]
+        return found
 
 
 class Picture(NamedTuple):
@@ -130,13 +145,14 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
     if options.prediction is not None:
         folders["prediction"] = _read_folder(options.prediction, PREDICTION, folders.get("ground truth"))
     model = _load_model(options)
+    images = _annotated(images, folders, failed)
     if model is not None and images:
         note_drawn_scenes([model], [image.path for image in images])
     pictures: list[Picture] = []
     try:
         _draw_all(images, folders, model, options.output, style, pictures, failed)
     except KeyboardInterrupt as stop:
-        stop.args = (f"{len(pictures)} of {len(images)} pictures are done",)
+        stop.args = (f"{len(pictures)} of {counted(len(images), 'picture')} done",)
         raise
     finally:
         if pictures:  # after an interrupt, the page shows the pictures drawn before it
@@ -151,7 +167,7 @@ def _run(options: argparse.Namespace, inputs: Inputs) -> int:
     if not pictures:
         print_error("no picture could be drawn")
         return 1
-    print(f"{len(pictures)} of {len(pictures) + len(failed)} pictures done: {options.output / 'index.html'}")
+    print(f"{len(pictures)} of {counted(len(pictures) + len(failed), 'picture')} done: {options.output / 'index.html'}")
     return 1 if failed else 0
 
 
@@ -242,7 +258,28 @@ def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> Panoptic
     for name, annotation in zip(photograph_names(content), content["annotations"], strict=True):
         annotation_by_name[without_suffix(name)] = annotation
         annotations_by_key.setdefault(photograph_key(name), []).append(annotation)
-    return PanopticFolder(path, folder, use, annotation_by_name, annotations_by_key, categories, problems)
+    return PanopticFolder(path, folder, use, annotation_by_name, annotations_by_key, {}, categories, problems)
+
+
+def _annotated(inputs: list[InputImage], folders: dict[str, PanopticFolder], failed: list[str]) -> list[InputImage]:
+    """Leave out the photographs that a folder does not have, as those of the other set of a split, and print how many.
+
+    If no photograph is left, the message is also added to `failed`.
+    """
+    images = list(inputs)
+    for title, folder in folders.items():
+        folder.annotation_of.update(folder.match(inputs))
+        found = [image for image in images if image.name in folder.annotation_of]
+        if images and not found:
+            subject = f"{images[0].path}: has no" if len(images) == 1 else f"none of {len(images)} photographs has a"
+            failed.append(f"{subject} {title} in {folder.path}")
+            print_error(failed[-1])
+        elif count := len(images) - len(found):
+            verbs = ("has", "is") if count == 1 else ("have", "are")
+            counts = f"{count} of {counted(len(images), 'photograph')}"
+            print_error(f"{counts} {verbs[0]} no {title} in {folder.path} and {verbs[1]} left out")
+        images = found
+    return images
 
 
 def _draw(
@@ -261,7 +298,7 @@ def _draw(
     pixels = read_image(image.path)
     panels, maps = {"photograph": pixels}, []
     for title, folder in folders.items():
-        ids, segments = _read_map(image, pixels, title, folder)
+        ids, segments = _read_map(image, pixels, folder)
         maps.append((ids, segments))
         panels[title] = overlay(pixels, ids, segments, folder.categories, **style)
     if model is not None:
@@ -282,15 +319,13 @@ def _draw(
     return Picture(heading, path, quality)
 
 
-def _read_map(image: InputImage, pixels: np.ndarray, title: str, folder: PanopticFolder) -> Map:
+def _read_map(image: InputImage, pixels: np.ndarray, folder: PanopticFolder) -> Map:
     """Read the id map and the segments of one photograph, and append their problems to `folder.problems`."""
     from spatialflow.panoptic import PanopticFormatError, read_id_map
     from spatialflow.panoptic.extents import extents
     from spatialflow.panoptic.rules import pixel_problems, raise_first
 
-    annotation = folder.find(image.name)
-    if annotation is None:
-        raise PanopticFormatError(f"{image.path}: the {title} in {folder.folder} has no image of that name")
+    annotation = folder.annotation_of[image.name]
     path = folder.folder / annotation["file_name"]
     ids = read_id_map(path)
     if ids.shape != pixels.shape[:2]:

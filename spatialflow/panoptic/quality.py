@@ -254,6 +254,7 @@ class Scored(NamedTuple):
     truth: Mapping[str, Any]  # content of the ground truth's JSON
     prediction_of: dict[int | str, int | str]  # image_id of the ground truth -> image_id of its prediction
     reports: list[str]  # messages about contradictory annotations, which were scored
+    left_out: int  # number of predictions of images without ground truth
 
 
 def score_files(
@@ -305,7 +306,7 @@ def score_files(
     reports = [
         summary(problems, name) for problems, name in ((gt_problems, gt_name), (pred_problems, pred_name)) if problems
     ]
-    return Scored(quality.compute(), gt, prediction_of, reports)
+    return Scored(quality.compute(), gt, prediction_of, reports, len(predicted) - len(prediction_of))
 
 
 def _pixels(array: np.ndarray, name: str) -> np.ndarray:

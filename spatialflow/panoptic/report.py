@@ -60,6 +60,7 @@ def evaluate_and_report(
         warnings.warn(text, AnnotationWarning, stacklevel=2)
     result, truth = scored.result, scored.truth
     names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
+    print(_count_line(len(scored.prediction_of), scored.left_out), file=stream or sys.stdout)
     print(quality_table(result, names if per_class else None), file=stream or sys.stdout)
     if results is not None:
         rows = rename_images(results, scored.prediction_of)
@@ -71,6 +72,15 @@ def evaluate_and_report(
     if output is not None:
         write_json(output, named_result(result, names), indent=1)
     return result
+
+
+def _count_line(scored: int, left_out: int) -> str:
+    """Say how many images were scored, and how many predictions are of images without ground truth."""
+    text = f"{scored} image{'s' * (scored != 1)} scored"
+    if left_out:
+        words = ("prediction has", "is") if left_out == 1 else ("predictions have", "are")
+        text += f"; {left_out} {words[0]} no ground truth and {words[1]} left out"
+    return text
 
 
 def quality_table(result: Mapping[str, Any], names: Mapping[int, str] | None = None) -> str:

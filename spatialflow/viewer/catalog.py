@@ -154,6 +154,7 @@ class Catalog:
         self.sides = {side.key: side for side in sides}
         self.main = self.sides.get(PREDICTION_SIDE) or sides[0]
         self.notes = [f"{side.path}: {text}" for side in sides for text in side.problems]
+        self.missing: list[str] = []  # messages on images that only some sides have, which is no problem
         self.images = self._join()
         self.categories = self._merge_categories()
         self._category_rows = [row._asdict() for row in self.categories.values()]
@@ -176,8 +177,12 @@ class Catalog:
                 if main_id in matched:
                     image.ids[side.key] = matched[main_id]
                     image.problems += side.problems_of.get(matched[main_id], ())
-                elif main_id in main.annotations:
-                    image.problems.append(f"has no image in {side.path}")
+            if count := sum(i in main.annotations and i not in matched for i in found):
+                counts = f"{side.path}: {count} of {len(found)} image{'s' * (len(found) != 1)}"
+                verbs = ("has", "is") if count == 1 else ("have", "are")
+                lacking = "no ground truth" if side.key == TRUTH_SIDE else "no result"
+                effect = "without a PQ" if side.key == TRUTH_SIDE else "without one"
+                self.missing.append(f"{counts} {verbs[0]} {lacking} and {verbs[1]} shown {effect}")
             rest = len(side.annotations) - len(matched)
             if rest:
                 words = ("image has", "is") if rest == 1 else ("images have", "are")

@@ -24,7 +24,9 @@ def index_payload(catalog: Catalog, indices: Sequence[int]) -> dict[str, Any]:
     Classes of an image are positions in `categories`.
     """
     position = {number: i for i, number in enumerate(catalog.categories)}
-    columns: dict[str, list[Any]] = {name: [] for name in ("names", "segments", "scores", "classes", "problems")}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("names", "segments", "scores", "classes", "truth", "problems")
+    }
     for index in indices:
         image = catalog.images[index]
         annotation = catalog.annotation(image, catalog.main.key)
@@ -40,6 +42,7 @@ def index_payload(catalog: Catalog, indices: Sequence[int]) -> dict[str, Any]:
         columns["segments"].append(len(segments))
         columns["scores"].append(round(sum(scores) / len(scores), 4) if scores else None)
         columns["classes"].append(sorted(shown))
+        columns["truth"].append(TRUTH_SIDE in image.ids)
         columns["problems"].append(len(image.problems))
     return {
         "sides": [{"key": side.key, "title": side.title, "path": str(side.path)} for side in catalog.sides.values()],

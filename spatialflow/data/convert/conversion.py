@@ -17,6 +17,7 @@ from spatialflow.data.convert.formats import open_source
 from spatialflow.data.convert.photographs import Photographs, image_ids, photograph_size
 from spatialflow.data.convert.shapes import ShapeError
 from spatialflow.data.convert.sources import Class, Context, ConversionError, Item, Options, Problem, Report
+from spatialflow.files import atomic_write
 from spatialflow.panoptic.rules import PanopticFormatError
 from spatialflow.panoptic.writer import PanopticWriter, earlier_files
 from spatialflow.threads import available_cores, map_ahead
@@ -75,7 +76,7 @@ def to_panoptic(
     Args:
         source: file or folder of annotations.
         output: folder for `panoptic.json` and `panoptic/`, or with `split` for `train.json`, `train/`, `val.json` and
-            `val/`.
+            `val/`. `train.txt` and `val.txt` then list the paths of the photographs, one a line.
         images: folder of the photographs, with sub-folders; None: the place where the format has them.
         format: "coco-instances", "labelme", "cvat", "masks", "yolo", or "auto" to recognize it.
         classes: class list, see `docs/datasets.md`; None: the classes of the source.
@@ -137,7 +138,8 @@ def to_panoptic(
     isthing = {row.id: row.isthing for row in table}
     written: list[list[str]] = [[] for _ in json_paths]
     threads = workers or available_cores()
-    with _writers(png_folders, json_paths, rows, written) as writers:
+    lists = None if split is None else image_folder
+    with _writers(png_folders, json_paths, rows, written, lists) as writers:
         converter = _Converter(image_folder, lookup, fill_boxes, smaller_on_top, background_class, writers)
         with contextlib.closing(map_ahead(converter.convert, jobs, threads, ahead=2 * threads)) as futures:
             for done, (job, future) in enumerate(zip(jobs, futures, strict=True), start=1):
@@ -288,11 +290,18 @@ def _check_output(json_paths: Sequence[Path], png_folders: Sequence[Path], input
             raise ConversionError(f"{unrelated[0]}: would be replaced, and was not written by `dataset convert`")
         if not matching and os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
             raise ConversionError(f"{folder}: exists, and was not written by `dataset convert`; choose another output")
+        listed = _list_path(json_path)
+        if os.path.lexists(listed) and json_path.stem in _NAMES[1:] and not _is_list_of(json_path):
+            raise ConversionError(f"{listed}: would be replaced, and was not written by `dataset convert`")
 
 
 @contextlib.contextmanager
 def _writers(
-    folders: Sequence[Path], json_paths: Sequence[Path], rows: list[dict[str, Any]], written: list[list[str]]
+    folders: Sequence[Path],
+    json_paths: Sequence[Path],
+    rows: list[dict[str, Any]],
+    written: list[list[str]],
+    listed_folder: Path | None,
 ) -> Iterator[list[PanopticWriter]]:
     """Open a writer per file; write the files at the end of the block, and remove PNGs of earlier conversions.
 
@@ -304,6 +313,7 @@ def _writers(
         json_paths: the files.
         rows: the categories.
         written: names of the photographs in each file, in order; read at the end of the block.
+        listed_folder: folder of the photographs, whose paths are also written as a list; None: write no lists.
     """
     writers = [PanopticWriter(folder, path, rows, info=_INFO) for folder, path in zip(folders, json_paths, strict=True)]
     earlier = [_listed_pngs(path) for path in json_paths]
@@ -313,16 +323,43 @@ def _writers(
             writer.folder.mkdir(parents=True, exist_ok=True)
             opened.append(writer.__enter__())
             path.unlink(missing_ok=True)
+            if listed_folder is not None:
+                _list_path(path).unlink(missing_ok=True)
         yield writers
     finally:
         for writer, names in zip(opened, written, strict=False):
             writer.write_json(names)
             writer.close()
+            if listed_folder is not None:
+                _write_list(_list_path(writer.json_path), [os.path.abspath(listed_folder / name) for name in names])
     for writer, pngs in zip(writers, earlier, strict=True):
         current = {row["annotation"]["file_name"] for row in writer.rows()}
         for name in pngs - current:
             with contextlib.suppress(OSError):
                 os.unlink(writer.folder / name)
+
+
+def _list_path(json_path: Path) -> Path:
+    """Return the path of the list of photographs beside a panoptic JSON."""
+    return json_path.with_suffix(".txt")
+
+
+def _write_list(path: Path, lines: Sequence[str]) -> None:
+    """Write a list as `predict -` reads it: a line per path, or as `find -print0` if a path has a line break."""
+    end = b"\0" if any("\n" in line for line in lines) else b"\n"
+    with atomic_write(path) as file:
+        file.write(b"".join(os.fsencode(line) + end for line in lines))
+
+
+def _is_list_of(json_path: Path) -> bool:
+    """Tell whether the list beside a panoptic JSON names exactly its photographs."""
+    try:
+        names = [row["file_name"] for row in json.loads(json_path.read_bytes())["images"]]
+        text = os.fsdecode(_list_path(json_path).read_bytes())
+        lines = text.split("\0" if text.endswith("\0") else "\n")[:-1]
+        return len(lines) == len(names) and all(map(str.endswith, lines, names))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _listed_pngs(json_path: Path) -> set[str]:

@@ -39,11 +39,12 @@ const grid = {
     const classes = index.categories.map((category, i) => [category.name, i]);
     classes.sort((a, b) => collator.compare(a[0], b[0]));
     byId("class-filter").append(new Option("All", ""), ...classes.map(([name, i]) => new Option(name, i)));
+    byId("truth-label").hidden = !scored || index.truth.every(Boolean);
     const kinds = index.sides.map((side) => new Option(side.title, side.key));
     byId("thumb-kind").append(new Option("Photograph", "photo"), ...kinds);
     byId("thumb-kind").value = index.main;
 
-    for (const id of ["class-filter", "sort", "only-problems"]) {
+    for (const id of ["class-filter", "sort", "only-problems", "only-truth"]) {
       byId(id).addEventListener("change", () => this.update());
     }
     byId("search").addEventListener("input", () => this.update());
@@ -62,7 +63,7 @@ const grid = {
   reset() {
     byId("search").value = "";
     byId("class-filter").value = "";
-    byId("only-problems").checked = false;
+    byId("only-problems").checked = byId("only-truth").checked = false;
     this.update();
     byId("search").focus();
   },
@@ -73,11 +74,13 @@ const grid = {
     const query = byId("search").value.trim().toLowerCase();
     const category = byId("class-filter").value;
     const problems = byId("only-problems").checked;
+    const truth = byId("only-truth").checked;
     const chosen = [];
     for (let i = 0; i < index.names.length; i++) {
       if (query && !index.names[i].toLowerCase().includes(query)) continue;
       if (category !== "" && !index.classes[i].includes(Number(category))) continue;
       if (problems && !data.problems[i]) continue;
+      if (truth && !index.truth[i]) continue;
       chosen.push(i);
     }
     const sort = SORTS[byId("sort").value];

@@ -117,6 +117,13 @@ class TestCompleteRun:
     "number, word, code", [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
 )
 class TestInterrupt:
+    @pytest.fixture(autouse=True)
+    def interrupts(self):
+        """Let SIGINT arrive: a process that a shell starts in the background ignores it."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_what_is_kept_is_said(self, number, word, code, command, tmp_path, capsys, monkeypatch):
         advance, steps = Trainer._advance, []
 

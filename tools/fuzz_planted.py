@@ -65,7 +65,7 @@ FAULTS = (
     ),
     Fault(
         "results of images that are left out not cleared",
-        "csrc/cpu/flow_conv2d.cpp",
+        "csrc/cpu/conv3x3.cpp",
         "} else if (size > 0) {",
         "} else if (size > 4096) {",
         "pack_conv3x3",

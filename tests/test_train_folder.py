@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers.command_line import error_messages, train_arguments
 from helpers.scenes import write_coco
-from helpers.training import SMALL_RUN
+from helpers.training import SMALL_RUN, start_in_group
 
 from spatialflow.cli.main import main
 from spatialflow.engine.checkpoint_store import TrainingError
@@ -148,14 +148,7 @@ class TestInterrupt:
 
     def test_a_group_of_processes_that_gets_a_signal(self, number, word, code, command):
         """Ctrl-C, or the stop of a service, reaches the processes that load data too."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "spatialflow.cli", *command("epochs=100000", workers=2)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        process = start_in_group(command("epochs=100000", workers=2))
         for line in process.stdout:
             if "images/s" in line:
                 break

@@ -4,13 +4,12 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 from helpers.scenes import write_coco
-from helpers.training import SINGLE_PROCESS, SMALL_RUN, small
+from helpers.training import SINGLE_PROCESS, SMALL_RUN, small, start_in_group
 
 import spatialflow
 from spatialflow.cli.main import main
@@ -178,14 +177,7 @@ def test_an_interrupt_while_the_workers_start_leaves_no_traceback(scenes, tmp_pa
     files = ["--images", str(scenes / "images"), "--annotations", str(scenes / "panoptic.json")]
     settings = [f"{k}={v}" for k, v in SMALL_RUN.items() if k not in ("num_stuff", "epochs")]
     command = ["train", "tiny", *settings, "epochs=100000", *files, "--workers", "2", "--output", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "spatialflow.cli", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = start_in_group(command)
     for line in process.stdout:
         if "new run" in line:
             break

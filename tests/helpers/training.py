@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training runs of a narrow network, of about a hundred thousand parameters, on four synthetic scenes."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -40,3 +44,15 @@ def small(**overrides):
 def steps_of(folder):
     """Return the rows of kind "step" in the log of a run."""
     return [row for row in read_log(folder / "log.jsonl") if row["kind"] == "step"]
+
+
+def start_in_group(command):
+    """Start a command in a process group of its own that receives SIGINT, which background jobs ignore."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "spatialflow.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )

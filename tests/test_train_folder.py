@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a training run: one run at a time, complete runs stay as they are, and what an interrupt leaves."""
 
+import json
 import os
 import signal
 import subprocess
@@ -86,6 +87,20 @@ class TestOneRunAtATime:
         assert not (tmp_path / "run").exists()
 
 
+def record_steps(monkeypatch, before, result=None):
+    """Call `before` with each step before it runs, and return the list of steps run; `result` replaces the losses."""
+    advance, steps = Trainer._advance, []
+
+    def recorded(trainer, *arguments):
+        before(trainer.step)
+        steps.append(trainer.step)
+        losses = advance(trainer, *arguments)
+        return losses if result is None else result
+
+    monkeypatch.setattr(Trainer, "_advance", recorded)
+    return steps
+
+
 class TestCompleteRun:
     @pytest.mark.parametrize("change", ["epochs=2", "epochs=1", "learning_rate=0.5", "stuff_area_threshold=7"])
     def test_nothing_is_changed(self, change, command, tmp_path, capsys):
@@ -124,27 +139,52 @@ class TestInterrupt:
         yield
         signal.signal(signal.SIGINT, before)
 
-    def test_what_is_kept_is_said(self, number, word, code, command, tmp_path, capsys, monkeypatch):
-        advance, steps = Trainer._advance, []
-
-        def stopping(trainer, *arguments):
-            if trainer.step in (1, 3) and trainer.step not in steps:
-                steps.append(trainer.step)
-                os.kill(os.getpid(), number)
-            steps.append(trainer.step)
-            return advance(trainer, *arguments)
-
-        monkeypatch.setattr(Trainer, "_advance", stopping)
-        assert main(command("epochs=3")) == code
-        assert error_messages(capsys)[-1] == (
-            f"{word}: nothing is saved before step 2, so the same command starts again; "
-            f"checkpoint_every_steps=N saves earlier"
-        )
-        assert main(command("epochs=3")) == code
-        path = tmp_path / "run" / "checkpoint.pt"
-        assert error_messages(capsys)[-1] == f"{word}: the same command continues at step 2 of 6, from {path}"
+    def test_the_present_step_is_completed_and_saved(self, number, word, code, command, tmp_path, capsys, monkeypatch):
+        """The run, stopped twice, ends with the weights and losses of a run that was not stopped."""
         assert main(command("epochs=3")) == 0
-        assert steps == [0, 1, 0, 1, 2, 3, 2, 3, 4, 5]
+        uninterrupted = contents(tmp_path / "run")
+        stops = {0, 3}
+        steps = record_steps(monkeypatch, lambda step: os.kill(os.getpid(), number) if step in stops else None)
+        for step in sorted(stops):
+            capsys.readouterr()
+            assert main(command("epochs=3", *["--restart"][: step == 0])) == code
+            messages = error_messages(capsys)[-2:]
+            path = tmp_path / "run" / "checkpoint.pt"
+            assert messages[0] == "stops after this step, and saves it; a second Ctrl-C stops at once without saving"
+            assert messages[1] == f"{word}: the same command continues at step {step + 1} of 6, from {path}"
+            stops.remove(step)
+        assert main(command("epochs=3")) == 0
+        assert steps == [0, 1, 2, 3, 4, 5]
+        resumed = contents(tmp_path / "run")
+        assert resumed["model.safetensors"][1] == uninterrupted["model.safetensors"][1]
+        logs = [[json.loads(line) for line in files["log.jsonl"][1].splitlines()] for files in (uninterrupted, resumed)]
+        losses = [[row["total"] for row in rows if row["kind"] == "step"] for rows in logs]
+        assert len(losses[0]) == 6 and losses[0] == losses[1]
+
+    def test_a_second_signal_stops_at_once(self, number, word, code, command, tmp_path, capsys, monkeypatch):
+        stops = [0, 0]
+        steps = record_steps(monkeypatch, lambda step: [os.kill(os.getpid(), number) for stop in stops if stop == step])
+        assert main(command("epochs=2")) == code
+        assert error_messages(capsys)[-1] == f"{word}: nothing is saved yet, so the same command starts again"
+        assert not (tmp_path / "run" / "checkpoint.pt").exists()
+        stops[:] = [2, 2]
+        assert main(command("epochs=2")) == code
+        path = tmp_path / "run" / "checkpoint.pt"
+        assert error_messages(capsys)[-1] == f"{word}: the same command continues at step 2 of 4, from {path}"
+        assert steps == [0, 1]
+
+    def test_a_step_that_fails_is_not_saved(self, number, word, code, command, tmp_path, capsys, monkeypatch):
+        """The error comes before the signal, and the checkpoint keeps the last finite state."""
+        stops = {1}
+
+        def stop(step):
+            if step in stops:
+                os.kill(os.getpid(), number)
+
+        steps = record_steps(monkeypatch, stop, result=torch.full((5,), torch.nan))
+        assert main(command("epochs=2")) == 2
+        assert "the loss is not finite" in error_messages(capsys)[-1]
+        assert not (tmp_path / "run" / "checkpoint.pt").exists() and steps == [0, 1]
 
     def test_a_group_of_processes_that_gets_a_signal(self, number, word, code, command):
         """Ctrl-C, or the stop of a service, reaches the processes that load data too."""

@@ -109,17 +109,13 @@ def write_config(config: Config, folder: Path) -> None:
         yaml.safe_dump(sections, file, sort_keys=False, allow_unicode=True)
 
 
-def describe_saved(store: CheckpointStore, first_save: int, total_steps: int) -> str:
+def describe_saved(store: CheckpointStore, total_steps: int) -> str:
     """Say what an interrupted run has saved, and what the same command will do.
 
     Args:
         store: with the checkpoint.
-        first_save: steps of a new run before its first checkpoint.
         total_steps: of the run.
     """
     if store.saved_step is not None:
         return f"the same command continues at step {store.saved_step} of {total_steps}, from {store.path}"
-    return (
-        f"nothing is saved before step {first_save}, so the same command starts again; "
-        f"checkpoint_every_steps=N saves earlier"
-    )
+    return "nothing is saved yet, so the same command starts again"

@@ -262,8 +262,7 @@ def train(
             network = trainer.run().eval()
         except KeyboardInterrupt as stop:
             if group.is_first:
-                first_save = min(trainer.config.training.checkpoint_every_steps, trainer.schedule.steps_per_epoch)
-                stop.args = (describe_saved(trainer.store, first_save, trainer.total_steps),)
+                stop.args = (describe_saved(trainer.store, trainer.total_steps),)
             raise
     rows = [] if trainer.log is None else trainer.log.rows
     evaluations = [row for row in rows if row["kind"] == "evaluation"]

@@ -23,6 +23,7 @@ from spatialflow.engine.checkpoints import largest_value, load_backbone, shorten
 from spatialflow.engine.distributed import ProcessGroup, synchronize_norms
 from spatialflow.engine.evaluate import ScoredData, evaluate_network
 from spatialflow.engine.finetuning import CLASS_LAYERS, TakenWeights, load_for_finetuning
+from spatialflow.engine.interrupts import delayed_interrupts
 from spatialflow.engine.log import TrainingLog
 from spatialflow.engine.predict import Predictor
 from spatialflow.engine.progress import Progress
@@ -223,23 +224,31 @@ class Trainer:
                 phase = self._trains_class_layers_only()
                 module = self._prepare_phase(phase)
             rate = learning_rate(self.step, per_epoch, training)
-            losses = self._advance(module, batches, rate)
-            self.step += 1
-            if self.step == first_step + 1:
-                progress.begin(self.step)
-            pending.append(_PendingLosses(self.step, rate, losses))
-            epoch_ends = self.step % per_epoch == 0
-            save_due = self.step == self.total_steps or self.step % training.checkpoint_every_steps == 0
-            is_due = self.process_group.size == 1 and progress.is_due  # clocks of several processes differ
-            if save_due or epoch_ends or len(pending) == LOG_INTERVAL or is_due:
-                self._log_losses(pending, progress)
-                pending = []
-            elapsed = time.monotonic() - self.store.last_save_time
-            save = save_due or (epoch_ends and elapsed > CHECKPOINT_INTERVAL_S)
-            if save:
-                self.save_checkpoint()
+            with self._saves_when_interrupted() as interrupts:
+                losses = self._advance(module, batches, rate)
+                self.step += 1
+                if self.step == first_step + 1:
+                    progress.begin(self.step)
+                pending.append(_PendingLosses(self.step, rate, losses))
+                epoch_ends = self.step % per_epoch == 0
+                is_last = self.step == self.total_steps
+                save_due = is_last or self.step % training.checkpoint_every_steps == 0 or len(interrupts) > 0
+                is_due = self.process_group.size == 1 and progress.is_due  # clocks of several processes differ
+                if save_due or epoch_ends or len(pending) == LOG_INTERVAL or is_due:
+                    self._log_losses(pending, progress)
+                    pending = []
+                elapsed = time.monotonic() - self.store.last_save_time
+                save = save_due or (epoch_ends and elapsed > CHECKPOINT_INTERVAL_S)
+                if save:
+                    self.save_checkpoint()
             if epoch_ends:
                 self._end_epoch(self.step // per_epoch, save_weights=save)
+
+    def _saves_when_interrupted(self) -> contextlib.AbstractContextManager[Sequence[int]]:
+        """Delay interrupts during a step; not with several processes, which would receive them in different steps."""
+        if self.process_group.size > 1:
+            return contextlib.nullcontext(())
+        return delayed_interrupts("stops after this step, and saves it; a second Ctrl-C stops at once without saving")
 
     def _batches(self) -> Iterator[Batch]:
         """Load the batches of this process from the current step to the last one."""

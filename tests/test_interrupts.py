@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Delay of signals during a block."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from spatialflow.engine.interrupts import delayed_interrupts
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Let SIGINT arrive: a process that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_block_ends_before_the_interrupt(caplog):
+    done = []
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt), delayed_interrupts("waits") as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(list(received))
+    assert done == [[signal.SIGINT]]
+    assert caplog.messages == ["waits"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), delayed_interrupts("waits"):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the block went on")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_of_the_block_comes_first():
+    with pytest.raises(ValueError, match="mine"), delayed_interrupts("waits"):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError("mine")
+
+
+def test_without_a_signal_nothing_happens(caplog):
+    before = signal.getsignal(signal.SIGTERM)
+    with delayed_interrupts("waits") as received:
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert received == [] and caplog.messages == [] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with delayed_interrupts("waits") as received:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert received == [] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_another_thread_delays_nothing():
+    seen = []
+
+    def work():
+        with delayed_interrupts("waits") as received:
+            seen.append((received, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [([], signal.default_int_handler)]
+
+
+def test_a_signal_that_ends_the_process_still_does():
+    """Python has no handler for SIGTERM outside the commands."""
+    code = (
+        "import os, signal\n"
+        "from spatialflow.engine.interrupts import delayed_interrupts\n"
+        "with delayed_interrupts('waits'):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('the block ends', flush=True)\n"
+        "print('goes on', flush=True)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGTERM
+    assert result.stdout == "the block ends\n"

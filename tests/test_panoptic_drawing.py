@@ -3,6 +3,7 @@
 
 import itertools
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -108,6 +109,15 @@ def test_any_category_id(category_id):
     picture = overlay(image, id_map, [{**segment, "category_id": category_id} for segment in segments])
     assert (picture != image).any()
     assert color_of(category_id) != color_of(category_id + 1)
+
+
+@pytest.mark.parametrize("count, least", [(12, 20), (20, 12), (40, 7)])
+def test_colors_of_categories_differ_visibly(count, least):
+    """With one lightness for all, 20 categories had two colors at a distance of 8 in CIELAB, and 40 at 3."""
+    colors = np.array([[color_of(category_id) for category_id in range(1, count + 1)]], np.float32)
+    lab = cv2.cvtColor(colors / 255, cv2.COLOR_RGB2LAB)[0]
+    distances = np.linalg.norm(lab[:, None] - lab, axis=2)
+    assert distances[~np.eye(count, dtype=bool)].min() > least
 
 
 @pytest.mark.parametrize("score", ["high", 10**400, [1], {}], ids=["text", "huge", "list", "mapping"])

@@ -10,7 +10,9 @@ import numpy as np
 from spatialflow.panoptic.extents import number_ids
 from spatialflow.panoptic.rules import LARGEST_ID, VOID, is_color
 
-_GOLDEN_RATIO_CONJUGATE = 0.618033988749895  # its multiples, modulo 1, spread hue or lightness evenly over [0, 1)
+_GOLDEN_RATIO_CONJUGATE = 0.618033988749895  # its multiples, modulo 1, spread the lightness evenly over [0, 1)
+# Inverse roots of x^4 = x + 1 and x^3 = x + 1. Pairs of their multiples, modulo 1, spread evenly over a square.
+_HUE_STEP, _LIGHTNESS_STEP = 0.8191725133961645, 0.7548776662466927
 
 
 def color_of(category_id: int, index: int = 0, base: Sequence[int] | None = None) -> tuple[int, int, int]:
@@ -29,7 +31,8 @@ def color_of(category_id: int, index: int = 0, base: Sequence[int] | None = None
         ValueError: base is not three numbers from 0 to 255.
     """
     if base is None:
-        hue, lightness, saturation = (category_id % 2**32 * _GOLDEN_RATIO_CONJUGATE) % 1.0, 0.55, 0.65
+        number = category_id % 2**32
+        hue, lightness, saturation = number * _HUE_STEP % 1.0, 0.3 + 0.48 * (number * _LIGHTNESS_STEP % 1.0), 0.65
     elif not is_color(base):
         raise ValueError(f"base must be three numbers from 0 to 255, got {base!r:.80}")
     else:

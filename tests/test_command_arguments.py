@@ -104,13 +104,16 @@ def test_wrong_words(parser, capsys, line, message):
         ),
         ("predict a.jpg --output x --config demo.yaml", "no such file: demo.yaml; did you mean demo?"),
         ("predict a.jpg --output x --model dmo", "packaged weights (demo); did you mean demo?"),
-        ("predict a.jpg --output x --model demo nms_treshold=1", "no such field; did you mean nms_threshold"),
+        (
+            "predict a.jpg --output x --model demo nms_treshold=1",
+            "no such field: 'nms_treshold'; did you mean nms_threshold",
+        ),
         ("predict a.jpg --output x --model demo fpn_channels=3", "fpn_channels: the weights of "),
         ("predict a.jpg --output x", "which network? give --model: the folder of a training run, a weights file, or "),
         ("train demoo --output x --images a --annotations b", "did you mean demo"),
         ("convert dmo x.safetensors", "packaged weights (demo); did you mean demo?"),
         ("dataset convert a --output x --imagez b", "no such option: --imagez; did you mean --images?"),
-        ("synthesize x --size 64", "--size takes a height and a width, such as 480x640, got 1 numbers"),
+        ("synthesize x --size 64", "--size takes a height and a width, such as 480x640, got 64"),
     ],
 )
 def test_messages_of_commands(tmp_path, capsys, monkeypatch, line, message):
@@ -171,7 +174,7 @@ class TestDrawnScenes:
         assert self.predict(tmp_path / "out", photographs / "plain.jpg", option, "demo") == 0
         assert error_messages(capsys) == [
             "these weights know only drawn scenes of `spatialflow synthesize`: their maps of photographs are "
-            "meaningless; for photographs, train on your own (`spatialflow train`) or give other weights with --model "
+            "meaningless. For photographs, train on your own (`spatialflow train`) or give other weights with --model "
             "(docs/weights.md)"
         ]
 

@@ -104,7 +104,7 @@ def test_config_is_frozen():
         (dict(size_divisor=48), "data.size_divisor: must be a multiple of 32 up to 16777216, got 48"),
         (dict(size_divisor=2**25), "data.size_divisor: must be a multiple of 32 up to 16777216, got 33554432"),
         (dict(mixed_precision="fp8"), "training.mixed_precision: must be 'fp16', 'bf16' or null, got 'fp8'"),
-        ({"data.fpn_channels": 3}, "override 'data.fpn_channels': no such field"),
+        ({"data.fpn_channels": 3}, "no such field: 'data.fpn_channels'"),
         (dict(stuff_area_threshold=10**30), "test.stuff_area_threshold: must lie between -2 ** 63 and 2 ** 63"),
         ({"seed": 1 << 64}, "seed: must lie between -2 ** 63 and 2 ** 63, got 18446744073709551616"),
     ],

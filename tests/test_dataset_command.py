@@ -436,7 +436,7 @@ def test_check_prints_a_table_and_draws_examples(data, tmp_path, capsys):
         assert words[:4] == [str(row["id"]), row["name"], "thing" if row["isthing"] else "stuff", str(len(areas))]
         assert line.endswith(f"{np.median(areas):,.0f} px" if areas else "-")
         assert f"{100 * sum(areas) / (5 * 64 * 96):.2f} %" in line
-    assert "sizes: 96x64 (5)" in lines
+    assert "sizes (width x height): 96x64 (5)" in lines
     assert f"{picture}: 5 examples" in lines
     assert lines[-1] == f"{data / 'panoptic.json'}: 5 images, {len(segments)} segments: clean"
     image = cv2.imread(str(picture))
@@ -489,7 +489,7 @@ def test_advice(tmp_path):
         "1 image has no segment: b.jpg",
         "there is no stuff: pixels outside objects are void, and nothing is learned there; `dataset convert "
         "--background NAME` makes them a class",
-        "1 of 1 things (100.0 %) are smaller than 8 x 8 pixels where images are scaled to 800 x 1333",
+        "1 of 1 things (100.0 %) are smaller than 8 x 8 pixels once images are reduced to at most 800 x 1333",
         "image sizes vary greatly: the longer side has 40 to 2700 pixels; a crop or one size for all makes batches "
         "even",
         "1 image is more than twice as large as networks see (800 x 1333); smaller copies make reading faster, and "

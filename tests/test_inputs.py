@@ -310,7 +310,7 @@ def test_the_order_is_documented_first():
 def test_arrays_that_are_probably_rgb(predictor, kind):
     make, sign = SUSPICIOUS[kind]
     image = make()
-    rule = f"image 0: arrays are read as BGR, and this one is probably RGB, because .*{sign}.* Pass channel_order='rgb'"
+    rule = f"image 0: this array is probably RGB, because .*{sign}.*, but arrays are read as BGR. Pass channel_order="
     calls = (
         lambda: predictor(image),
         lambda: list(predictor.stream([image, image])),

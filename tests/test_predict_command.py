@@ -372,7 +372,7 @@ class TestPredict:
             (["--set", "score_threshold"], "settings have the form FIELD=VALUE, got 'score_threshold'"),
             (["--score", "nan"], "instance_score_threshold"),
             (["--size", "0"], "--size must be positive, got 0"),
-            (["--size", "1x2x3"], "--size takes the short edge and the long one, got 3 numbers"),
+            (["--size", "1x2x3"], "--size takes the short edge and the long one, got 1x2x3"),
             (["--short-edges", "64"], "--size and --short-edges exclude each other"),
             (["--device", "cuda:99"], "--device cuda:99: torch .* sees . CUDA devices"),
             (["--device", "toaster"], "--device must be cpu, cuda or cuda:<number>, got 'toaster'"),

@@ -84,6 +84,13 @@ class TestPaddingByName:
         with pytest.raises(ValueError, match=f"^DeformConv2d: padding must be numbers {message}"):
             ops.DeformConv2d(4, 6, kernel, padding="same", **options)
 
+    def test_an_unknown_name(self):
+        rule = "padding must be one integer, a pair, 'same' or 'valid', got 'full'$"
+        with pytest.raises(ValueError, match=f"^deform_conv2d: {rule}"):
+            ops.deform_conv2d(FEATURES, FEATURES, torch.rand(6, 4, 3, 3), padding="full")
+        with pytest.raises(ValueError, match=f"^DeformConv2d: {rule}"):
+            ops.DeformConv2d(4, 6, 3, padding="full")
+
 
 class TestTargetsOfSigmoidFocalLoss:
     LOGITS, LABELS = torch.randn(6, 4), torch.tensor([0, 3, 4, 2, 4, 1])

@@ -43,8 +43,8 @@ def test_a_sound_run_has_none(scenes):
         ),
         (
             dict(train_short_edges=[16], train_long_edge=24),
-            r"images of 96x64 are reduced by a factor of 4\.0, .* set train_short_edges=\[32\] train_long_edge=48 "
-            r"test_short_edges=\[32\] test_long_edge=48$",
+            r"images of 96 x 64 pixels \(width x height\) are reduced by a factor of 4\.0, .* set "
+            r"train_short_edges=\[32\] train_long_edge=48 test_short_edges=\[32\] test_long_edge=48$",
         ),
         (dict(backbone_norm_trains=False), "no --backbone or --model: .* set backbone_norm_trains=true"),
     ],

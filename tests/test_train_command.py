@@ -60,7 +60,7 @@ class TestCommand:
         [
             ("epochs", "give at most one CONFIG, and settings as FIELD=VALUE, got tiny, epochs"),
             ("epochs=0", "tiny: training.epochs: must be positive, got 0"),
-            ("epocs=1", "override 'epocs': no such field; did you mean epochs?"),
+            ("epocs=1", "no such field: 'epocs'; did you mean epochs?"),
             ("epochs=[", "epochs: '[' is not a YAML value"),
         ],
     )

@@ -111,7 +111,7 @@ class TestCompleteRun:
         assert main(command("epochs=2", change)) == 0
         assert contents(run) == before
         shown = capsys.readouterr()
-        assert f"{run}: is complete, so nothing was changed; more epochs=N continue it, --restart" in shown.out
+        assert f"{run}: is complete, so nothing was changed; a larger epochs=N continues it, --restart" in shown.out
         assert "4 steps: " in shown.out and "PQ " in shown.out
         assert "changed settings" not in shown.err and "the run ends" not in shown.err
 

@@ -136,7 +136,10 @@ class TestResume:
         assert self.run(scenes, tmp_path) == 0
         assert f"4 images, 2 steps per epoch, step 0 of 2: {tmp_path}: new run" in capsys.readouterr().out
         assert self.run(scenes, tmp_path, "--resume") == 0
-        assert f"step 2 of 2: {tmp_path}: is complete, so nothing was changed; more epochs=N" in capsys.readouterr().out
+        assert (
+            f"step 2 of 2: {tmp_path}: is complete, so nothing was changed; a larger epochs=N"
+            in capsys.readouterr().out
+        )
         assert self.run(scenes, tmp_path, "epochs=2", "gradient_clip_norm=5") == 0
         shown = capsys.readouterr()
         assert f"step 2 of 4: {tmp_path}: continues from its checkpoint" in shown.out

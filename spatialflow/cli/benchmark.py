@@ -24,8 +24,8 @@ EXAMPLES = ("benchmark --list", "benchmark roi_align nms --seconds 2 --output re
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("ops", nargs="*", metavar="OP", help="operators (default: all)")
-    parser.add_argument("--list", action="store_true", help="list the operators and exit")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operators and other benchmarks (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks and exit")
     for name, metavar, text in (
         ("device", "DEVICE", "cpu or cuda (default: cpu)"),
         ("threads", "N", "CPU threads (default: 2)"),

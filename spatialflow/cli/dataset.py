@@ -52,8 +52,8 @@ _CONVERT_DESCRIPTION = (
     "  coco-instances  the JSON file, or the folder that holds it\n"
     "  labelme         the folder of JSON files, or one of them\n"
     '  cvat            annotations.xml of the export "CVAT for images 1.1"\n'
-    "  masks           the folder of PNGs that hold a class per pixel, or 1000 * class + instance\n"
-    "  yolo            data.yaml, or the folder that holds it"
+    "  masks           the folder of images (PNG, TIFF, BMP) with a class per pixel, or 1000 * class + instance\n"
+    "  yolo            data.yaml, or the folder that holds it or `labels`"
 )
 _CHECK_DESCRIPTION = (
     "Check a panoptic JSON as `spatialflow validate` does, print a table of its classes, and point out what may hurt\n"
@@ -124,7 +124,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = add_command(
         actions, "check", "find errors, count classes, draw examples", _CHECK_DESCRIPTION, _CHECK_EXAMPLES
     )
-    add_path(check, "annotations", "ANNOTATIONS", "the panoptic JSON, or the folder of PNGs beside it")
+    add_path(
+        check,
+        "annotations",
+        "ANNOTATIONS",
+        "the panoptic JSON, a folder that holds panoptic.json, or the folder of PNGs beside the JSON",
+    )
     add_path(check, "--images", "FOLDER", "photographs: check that each can be read and has the size of its PNG")
     add_path(check, "--folder", "FOLDER", "PNGs, if they are not beside the JSON")
     add_path(check, "--pictures", "FILE", "draw 16 examples into this picture")
@@ -271,7 +276,9 @@ def _class_table(result: Survey) -> str:
     lines = [line.rstrip() for line in aligned]
     lines.append(f"void: {100 * result.void_share:.2f} % of all pixels")
     sizes = [f"{width}x{height} ({count})" for (height, width), count in result.sizes.most_common(4)]
-    lines.append(f"sizes: {', '.join(sizes)}{f', {len(result.sizes) - 4} more' * (len(result.sizes) > 4)}")
+    lines.append(
+        f"sizes (width x height): {', '.join(sizes)}{f', {len(result.sizes) - 4} more' * (len(result.sizes) > 4)}"
+    )
     return "\n".join((*lines, ""))
 
 

@@ -136,6 +136,6 @@ def note_drawn_scenes(networks: Iterable[SpatialFlow], images: Iterable[Path]) -
     folders = {path.parent for path in paths if os.path.exists(path)}  # others are reported when they are read
     if not paths or not all(is_drawn(folder.parent / "panoptic.json") for folder in folders):
         print_error(
-            f"these weights know only {known}: their maps of photographs are meaningless; for photographs, train on "
+            f"these weights know only {known}: their maps of photographs are meaningless. For photographs, train on "
             f"your own (`spatialflow train`) or give other weights with --model (docs/weights.md)"
         )

@@ -333,7 +333,7 @@ def _sizes(options: argparse.Namespace) -> dict[str, Any]:
     if options.size is not None and options.short_edges is not None:
         raise CommandError("--size and --short-edges exclude each other")
     if options.size is not None and len(options.size) > 2:
-        raise CommandError(f"--size takes the short edge and the long one, got {len(options.size)} numbers")
+        raise CommandError(f"--size takes the short edge and the long one, got {'x'.join(map(str, options.size))}")
     name, edges = ("--size", options.size) if options.short_edges is None else ("--short-edges", options.short_edges)
     if edges is None:
         return {}

@@ -38,7 +38,9 @@ def run(options: argparse.Namespace) -> int:
     if options.seed < 0:
         raise CommandError(f"--seed must not be negative, got {options.seed}")
     if len(options.size) != 2:
-        raise CommandError(f"--size takes a height and a width, such as 480x640, got {len(options.size)} numbers")
+        raise CommandError(
+            f"--size takes a height and a width, such as 480x640, got {'x'.join(map(str, options.size))}"
+        )
     if min(options.size) < 32:
         raise CommandError(f"--size must be at least 32 x 32, got {options.size[0]} x {options.size[1]}")
     with as_command_errors(ValueError), path_in_oserror(options.output):

@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "panoptic quality, and worst.jpg and best.jpg are written",
         required=True,
     )
-    source = "the panoptic JSON with PNGs beside it, or a folder that holds panoptic.json"
+    source = "the panoptic JSON with PNGs beside it, or a folder that holds one, such as a training run"
     add_path(parser, "--ground-truth", "JSON", f"ground truth: {source}")
     add_path(parser, "--prediction", "JSON", f"predictions: {source}")
     add(

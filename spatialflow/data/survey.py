@@ -222,7 +222,7 @@ def advice(result: Survey) -> list[str]:
         share = 100 * result.tiny / result.things
         texts.append(
             f"{result.tiny} of {result.things} things ({share:.1f} %) are smaller than {_TINY_SIDE} x {_TINY_SIDE} "
-            f"pixels where images are scaled to {USUAL_SHORT} x {USUAL_LONG}"
+            f"pixels once images are reduced to at most {USUAL_SHORT} x {USUAL_LONG}"
         )
     if result.sizes:
         longest = [max(size) for size in result.sizes]

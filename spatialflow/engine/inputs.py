@@ -278,7 +278,7 @@ def _warn_of_order(name: str, sign: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):  # to the caller's line
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        f"{name}: arrays are read as BGR, and this one is probably RGB, because {sign}. "
+        f"{name}: this array is probably RGB, because {sign}, but arrays are read as BGR. "
         f"Pass channel_order='rgb' for RGB, or channel_order='bgr' to keep BGR without this warning.",
         ChannelOrderWarning,
         stacklevel=level,

@@ -441,7 +441,7 @@ def _run_line(trainer: Trainer) -> str:
     per_epoch = trainer.schedule.steps_per_epoch
     size = f"{len(trainer.data)} images, {per_epoch} steps per epoch, step {trainer.step} of {trainer.total_steps}"
     if trainer.is_complete:
-        place = "is complete, so nothing was changed; more epochs=N continue it, --restart starts over"
+        place = "is complete, so nothing was changed; a larger epochs=N continues it, --restart starts over"
     elif trainer.step:
         place = "continues from its checkpoint"
     elif trainer.store.has_checkpoint():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def deform_conv2d(
             an offset or mask that is not finite.
 
     Note:
-        Cells outside the map count as zero, so a sample fades to zero within one cell beyond the outermost centers. A
+        Cells outside the map count as zero, so a sample falls to zero within one cell beyond the outermost centers. A
         sample whose offset or mask is not finite in the type it is used in is zero. It has no gradient, not even for
         its mask. A feature that is not finite counts even if its bilinear weight, mask or kernel value is 0: the result
         is then NaN. "tf32" turns values from 3.4e38 on into infinity, "tf32x3" turns an infinity into NaN. Without
@@ -223,7 +223,9 @@ def _padding(
     if padding == "valid":
         return 0, 0
     if padding != "same":
-        return pair(op, "padding", cast("int", padding))
+        if isinstance(padding, str):
+            raise ValueError(f"{op}: padding must be one integer, a pair, 'same' or 'valid', got {padding!r:.80}")
+        return pair(op, "padding", padding)
     if pair(op, "stride", stride) != (1, 1):
         raise ValueError(f"{op}: padding must be numbers if stride is not 1, got 'same' for a stride of {stride}")
     both = [factor * (size - 1) for factor, size in zip(pair(op, "dilation", dilation), kernel_size, strict=True)]

@@ -106,7 +106,7 @@ def test_wrong_words(parser, capsys, line, message):
         ("predict a.jpg --output x --model dmo", "packaged weights (demo); did you mean demo?"),
         (
             "predict a.jpg --output x --model demo nms_treshold=1",
-            "no such field: 'nms_treshold'; did you mean nms_threshold",
+            "no such field: 'nms_treshold'; did you mean nms_",
         ),
         ("predict a.jpg --output x --model demo fpn_channels=3", "fpn_channels: the weights of "),
         ("predict a.jpg --output x", "which network? give --model: the folder of a training run, a weights file, or "),

@@ -121,8 +121,8 @@ def _large_images(config: Config, sizes: Sequence[tuple[int, int]]) -> list[str]
     short, long = (2 * max(config.data.train_short_edges), 2 * config.data.train_long_edge)
     return [
         f"images of {width:.0f} x {height:.0f} pixels (width x height) are reduced by a factor of {scale:.1f}, so that "
-        f"objects below {16 * scale:.0f} pixels can hardly be found; if you need those, set train_short_edges=[{short}] "
-        f"train_long_edge={long} test_short_edges=[{short}] test_long_edge={long}"
+        f"objects below {16 * scale:.0f} pixels can hardly be found; if you need those, set "
+        f"train_short_edges=[{short}] train_long_edge={long} test_short_edges=[{short}] test_long_edge={long}"
     ]
 
 

@@ -177,7 +177,7 @@ test-sass: export SPATIALFLOW_CUDA := on
 test-sass: nvcc build $(call extra,sass)  ## check the machine code of the CUDA kernels without a GPU; needs nvcc
 	$(PYTHON) tools/check_sass.py
 
-mutation-round: build  ## break one line at a time and check that tests or sanitizers notice; about 15 minutes
+mutation-round: build  ## break one line at a time and check that tests or sanitizers notice; takes some minutes
 	$(PYTHON) tools/mutation_round.py
 
 SECONDS ?= 120
@@ -196,7 +196,7 @@ bench: build  ## time every operator against its baselines; OPS="roi_align nms" 
 # The libraries are not compiled here; those built elsewhere are enough. BACKEND=simt is a dry run without a GPU.
 BACKEND ?= cuda
 ARGS ?=
-gpu-check:  ## accuracy and speed on a GPU, under 8 minutes; ARGS="--second" goes on; without a GPU, error 77
+gpu-check:  ## accuracy and speed on a GPU, at most 8 minutes; ARGS="--second" goes on; without a GPU, error 77
 	$(if $(wildcard $(PYTHON)),$(PYTHON),$(BASE_PYTHON)) tools/gpu_check.py --backend $(BACKEND) $(ARGS)
 
 gpu-check-dry: build  ## every step of both runs of gpu-check without a GPU, on the interpreter and the CPU

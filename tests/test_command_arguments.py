@@ -108,6 +108,7 @@ def test_wrong_words(parser, capsys, line, message):
             "predict a.jpg --output x --model demo nms_treshold=1",
             "no such field: 'nms_treshold'; did you mean nms_",
         ),
+        ("train lr=0.1 --output x --images a --annotations b", "no such field: 'lr'; docs/configuration.md lists all"),
         ("predict a.jpg --output x --model demo fpn_channels=3", "fpn_channels: the weights of "),
         ("predict a.jpg --output x", "which network? give --model: the folder of a training run, a weights file, or "),
         ("train demoo --output x --images a --annotations b", "did you mean demo"),
@@ -124,6 +125,13 @@ def test_messages_of_commands(tmp_path, capsys, monkeypatch, line, message):
     except SystemExit as ended:
         assert ended.code == 2
     assert message in error_messages(capsys)[-1] and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("words, shown", [([], "\ncommands:\n"), (["dataset"], "\nactions:\n")])
+def test_without_a_command_the_help_is_shown(words, shown, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and shown in capsys.readouterr().err
 
 
 def test_similar_names():

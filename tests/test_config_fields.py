@@ -328,6 +328,6 @@ def test_a_setting_without_effect_is_refused(overrides, words):
 def test_a_schedule_that_the_run_is_too_short_for_is_named():
     short = load_config("tiny", epochs=3, learning_rate_epochs=[2, 3, 9], warmup_iterations=6).training
     decay, warmup = settings_without_effect(short, total_steps=6)
-    assert "learning_rate_epochs [2, 3, 9]" in decay and "does not fall after epoch 3 and 9" in decay
+    assert "learning_rate_epochs [2, 3, 9]" in decay and "does not fall after epochs 3 and 9" in decay
     assert "warmup_iterations 6: the run ends after 6 steps" in warmup
     assert settings_without_effect(load_config("demo").training, total_steps=3000) == []

@@ -39,10 +39,18 @@ def test_a_second_interrupt_acts_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_error_of_the_block_comes_first():
-    with pytest.raises(ValueError, match="mine"), delayed_interrupts("waits"):
+def test_a_signal_replaces_an_error_of_the_block():
+    """A signal to the process group also ends the processes that the block needs."""
+    with pytest.raises(KeyboardInterrupt), delayed_interrupts("waits"):
         os.kill(os.getpid(), signal.SIGINT)
-        raise ValueError("mine")
+        raise RuntimeError("worker is gone")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_without_a_signal_stays():
+    with pytest.raises(RuntimeError, match="mine"), delayed_interrupts("waits"):
+        raise RuntimeError("mine")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_without_a_signal_nothing_happens(caplog):

@@ -195,7 +195,7 @@ class TestFinetuning:
         files |= {"--checkpoint": tmp_path / "donor.safetensors", "--workers": 0}
         settings = [f"{name}={value}" for name, value in SMALL_RUN.items()]
         assert main(["train", "tiny", *settings, *(str(part) for pair in files.items() for part in pair)]) == 0
-        message = capsys.readouterr().err
+        message = capsys.readouterr().out
         layers = "box_head.class_logits, thing_head.logits"
         assert re.search(rf"donor.safetensors: [\d,]+ of [\d,]+ weights are taken; {layers} start from random", message)
 

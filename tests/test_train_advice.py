@@ -12,7 +12,8 @@ from helpers.training import SMALL_RUN, small
 import spatialflow
 from spatialflow.cli.main import main
 from spatialflow.data.coco import CocoPanoptic
-from spatialflow.engine.run_advice import advice, spinning_threads
+from spatialflow.data.subset import hold_out
+from spatialflow.engine.run_advice import advice, missing_photographs, spinning_threads
 
 GOOD = dict(learning_rate_epochs=[1], epochs=2)
 
@@ -131,3 +132,16 @@ class TestSpinningThreads:
         output = tmp_path / "run"
         spatialflow.train(scenes / "images", scenes / "panoptic.json", config="tiny", output=output, **settings)
         assert any(text.startswith("OMP_WAIT_POLICY is not passive") for text in caplog.messages)
+
+
+def test_photographs_that_the_folder_lacks(tmp_path):
+    """The run began without a word, and named images to evaluate on that the user had not given."""
+    folder = write_coco(tmp_path, 4)
+    data = CocoPanoptic(folder / "panoptic.json", folder / "images", None, scene_categories())
+    assert missing_photographs(data) == []
+    for name in ("000002.jpg", "000004.jpg"):
+        (folder / "images" / name).unlink()
+    assert missing_photographs(data) == [
+        f"{folder / 'images'}: lacks 2 of the 4 photographs to train on, such as 000002.jpg; they are skipped"
+    ]
+    assert " of the 3 photographs to train on" in missing_photographs(hold_out(data, 0.25)[0])[0]

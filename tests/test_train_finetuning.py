@@ -102,7 +102,7 @@ def test_the_command_takes_a_run_or_its_file(run, tmp_path, capsys, option, file
     files = ["--images", data / "images", "--annotations", data / "panoptic.json", "--output", tmp_path, option]
     assert main(["train", *map(str, files), str(first / file), "epochs=1", "--workers", "0"]) == 0
     taken = first / (file or "model.safetensors")
-    assert re.search(rf"{taken}: ([\d,]+) of \1 weights are taken\n", capsys.readouterr().err)
+    assert re.search(rf"{taken}: ([\d,]+) of \1 weights are taken\n", capsys.readouterr().out)
     assert spatialflow.load_model(tmp_path).config.model.fpn_channels == 16
 
 

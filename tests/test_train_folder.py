@@ -173,18 +173,20 @@ class TestInterrupt:
         assert error_messages(capsys)[-1] == f"{word}: the same command continues at step 2 of 4, from {path}"
         assert steps == [0, 1]
 
-    def test_a_step_that_fails_is_not_saved(self, number, word, code, command, tmp_path, capsys, monkeypatch):
-        """The error comes before the signal, and the checkpoint keeps the last finite state."""
-        stops = {1}
+    @pytest.mark.parametrize("failure", ["loss", "loader"])
+    def test_a_step_that_fails_is_not_saved(self, number, word, code, failure, command, tmp_path, capsys, monkeypatch):
+        """The checkpoint keeps the last finite state, also if the signal ended the processes that load data."""
 
         def stop(step):
-            if step in stops:
+            if step == 1:
                 os.kill(os.getpid(), number)
+                if failure == "loader":
+                    raise RuntimeError("DataLoader worker is killed by signal: Terminated.")
 
-        steps = record_steps(monkeypatch, stop, result=torch.full((5,), torch.nan))
-        assert main(command("epochs=2")) == 2
-        assert "the loss is not finite" in error_messages(capsys)[-1]
-        assert not (tmp_path / "run" / "checkpoint.pt").exists() and steps == [0, 1]
+        steps = record_steps(monkeypatch, stop, result=torch.full((5,), torch.nan) if failure == "loss" else None)
+        assert main(command("epochs=2")) == code
+        assert error_messages(capsys)[-1] == f"{word}: nothing is saved yet, so the same command starts again"
+        assert not (tmp_path / "run" / "checkpoint.pt").exists() and steps == [0, 1][: 1 + (failure == "loss")]
 
     def test_a_group_of_processes_that_gets_a_signal(self, number, word, code, command):
         """Ctrl-C, or the stop of a service, reaches the processes that load data too."""

@@ -72,7 +72,7 @@ def test_from_photographs_to_scores_and_pictures(tmp_path, capsys):
     settings = ["epochs=1", "learning_rate=1e-9", "--workers", "0", "--output", str(run)]
     assert main(["train", *settings, *options(train), *options(val, "validation_")]) == 0
     shown = capsys.readouterr()
-    assert "3,282,764 of 3,282,764 weights are taken" in shown.err and "start from random" not in shown.err
+    assert "3,282,764 of 3,282,764 weights are taken" in shown.out and "start from random" not in shown.out
     assert "network: demo; 6 thing and 6 stuff classes: " in shown.out
     assert "learning_rate=1e-09; warmup_iterations=0" in shown.out  # no decay in a run of one epoch
     assert f"next: spatialflow predict PHOTOGRAPHS --model {run} --output predicted" in shown.out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -64,7 +65,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"spatialflow {spatialflow.__version__}")
 
     def error(self, message: str) -> NoReturn:
-        """Print the error without the whole usage, and exit with code 2."""
+        """Print the error without the whole usage, or the help if the command is missing, and exit with code 2."""
+        if self._subparsers is not None and message.startswith("the following arguments are required"):
+            self.print_help(sys.stderr)
+            self.exit(2)
         for kind, rule in (("int", "an integer"), ("float", "a number")):
             message = message.replace(f"invalid {kind} value:", f"must be {rule}, got")
         print_error(f"{message} (see `{self.prog} --help`)")

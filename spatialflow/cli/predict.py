@@ -257,6 +257,9 @@ def _report(options: argparse.Namespace, output: PredictionFolder, process: Pred
         files += [str(options.output / "detections.json")] if options.detections else []
         files += [str(options.output / CONTACT_SHEET)] if options.contact_sheet is not None else []
         print(f"{done} of {counted(done + len(process.failed), 'image')} done: {', '.join(files)}")
+        print(
+            f"next: spatialflow view {options.output}; with ground truth: spatialflow evaluate TRUTH {options.output}"
+        )
     else:
         print_error("no image could be predicted")
 

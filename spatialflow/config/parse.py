@@ -83,7 +83,7 @@ def place_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             section, name = section_by_field.get(key, ""), key
         if section_by_field.get(name) != section:
             hint = did_you_mean(name, section_by_field, count=3)
-            raise ConfigError(f"no such field: {short_repr(key)}{hint}")
+            raise ConfigError(f"no such field: {short_repr(key)}{hint or '; docs/configuration.md lists all'}")
         placed.setdefault(section, {})[name] = value
     return placed
 

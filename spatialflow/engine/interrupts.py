@@ -15,7 +15,9 @@ _logger = logging.getLogger(__name__)
 def delayed_interrupts(what: str) -> Iterator[list[int]]:
     """Within the block, delay SIGINT (Ctrl-C) and SIGTERM until its end; a second signal acts at once.
 
-    Signals that the process ignores stay ignored. In another thread than the main one, nothing is delayed.
+    An error of the block is replaced by the signal that waits: a signal to the whole process group ends the processes
+    that load data, and the block fails for want of them. Signals that the process ignores stay ignored. In another
+    thread than the main one, nothing is delayed.
 
     Args:
         what: printed when a signal arrives; says what the process does before it ends.
@@ -46,6 +48,11 @@ def delayed_interrupts(what: str) -> Iterator[list[int]]:
             signal.signal(number, delay)
     try:
         yield received
+    except Exception:
+        restore()
+        if received:
+            signal.raise_signal(received[0])
+        raise
     finally:
         restore()
     if received:

@@ -18,7 +18,7 @@ from spatialflow.engine.weights import check_network, fill, not_finite, shorten,
 from spatialflow.errors import did_you_mean
 from spatialflow.models.build import build_model
 from spatialflow.models.spatialflow import SpatialFlow
-from spatialflow.packaged import RUN_FILES, packaged_names
+from spatialflow.packaged import RUN_FILES, WEIGHT_SUFFIXES, packaged_names
 from spatialflow.packaged import packaged_weights as packaged_weights  # also exported by this module
 
 logger = logging.getLogger("spatialflow.engine.checkpoints")  # the documented name
@@ -58,11 +58,16 @@ def locate_weights(source: str | Path) -> Path:
 
 
 def _neighbors(path: Path) -> list[str]:
-    """List the entries of the folder in which `path` should be."""
+    """List the files of weights and the training runs in the folder in which `path` should be."""
     try:
-        return [str(path.with_name(name)) for name in os.listdir(path.parent)]
+        neighbors = [path.with_name(name) for name in os.listdir(path.parent)]
     except (OSError, ValueError):
         return []
+    return [
+        str(entry)
+        for entry in neighbors
+        if entry.suffix in WEIGHT_SUFFIXES or any(os.path.isfile(entry / name) for name in RUN_FILES)
+    ]
 
 
 class ModelFile(NamedTuple):

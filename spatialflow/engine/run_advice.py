@@ -50,6 +50,24 @@ def advice(config: Config, data: DataSet, total_steps: int, has_validation: bool
     return messages
 
 
+def missing_photographs(data: DataSet) -> list[str]:
+    """List a message if some of the photographs of a COCO data set do not exist; without them it is trained on."""
+    if not isinstance(data, CocoPanoptic):
+        return []
+    missing = [data.names[index] for index in range(len(data)) if not os.path.isfile(data.image_path(index))]
+    if not missing:
+        return []
+    return [
+        f"{data.image_folder}: lacks {len(missing)} of the {len(data)} photographs to train on, such as {missing[0]}; "
+        f"they are skipped"
+    ]
+
+
+def epochs_phrase(epochs: Sequence[int]) -> str:
+    """Name epochs: "epoch 3" or "epochs 3 and 9"."""
+    return f"epoch{'s' * (len(epochs) > 1)} {' and '.join(map(str, epochs))}"
+
+
 def spinning_threads(device: torch.device, workers: int) -> list[str]:
     """List a message if torch's threads on the CPU spin, and take the cores from the processes that load data.
 
@@ -78,7 +96,7 @@ def settings_without_effect(training: TrainingConfig, total_steps: int) -> list[
     if late:
         messages.append(
             f"learning_rate_epochs {list(training.learning_rate_epochs)}: the run ends with epoch {training.epochs}, "
-            f"so the learning rate does not fall after epoch {' and '.join(map(str, late))}"
+            f"so the learning rate does not fall after {epochs_phrase(late)}"
         )
     if training.warmup_iterations >= total_steps:
         messages.append(

@@ -9,6 +9,7 @@ import numpy as np
 
 from spatialflow.config import Config, ConfigError, load_config
 from spatialflow.data.categories import TABLES, read_rows, table_path
+from spatialflow.engine.run_advice import epochs_phrase
 
 IMAGES_ON_CPU, IMAGES_ON_GPU = 1200, 12_000
 """Images of a whole run, counted in every epoch, where the schedule is chosen: some minutes of computing time."""
@@ -170,8 +171,8 @@ def describe_settings(config: Config, classes: Sequence[str], count: int, held_o
     model, data, training = config.model, config.data, config.training
     stuff = len(classes) - model.num_things
     shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
-    epochs = " and ".join(map(str, training.learning_rate_epochs))
-    decays = f", a tenth of it after epochs {epochs}" if epochs else ""
+    epochs = training.learning_rate_epochs
+    decays = f", a tenth of it after {epochs_phrase(epochs)}" if epochs else ""
     return [
         f"network: {config.name}; {model.num_things} thing and {stuff} stuff classes: {shown}",
         f"images: {count} to train on, {held_out} to evaluate on; train_short_edges={list(data.train_short_edges)} "

@@ -18,7 +18,7 @@ from spatialflow.engine.checkpoint_store import TrainingError
 from spatialflow.engine.checkpoints import CheckpointError
 from spatialflow.engine.distributed import ProcessGroup
 from spatialflow.engine.model_files import read_model_file
-from spatialflow.engine.run_advice import advice, spinning_threads
+from spatialflow.engine.run_advice import advice, missing_photographs, spinning_threads
 from spatialflow.engine.run_folder import check_replaced_files, describe_saved, only_run_in, write_config
 from spatialflow.engine.run_settings import (
     CLASS_FIELDS,
@@ -234,6 +234,9 @@ def train(
     start = _start(config, model, backbone, ema, overrides)
     group = distributed.join(device)
     configured, data, validation = _settings(start, files, config, overrides, group)
+    if group.is_first:
+        for text in missing_photographs(data):
+            _logger.warning(text)
     if validation is not None:
         _check_readable(validation)
     folder = Path(output)
@@ -421,10 +424,13 @@ def _announce(trainer: Trainer, start: _Start, is_chosen: bool, is_pretrained: b
         held_out = 0 if validation is None else len(validation)
         lines += describe_settings(trainer.config, names, len(data), held_out)
     lines.append(_run_line(trainer))
-    if prints:
-        print("\n".join(lines), flush=True)
     if trainer.taken_weights is not None and trainer.step == 0:
-        _logger.info(trainer.taken_weights.describe(str(start.weights)))
+        lines.append(trainer.taken_weights.describe(str(start.weights)))
+    for line in lines:
+        if prints:
+            print(line, flush=True)
+        else:
+            _logger.info(line)
     warnings = advice(
         trainer.config, data, trainer.total_steps, validation is not None, is_pretrained or start.weights is not None
     )

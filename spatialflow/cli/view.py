@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         catalog = _catalog(options)
     if not catalog.images:
         raise CommandError(f"{catalog.main.path}: lists no images")
-    for note in (*catalog.missing, *catalog.notes[:PRINTED_NOTES]):
+    for note in (*catalog.warnings, *catalog.missing, *catalog.notes[:PRINTED_NOTES]):
         print_error(note)
     if len(catalog.notes) > PRINTED_NOTES:
         print_error(f"and {len(catalog.notes) - PRINTED_NOTES} more notes, on the page")

@@ -3,12 +3,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from spatialflow.panoptic.category_names import different_names, ids_by_name, names_by_id
 from spatialflow.panoptic.colors import color_of, segment_colors
 from spatialflow.panoptic.formats import load_json, read_id_map
 from spatialflow.panoptic.photographs import find_photograph, match_images, photograph_names
@@ -151,15 +152,44 @@ class Catalog:
     """
 
     def __init__(self, sides: list[Side], images: Path | None = None) -> None:
+        self.warnings: list[str] = []  # messages on what makes scores and classes of the whole page wrong
+        self.notes = [f"{side.path}: {text}" for side in sides for text in side.problems]
+        sides = self._match_categories(sides)
         self.sides = {side.key: side for side in sides}
         self.main = self.sides.get(PREDICTION_SIDE) or sides[0]
-        self.notes = [f"{side.path}: {text}" for side in sides for text in side.problems]
         self.missing: list[str] = []  # messages on images that only some sides have, which is no problem
         self.images = self._join()
         self.categories = self._merge_categories()
         self._category_rows = [row._asdict() for row in self.categories.values()]
         self._folder = images
         self._folders = {side.key: _guess_folder(side) for side in sides} if images is None else {}
+
+    def _match_categories(self, sides: list[Side]) -> list[Side]:
+        """Give all sides the category ids of the ground truth, else of the file with most categories.
+
+        Only a side of which an id has another name there gets other ids, and only if all its names are known.
+        """
+        reference = next((side for side in sides if side.key == TRUTH_SIDE), None)
+        reference = reference or max(sides, key=lambda side: len(side.categories))
+        known = names_by_id(reference.categories)
+        matched = {reference.key: reference}
+        for side in sides:
+            names = names_by_id(side.categories)
+            different = [] if side is reference else different_names(known, names)
+            if not different:
+                matched[side.key] = side
+                continue
+            first, more = different[0], len(different) - 1
+            text = f"{side.path}: category {first} is {names[first]!r:.60}, in {reference.path} it is "
+            text += f"{known[first]!r:.60}{f', and {more} more have other names' * (more > 0)}; categories are "
+            renumbered = _renumbered(side, ids_by_name(names, known))
+            if renumbered is None:
+                text += "compared by id, so classes, errors and PQ are wrong unless both names mean one class"
+                self.warnings.append(text)
+            else:
+                self.notes.append(text + "matched by name")
+            matched[side.key] = renumbered or side
+        return [matched[side.key] for side in sides]
 
     def _join(self) -> list[Image]:
         main = self.main
@@ -199,9 +229,6 @@ class Catalog:
                 if number not in categories:
                     base = color if is_color(color) else None
                     categories[number] = Category(number, name, row.get("isthing") == 1, color_of(number, 0, base))
-                elif categories[number].name != name and "name" in row:
-                    other = categories[number].name
-                    self.notes.append(f"{side.path}: category {number} is {name!r:.60}, elsewhere it is {other!r:.60}")
         for side in self.sides.values():
             for annotation in side.annotations.values():
                 for segment in annotation["segments_info"]:
@@ -267,6 +294,21 @@ class Catalog:
             if folder is not None and os.path.isfile(path := inside(folder, name)):
                 return path
         raise ViewError(f"{image.name}: the photograph is not found; give its folder with --images")
+
+
+def _renumbered(side: Side, id_of: Mapping[int, int] | None) -> Side | None:
+    """Return a side with other category ids; None without `id_of`, or if a category of the side is not in it."""
+    segments = (segment for row in side.annotations.values() for segment in row["segments_info"])
+    used = {row["id"] for row in side.categories} | {segment["category_id"] for segment in segments}
+    if id_of is None or not used <= id_of.keys():
+        return None
+    annotations = {
+        image: row | {"segments_info": [s | {"category_id": id_of[s["category_id"]]} for s in row["segments_info"]]}
+        for image, row in side.annotations.items()
+    }
+    return replace(
+        side, categories=[row | {"id": id_of[row["id"]]} for row in side.categories], annotations=annotations
+    )
 
 
 def _as_content(side: Side) -> dict[str, Any]:

@@ -312,6 +312,42 @@ def test_photographs_are_found(data, tmp_path):
         make_catalog(truth).photograph(catalog.images[0])
 
 
+def test_photographs_that_are_not_found_are_counted(data, tmp_path):
+    truth, _ = data
+    assert make_catalog(truth).missing == []
+    (truth / "images" / "000002.jpg").unlink()
+    assert make_catalog(truth).missing == ["1 of 4 photographs is not found; --images names the folder"]
+    (truth / "images").rename(truth / "elsewhere")
+    catalog = make_catalog(truth)
+    assert catalog.missing == ["4 of 4 photographs are not found; --images names the folder"]
+    assert index_payload(catalog, range(4))["notes"] == catalog.missing
+    assert make_catalog(truth, images=tmp_path).missing == [f"4 of 4 photographs are not in the folder {tmp_path}"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\0"])
+def test_photographs_are_found_by_the_list_beside_the_json(data, tmp_path, end):
+    """`dataset convert --split` writes it; the photographs may have another format by now."""
+    truth, _ = data
+    folder = (truth / "images").rename(tmp_path / "photos")
+    (folder / "000002.jpg").rename(folder / "000002.jpeg")
+    (folder / "more").mkdir()
+    shutil.copy(folder / "000003.jpg", folder / "more")
+    lines = [str(folder / "000001.jpg"), "../photos/000002.jpeg", str(folder / "000003.jpg")]
+    lines += [str(folder / "more" / "000003.jpg"), str(folder / "absent" / "000004.jpg")]
+    (truth / "panoptic.txt").write_bytes("".join(line + end for line in lines).encode())
+    edit_json(truth, lambda content: content["images"][2].update(file_name="more/000003.jpg"))
+    catalog = make_catalog(truth)
+    found = [catalog.photograph(image) for image in catalog.images[:3]]
+    names = ["000001.jpg", "000002.jpeg", "more/000003.jpg"]
+    assert found == [(folder / name).resolve() for name in names]
+    assert catalog.missing == ["1 of 4 photographs is not found; --images names the folder"]
+    assert len(make_catalog(truth, images=truth).missing) == 1  # --images alone counts
+    edit_json(truth, lambda content: content["images"][2].update(file_name="000003.png"))
+    catalog = make_catalog(truth)
+    with pytest.raises(ViewError, match="not found"):  # two files have this stem
+        catalog.photograph(catalog.images[2])
+
+
 def test_files_outside_the_folders_are_refused(data, tmp_path):
     truth, out = data
     secret = tmp_path / "secret.png"

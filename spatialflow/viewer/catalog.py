@@ -4,7 +4,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from spatialflow.panoptic.category_names import different_names, ids_by_name, names_by_id
 from spatialflow.panoptic.colors import color_of, segment_colors
 from spatialflow.panoptic.formats import load_json, read_id_map
-from spatialflow.panoptic.photographs import find_photograph, match_images, photograph_names
+from spatialflow.panoptic.photographs import find_photograph, match_images, photograph_key, photograph_names, read_list
 from spatialflow.panoptic.quality import default_folder
 from spatialflow.panoptic.rules import PREDICTION, RULES, TRUTH, PanopticFormatError, id_of, is_color, json_problems
 
@@ -148,7 +148,7 @@ class Catalog:
     Args:
         sides: the ground truth first, if there is one, then the predictions. Images of all are joined with those of the
             first predictions, or of the ground truth if it is alone.
-        images: folder of the photographs; None: the paths in the JSONs, or folders beside them.
+        images: folder of the photographs; None: the paths in the JSONs, or folders or lists of paths beside them.
     """
 
     def __init__(self, sides: list[Side], images: Path | None = None) -> None:
@@ -163,6 +163,8 @@ class Catalog:
         self._category_rows = [row._asdict() for row in self.categories.values()]
         self._folder = images
         self._folders = {side.key: _guess_folder(side) for side in sides} if images is None else {}
+        self._listed = {side.key: _listed_photographs(side) for side in sides} if images is None else {}
+        self._count_absent()
 
     def _match_categories(self, sides: list[Side]) -> list[Side]:
         """Give all sides the category ids of the ground truth, else of the file with most categories.
@@ -274,6 +276,20 @@ class Catalog:
         except ValueError:  # a zero byte, or a character that no path has
             raise ViewError(f"{image.name!r:.80}: is not a file name") from None
 
+    def _count_absent(self) -> None:
+        """Add a message with the number of photographs that are not found."""
+        absent = 0
+        for image in self.images:
+            try:
+                self.photograph(image)
+            except ViewError:
+                absent += 1
+        if absent:
+            text = f"{absent} of {len(self.images)} photograph{'s' * (len(self.images) != 1)} "
+            text += "is not " if absent == 1 else "are not "
+            where = "found; --images names the folder" if self._folder is None else f"in the folder {self._folder}"
+            self.missing.append(text + where)
+
     def _find_photograph(self, image: Image) -> Path:
         if self._folder is not None:
             path = inside(self._folder, os.path.relpath(find_photograph(self._folder, image.name), self._folder))
@@ -293,6 +309,11 @@ class Catalog:
             folder = self._folders[key]
             if folder is not None and os.path.isfile(path := inside(folder, name)):
                 return path
+            listed, parts = self._listed[key].get(photograph_key(name), []), PurePosixPath(name).parts
+            named = [path for path in listed if path.parts[-len(parts) :] == parts]
+            for paths in (named, listed):
+                if len(paths) == 1 and os.path.isfile(paths[0]):
+                    return Path(os.path.realpath(paths[0]))
         raise ViewError(f"{image.name}: the photograph is not found; give its folder with --images")
 
 
@@ -329,6 +350,18 @@ def inside(folder: Path, name: str) -> Path:
     if not path.startswith(os.path.join(root, "")):
         raise ViewError(f"{name!r:.80}: lies outside the folder {folder}, and is not shown")
     return Path(path)
+
+
+def _listed_photographs(side: Side) -> dict[str, list[Path]]:
+    """Map the names without suffix to the paths in the list beside a JSON; empty without a list."""
+    found: dict[str, list[Path]] = {}
+    try:
+        lines = read_list(side.path)
+    except OSError:
+        return found
+    for line in lines:
+        found.setdefault(photograph_key(line), []).append(side.path.parent / line)
+    return found
 
 
 def _guess_folder(side: Side) -> Path | None:

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -225,6 +226,43 @@ def test_malformed_prediction_is_named(folder_pair, damage):
     message = damage(pred)
     with pytest.raises(PanopticFormatError, match=message):
         score(tmp_path, gt, pred)
+
+
+def renamed(pred, *names):
+    """Return a prediction with categories: those of the ground truth, the first ones with other names."""
+    rows = [row | {"name": f"class of {row['id']}"} for row in CATEGORIES]
+    return pred | {"categories": [row | {"name": name} for row, name in zip(rows, names)] + rows[len(names) :]}
+
+
+def test_categories_of_other_names_are_refused(folder_pair):
+    tmp_path, gt, pred = folder_pair
+    gt = renamed(gt, "person", "traffic light")
+    (first, second), rest = CATEGORIES[:2], "the prediction is of a model with other classes; predict with a model "
+    for names, number, name, other in (
+        (("car",), first["id"], "car", "person"),
+        (("person", "car"), second["id"], "car", "traffic light"),
+    ):
+        message = f"pred_json: category {number} is '{name}', in the ground truth gt_json it is '{other}'; {rest}"
+        with pytest.raises(PanopticFormatError, match=re.escape(message)):
+            score(tmp_path, gt, renamed(pred, *names))
+    (tmp_path / "pred.json").write_text(json.dumps(renamed(pred, "car")))
+    with pytest.raises(PanopticFormatError, match=f"^{tmp_path}/pred.json: category {first['id']} is 'car'"):
+        score(tmp_path, gt, tmp_path / "pred.json")
+
+
+def test_equal_or_absent_names_of_categories_are_scored(folder_pair):
+    tmp_path, gt, pred = folder_pair
+    gt = renamed(gt, "person", "traffic light")
+    first, second = (row["id"] for row in CATEGORIES[:2])
+    for prediction in (
+        pred,
+        pred | {"categories": [{"id": first}, "no row", {"name": "car"}, {"id": second, "name": None}]},
+        pred | {"categories": "no list"},
+        renamed(pred, "Person ", "traffic_light"),
+        renamed(pred, f"thing {first}", f"category {second}"),  # what a network without a category table has
+        renamed(pred, str(first), f"stuff {second}"),
+    ):
+        assert score(tmp_path, gt, prediction)["All"]["pq"] == 1.0
 
 
 def test_duplicated_entry_is_accepted_like_panopticapi(folder_pair):

@@ -223,11 +223,80 @@ def test_two_runs_and_different_names_of_a_category(data, tmp_path):
     other = write_imperfect(truth, tmp_path / "other", 2, 8)
     edit_json(other, lambda content: content["categories"][0].update(name="pedestrian"))
     catalog = make_catalog(truth, out, other)
-    assert any("'pedestrian'" in note and "'person'" in note for note in catalog.notes)
+    number = catalog.sides["truth"].categories[0]["id"]
+    (warning,) = catalog.warnings
+    names = f"category {number} is 'pedestrian', in {truth}/panoptic.json it is 'person'; categories are compared by id"
+    assert warning.startswith(f"{other}/panoptic.json: {names}") and catalog.notes == []
+    assert index_payload(catalog, range(4))["warnings"] == [warning]
     rows = scores_payload(catalog, scanned(catalog), 0)["rows"]
     assert all(row[1] is not None and row[2] is not None for row in rows)
     without_truth = make_catalog(None, out, other)
     assert all(set(image.ids) == {"prediction", "other"} for image in without_truth.images)
+
+
+def renumber(content):
+    """Give the categories other ids, in the opposite order, and write their names in capitals."""
+    ids = [row["id"] for row in content["categories"]]
+    new_id = dict(zip(ids, reversed(ids)))
+    for row in content["categories"]:
+        row.update(id=new_id[row["id"]], name=row["name"].upper())
+    for segment in (segment for row in content["annotations"] for segment in row["segments_info"]):
+        segment["category_id"] = new_id[segment["category_id"]]
+
+
+def test_categories_of_other_ids_are_matched_by_name(data, tmp_path):
+    truth, out = data
+    expected = scores_payload(make_catalog(truth, out), scanned(make_catalog(truth, out)), 0)["rows"]
+    other = shutil.copytree(out, tmp_path / "other")
+    edit_json(other, renumber)
+    for folders in ((truth, other), (truth, out, other)):
+        catalog = make_catalog(*folders)
+        rows = scores_payload(catalog, scanned(catalog), 0)["rows"]
+        assert [row[1] for row in rows] == [row[1] for row in expected] and catalog.warnings == []
+        assert len(folders) == 2 or [row[2] for row in rows] == [row[1] for row in expected]
+        assert [row.name for row in catalog.categories.values()] == [
+            row["name"] for row in catalog.sides["truth"].categories
+        ]
+        (note,) = catalog.notes
+        assert "and 11 more" in note and note.endswith("; categories are matched by name")
+
+
+def test_the_run_of_fewer_classes_gets_the_ids_of_the_other(data, tmp_path):
+    _, out = data
+    few = shutil.copytree(out, tmp_path / "few")
+
+    def keep_last(content):
+        last = content["categories"][-1]
+        for row in content["annotations"]:
+            kept = (segment for segment in row["segments_info"] if segment["category_id"] == last["id"])
+            row["segments_info"] = [segment | {"category_id": 1} for segment in kept]
+        content["categories"] = [last | {"id": 1}]
+
+    edit_json(few, keep_last)
+    for folders in ((None, few, out), (None, out, few)):
+        catalog = make_catalog(*folders)
+        assert len(catalog.categories) == 12 and catalog.warnings == [] and len(catalog.notes) == 1
+        side = next(side for side in catalog.sides.values() if side.path.parent == few)
+        found = {s["category_id"] for row in side.annotations.values() for s in row["segments_info"]}
+        assert found == {row["id"] for row in side.categories} == {16}
+
+
+@pytest.mark.parametrize("case", ["unlisted", "twice", "no name"])
+def test_categories_that_cannot_be_matched_are_a_warning(data, case):
+    truth, out = data
+    edit_json(out, renumber)
+
+    def edit(content):
+        if case == "unlisted":
+            content["annotations"][0]["segments_info"][0]["category_id"] = 77
+        elif case == "twice":
+            content["categories"][1]["name"] = content["categories"][0]["name"]
+        else:
+            del content["categories"][1]["name"]
+
+    edit_json(out, edit)
+    catalog = make_catalog(truth, out)
+    assert len(catalog.warnings) == 1 and "compared by id" in catalog.warnings[0]
 
 
 def test_photographs_are_found(data, tmp_path):
@@ -241,6 +310,42 @@ def test_photographs_are_found(data, tmp_path):
     (truth / "images").rename(truth / "elsewhere")
     with pytest.raises(ViewError, match="--images"):
         make_catalog(truth).photograph(catalog.images[0])
+
+
+def test_photographs_that_are_not_found_are_counted(data, tmp_path):
+    truth, _ = data
+    assert make_catalog(truth).missing == []
+    (truth / "images" / "000002.jpg").unlink()
+    assert make_catalog(truth).missing == ["1 of 4 photographs is not found; --images names the folder"]
+    (truth / "images").rename(truth / "elsewhere")
+    catalog = make_catalog(truth)
+    assert catalog.missing == ["4 of 4 photographs are not found; --images names the folder"]
+    assert index_payload(catalog, range(4))["notes"] == catalog.missing
+    assert make_catalog(truth, images=tmp_path).missing == [f"4 of 4 photographs are not in the folder {tmp_path}"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\0"])
+def test_photographs_are_found_by_the_list_beside_the_json(data, tmp_path, end):
+    """`dataset convert --split` writes it; the photographs may have another format by now."""
+    truth, _ = data
+    folder = (truth / "images").rename(tmp_path / "photos")
+    (folder / "000002.jpg").rename(folder / "000002.jpeg")
+    (folder / "more").mkdir()
+    shutil.copy(folder / "000003.jpg", folder / "more")
+    lines = [str(folder / "000001.jpg"), "../photos/000002.jpeg", str(folder / "000003.jpg")]
+    lines += [str(folder / "more" / "000003.jpg"), str(folder / "absent" / "000004.jpg")]
+    (truth / "panoptic.txt").write_bytes("".join(line + end for line in lines).encode())
+    edit_json(truth, lambda content: content["images"][2].update(file_name="more/000003.jpg"))
+    catalog = make_catalog(truth)
+    found = [catalog.photograph(image) for image in catalog.images[:3]]
+    names = ["000001.jpg", "000002.jpeg", "more/000003.jpg"]
+    assert found == [(folder / name).resolve() for name in names]
+    assert catalog.missing == ["1 of 4 photographs is not found; --images names the folder"]
+    assert len(make_catalog(truth, images=truth).missing) == 1  # --images alone counts
+    edit_json(truth, lambda content: content["images"][2].update(file_name="000003.png"))
+    catalog = make_catalog(truth)
+    with pytest.raises(ViewError, match="not found"):  # two files have this stem
+        catalog.photograph(catalog.images[2])
 
 
 def test_files_outside_the_folders_are_refused(data, tmp_path):

@@ -389,6 +389,23 @@ def test_names_are_text(open_page, tmp_path):
         assert page.evaluate("window.hacked") is None
 
 
+def test_warnings_are_shown_in_every_view(open_page, data, tmp_path):
+    """Also in an exported page, as text."""
+    other = tmp_path / "other"
+    shutil.copytree(data[1], other)
+    edit_json(other, lambda content: content["categories"][0].update(name="<img src=x onerror=window.hacked=1>"))
+    catalog = make_catalog(data[0], other)
+    with serving(catalog) as running:
+        export_page(tmp_path / "page.html", catalog, running.scan, 3)
+        for url in (running.url, (tmp_path / "page.html").as_uri()):
+            page = open_page(url, WIDTHS[-1])
+            for view in ("#/", "#/classes", "#/image/0"):
+                page.evaluate(f"location.hash = '{view}'")
+                page.locator("#warnings").wait_for()
+                assert page.text_content("#warnings") == catalog.warnings[0] and "<img" in catalog.warnings[0]
+                assert page.evaluate("window.hacked") is None and fits(page)
+
+
 def test_problems_do_not_break_the_page(open_page, tmp_path):
     truth = write_coco(tmp_path / "truth", 3)
     out = write_imperfect(truth, tmp_path / "out")

@@ -242,6 +242,18 @@ def test_only_the_loopback_address_without_a_host(data, monkeypatch, capsys, hos
     assert error_messages(capsys) == (messages if host == "0.0.0.0" else [])
 
 
+def test_warnings_and_missing_photographs_are_printed(data, tmp_path, capsys):
+    truth, out = (shutil.copytree(folder, tmp_path / folder.name) for folder in data)
+    shutil.rmtree(truth / "images")
+    edit_json(out, lambda content: content["categories"][0].update(name="pedestrian"))
+    page = tmp_path / "page.html"
+    assert main(["view", str(out), "--ground-truth", str(truth), "--export", str(page)]) == 0
+    messages = error_messages(capsys)
+    assert "'pedestrian'" in messages[0]
+    assert messages[1:] == ["3 of 3 photographs are not found; --images names the folder"]
+    assert all(json.dumps(message)[1:-1] in page.read_text() for message in messages)
+
+
 def test_files_that_are_no_results(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{")

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = "the output of `predict`, the folder of a training run, or a panoptic JSON with PNGs"
     add_path(parser, "results", "OUT", f"{source} beside it")
     add_path(parser, "--ground-truth", "JSON", "ground truth: a panoptic JSON, or a folder that holds one")
-    add_path(parser, "--images", "FOLDER", "photographs (default: where the JSON says, or a folder beside it)")
+    add_path(parser, "--images", "FOLDER", "photographs (default: where the JSON says, or a folder or list beside it)")
     add_path(parser, "--compare", "OUT", "other predictions for the same images, shown side by side")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)")
     add("--port", type=int, metavar="N", help="port to listen on (default: 8470, or a free one)")
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         catalog = _catalog(options)
     if not catalog.images:
         raise CommandError(f"{catalog.main.path}: lists no images")
-    for note in (*catalog.missing, *catalog.notes[:PRINTED_NOTES]):
+    for note in (*catalog.warnings, *catalog.missing, *catalog.notes[:PRINTED_NOTES]):
         print_error(note)
     if len(catalog.notes) > PRINTED_NOTES:
         print_error(f"and {len(catalog.notes) - PRINTED_NOTES} more notes, on the page")

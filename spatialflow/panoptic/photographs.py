@@ -63,6 +63,24 @@ def find_photograph(folder: str | os.PathLike[str], file_name: str) -> Path:
     return path
 
 
+def list_path(json_path: Path) -> Path:
+    """Return the path of the list of photographs that `dataset convert --split` writes beside a panoptic JSON."""
+    return json_path.with_suffix(".txt")
+
+
+def read_list(json_path: Path) -> list[str]:
+    """Read the paths in the list of photographs beside a panoptic JSON, as they stand there.
+
+    They end in zero bytes if the file does, otherwise in line breaks.
+
+    Raises:
+        OSError: the list cannot be read.
+    """
+    text = os.fsdecode(list_path(json_path).read_bytes())
+    lines = text.split("\0" if text.endswith("\0") else "\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def join_images(truth: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[int | str, int | str]:
     """Match each image of the ground truth with its prediction.
 

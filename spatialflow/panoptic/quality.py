@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spatialflow.panoptic.category_names import different_names, names_by_id
 from spatialflow.panoptic.formats import as_id_map, check_panoptic, load_json, read_id_map
 from spatialflow.panoptic.pair_counts import count_pairs
 from spatialflow.panoptic.photographs import join_images
@@ -215,7 +216,8 @@ def evaluate(
         gt_json: COCO panoptic JSON with `annotations` and `categories`, a path or its content.
         gt_folder: folder of its PNGs; None for the JSON's path without its suffix.
         pred_json: COCO panoptic JSON with `annotations`. Every image of the ground truth must be in it, by its id or
-            by the name of its photograph (`join_images`).
+            by the name of its photograph (`join_images`). Names in its `categories`, if any, must be those of the
+            ground truth.
         pred_folder: like gt_folder, for the predictions.
         workers: threads that read, decode and count; default: one per core. The result does not depend on it.
         progress: show a progress bar on standard error.
@@ -227,7 +229,8 @@ def evaluate(
 
     Raises:
         PanopticFormatError: a file is absent, damaged or breaks the format, an image has no prediction, or the
-            segments and pixels of a prediction disagree. The message names the file or the image and the segment.
+            segments and pixels of a prediction disagree. The message names the file or the image and the segment. Also
+            raised if both files have names of categories, and one id has two names.
 
     Without any annotated or predicted segment the qualities are 0 with n = 0, with an `AnnotationWarning`. Further
     warnings name contradictory annotations; see `docs/annotations.md` for the rules and the computation.
@@ -268,6 +271,7 @@ def score_files(
     gt_problems = check_panoptic(gt, gt_name, with_categories=True, use=TRUTH)
     quality = PanopticQuality(gt["categories"])
     pred, pred_name = _content(prediction.json, "pred_json")
+    _check_names(gt, gt_name, pred, pred_name)
     try:
         pred_problems = check_panoptic(pred, pred_name, use=PREDICTION, categories=quality.categories)
     except PanopticFormatError as error:
@@ -307,6 +311,18 @@ def score_files(
         summary(problems, name) for problems, name in ((gt_problems, gt_name), (pred_problems, pred_name)) if problems
     ]
     return Scored(quality.compute(), gt, prediction_of, reports, len(predicted) - len(prediction_of))
+
+
+def _check_names(gt: Mapping[str, Any], gt_name: str, pred: Any, pred_name: str) -> None:
+    """Raise PanopticFormatError if a category of the prediction has another name in the ground truth."""
+    names = names_by_id(gt["categories"])
+    pred_names = names_by_id(pred.get("categories") if isinstance(pred, Mapping) else None)
+    for number in different_names(names, pred_names):
+        raise PanopticFormatError(
+            f"{pred_name}: category {number} is {pred_names[number]!r:.60}, in the ground truth {gt_name} it is "
+            f"{names[number]!r:.60}; the prediction is of a model with other classes; predict with a model of the "
+            f'ground truth\'s classes, or remove "categories" from the prediction if both names mean one class'
+        )
 
 
 def _pixels(array: np.ndarray, name: str) -> np.ndarray:

@@ -3,15 +3,16 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from spatialflow.panoptic.category_names import different_names, ids_by_name, names_by_id
 from spatialflow.panoptic.colors import color_of, segment_colors
 from spatialflow.panoptic.formats import load_json, read_id_map
-from spatialflow.panoptic.photographs import find_photograph, match_images, photograph_names
+from spatialflow.panoptic.photographs import find_photograph, match_images, photograph_key, photograph_names, read_list
 from spatialflow.panoptic.quality import default_folder
 from spatialflow.panoptic.rules import PREDICTION, RULES, TRUTH, PanopticFormatError, id_of, is_color, json_problems
 
@@ -147,19 +148,50 @@ class Catalog:
     Args:
         sides: the ground truth first, if there is one, then the predictions. Images of all are joined with those of the
             first predictions, or of the ground truth if it is alone.
-        images: folder of the photographs; None: the paths in the JSONs, or folders beside them.
+        images: folder of the photographs; None: the paths in the JSONs, or folders or lists of paths beside them.
     """
 
     def __init__(self, sides: list[Side], images: Path | None = None) -> None:
+        self.warnings: list[str] = []  # messages on what makes scores and classes of the whole page wrong
+        self.notes = [f"{side.path}: {text}" for side in sides for text in side.problems]
+        sides = self._match_categories(sides)
         self.sides = {side.key: side for side in sides}
         self.main = self.sides.get(PREDICTION_SIDE) or sides[0]
-        self.notes = [f"{side.path}: {text}" for side in sides for text in side.problems]
         self.missing: list[str] = []  # messages on images that only some sides have, which is no problem
         self.images = self._join()
         self.categories = self._merge_categories()
         self._category_rows = [row._asdict() for row in self.categories.values()]
         self._folder = images
         self._folders = {side.key: _guess_folder(side) for side in sides} if images is None else {}
+        self._listed = {side.key: _listed_photographs(side) for side in sides} if images is None else {}
+        self._count_absent()
+
+    def _match_categories(self, sides: list[Side]) -> list[Side]:
+        """Give all sides the category ids of the ground truth, else of the file with most categories.
+
+        Only a side of which an id has another name there gets other ids, and only if all its names are known.
+        """
+        reference = next((side for side in sides if side.key == TRUTH_SIDE), None)
+        reference = reference or max(sides, key=lambda side: len(side.categories))
+        known = names_by_id(reference.categories)
+        matched = {reference.key: reference}
+        for side in sides:
+            names = names_by_id(side.categories)
+            different = [] if side is reference else different_names(known, names)
+            if not different:
+                matched[side.key] = side
+                continue
+            first, more = different[0], len(different) - 1
+            text = f"{side.path}: category {first} is {names[first]!r:.60}, in {reference.path} it is "
+            text += f"{known[first]!r:.60}{f', and {more} more have other names' * (more > 0)}; categories are "
+            renumbered = _renumbered(side, ids_by_name(names, known))
+            if renumbered is None:
+                text += "compared by id, so classes, errors and PQ are wrong unless both names mean one class"
+                self.warnings.append(text)
+            else:
+                self.notes.append(text + "matched by name")
+            matched[side.key] = renumbered or side
+        return [matched[side.key] for side in sides]
 
     def _join(self) -> list[Image]:
         main = self.main
@@ -199,9 +231,6 @@ class Catalog:
                 if number not in categories:
                     base = color if is_color(color) else None
                     categories[number] = Category(number, name, row.get("isthing") == 1, color_of(number, 0, base))
-                elif categories[number].name != name and "name" in row:
-                    other = categories[number].name
-                    self.notes.append(f"{side.path}: category {number} is {name!r:.60}, elsewhere it is {other!r:.60}")
         for side in self.sides.values():
             for annotation in side.annotations.values():
                 for segment in annotation["segments_info"]:
@@ -247,6 +276,20 @@ class Catalog:
         except ValueError:  # a zero byte, or a character that no path has
             raise ViewError(f"{image.name!r:.80}: is not a file name") from None
 
+    def _count_absent(self) -> None:
+        """Add a message with the number of photographs that are not found."""
+        absent = 0
+        for image in self.images:
+            try:
+                self.photograph(image)
+            except ViewError:
+                absent += 1
+        if absent:
+            text = f"{absent} of {len(self.images)} photograph{'s' * (len(self.images) != 1)} "
+            text += "is not " if absent == 1 else "are not "
+            where = "found; --images names the folder" if self._folder is None else f"in the folder {self._folder}"
+            self.missing.append(text + where)
+
     def _find_photograph(self, image: Image) -> Path:
         if self._folder is not None:
             path = inside(self._folder, os.path.relpath(find_photograph(self._folder, image.name), self._folder))
@@ -266,7 +309,27 @@ class Catalog:
             folder = self._folders[key]
             if folder is not None and os.path.isfile(path := inside(folder, name)):
                 return path
+            listed, parts = self._listed[key].get(photograph_key(name), []), PurePosixPath(name).parts
+            named = [path for path in listed if path.parts[-len(parts) :] == parts]
+            for paths in (named, listed):
+                if len(paths) == 1 and os.path.isfile(paths[0]):
+                    return Path(os.path.realpath(paths[0]))
         raise ViewError(f"{image.name}: the photograph is not found; give its folder with --images")
+
+
+def _renumbered(side: Side, id_of: Mapping[int, int] | None) -> Side | None:
+    """Return a side with other category ids; None without `id_of`, or if a category of the side is not in it."""
+    segments = (segment for row in side.annotations.values() for segment in row["segments_info"])
+    used = {row["id"] for row in side.categories} | {segment["category_id"] for segment in segments}
+    if id_of is None or not used <= id_of.keys():
+        return None
+    annotations = {
+        image: row | {"segments_info": [s | {"category_id": id_of[s["category_id"]]} for s in row["segments_info"]]}
+        for image, row in side.annotations.items()
+    }
+    return replace(
+        side, categories=[row | {"id": id_of[row["id"]]} for row in side.categories], annotations=annotations
+    )
 
 
 def _as_content(side: Side) -> dict[str, Any]:
@@ -287,6 +350,18 @@ def inside(folder: Path, name: str) -> Path:
     if not path.startswith(os.path.join(root, "")):
         raise ViewError(f"{name!r:.80}: lies outside the folder {folder}, and is not shown")
     return Path(path)
+
+
+def _listed_photographs(side: Side) -> dict[str, list[Path]]:
+    """Map the names without suffix to the paths in the list beside a JSON; empty without a list."""
+    found: dict[str, list[Path]] = {}
+    try:
+        lines = read_list(side.path)
+    except OSError:
+        return found
+    for line in lines:
+        found.setdefault(photograph_key(line), []).append(side.path.parent / line)
+    return found
 
 
 def _guess_folder(side: Side) -> Path | None:

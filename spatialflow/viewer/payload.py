@@ -55,7 +55,8 @@ def index_payload(catalog: Catalog, indices: Sequence[int]) -> dict[str, Any]:
             for row in catalog.categories.values()
         ],
         "bins": {"count": BINS, "smallest_share": SMALLEST_SHARE},
-        "notes": catalog.notes,
+        "warnings": catalog.warnings,
+        "notes": [*catalog.missing, *catalog.notes],
         "total": len(catalog.images),
         **columns,
     }

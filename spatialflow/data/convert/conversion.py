@@ -18,6 +18,7 @@ from spatialflow.data.convert.photographs import Photographs, image_ids, photogr
 from spatialflow.data.convert.shapes import ShapeError
 from spatialflow.data.convert.sources import Class, Context, ConversionError, Item, Options, Problem, Report
 from spatialflow.files import atomic_write
+from spatialflow.panoptic.photographs import list_path, read_list
 from spatialflow.panoptic.rules import PanopticFormatError
 from spatialflow.panoptic.writer import PanopticWriter, earlier_files
 from spatialflow.threads import available_cores, map_ahead
@@ -290,7 +291,7 @@ def _check_output(json_paths: Sequence[Path], png_folders: Sequence[Path], input
             raise ConversionError(f"{unrelated[0]}: would be replaced, and was not written by `dataset convert`")
         if not matching and os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
             raise ConversionError(f"{folder}: exists, and was not written by `dataset convert`; choose another output")
-        listed = _list_path(json_path)
+        listed = list_path(json_path)
         if os.path.lexists(listed) and json_path.stem in _NAMES[1:] and not _is_list_of(json_path):
             raise ConversionError(f"{listed}: would be replaced, and was not written by `dataset convert`")
 
@@ -324,24 +325,19 @@ def _writers(
             opened.append(writer.__enter__())
             path.unlink(missing_ok=True)
             if listed_folder is not None:
-                _list_path(path).unlink(missing_ok=True)
+                list_path(path).unlink(missing_ok=True)
         yield writers
     finally:
         for writer, names in zip(opened, written, strict=False):
             writer.write_json(names)
             writer.close()
             if listed_folder is not None:
-                _write_list(_list_path(writer.json_path), [os.path.abspath(listed_folder / name) for name in names])
+                _write_list(list_path(writer.json_path), [os.path.abspath(listed_folder / name) for name in names])
     for writer, pngs in zip(writers, earlier, strict=True):
         current = {row["annotation"]["file_name"] for row in writer.rows()}
         for name in pngs - current:
             with contextlib.suppress(OSError):
                 os.unlink(writer.folder / name)
-
-
-def _list_path(json_path: Path) -> Path:
-    """Return the path of the list of photographs beside a panoptic JSON."""
-    return json_path.with_suffix(".txt")
 
 
 def _write_list(path: Path, lines: Sequence[str]) -> None:
@@ -355,8 +351,7 @@ def _is_list_of(json_path: Path) -> bool:
     """Tell whether the list beside a panoptic JSON names exactly its photographs."""
     try:
         names = [row["file_name"] for row in json.loads(json_path.read_bytes())["images"]]
-        text = os.fsdecode(_list_path(json_path).read_bytes())
-        lines = text.split("\0" if text.endswith("\0") else "\n")[:-1]
+        lines = read_list(json_path)
         return len(lines) == len(names) and all(map(str.endswith, lines, names))
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -33,6 +33,8 @@ async function start() {
     const text = `This page has ${whole(count)} of ${plural(data.index.total, "image")}; the table of classes is of all.`;
     data.index.notes.push(text);
   }
+  byId("warnings").hidden = data.index.warnings.length === 0;
+  byId("warnings").replaceChildren(...data.index.warnings.map((text) => element("li", "", text)));
   showNotes(data.index.notes);
   grid.setUp();
   detail.setUp();

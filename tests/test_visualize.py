@@ -48,6 +48,18 @@ def model():
 
 
 class TestCommand:
+    def test_predictions_of_other_classes_are_refused(self, truth, prediction, tmp_path, capsys):
+        """The pictures had the names of the ground truth, and a quality near 0."""
+        content = json.loads((prediction / "panoptic.json").read_text())
+        content["categories"][0]["name"] = "giraffe"
+        other = shutil.copytree(prediction, tmp_path / "other")
+        (other / "panoptic.json").write_text(json.dumps(content))
+        arguments = ["--ground-truth", str(truth / "panoptic.json"), "--prediction", str(other)]
+        assert main(["visualize", str(truth / "images"), *arguments, "--output", str(tmp_path / "out")]) == 2
+        number = content["categories"][0]["id"]
+        (message,) = error_messages(capsys)
+        assert message.startswith(f"{other / 'panoptic.json'}: category {number} is 'giraffe', in the ground truth ")
+
     def test_ground_truth_beside_prediction(self, truth, prediction, tmp_path, capsys):
         """One page, sorted from the worst image to the best, with the quality of each, and two sheets."""
         arguments = ["--ground-truth", str(truth / "panoptic.json"), "--prediction", str(prediction), "--sheet", "2"]

@@ -235,6 +235,7 @@ def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> Panoptic
         truth: the ground truth, whose categories then apply; None: the categories of the JSON.
     """
     from spatialflow.panoptic import PanopticFormatError
+    from spatialflow.panoptic.category_names import check_names
     from spatialflow.panoptic.formats import check_panoptic, load_json
     from spatialflow.panoptic.photographs import photograph_key, photograph_names
     from spatialflow.panoptic.rules import TRUTH, is_color
@@ -245,6 +246,8 @@ def _read_folder(path: Path, use: str, truth: PanopticFolder | None) -> Panoptic
         with_categories = use == TRUTH or (truth is None and isinstance(content, dict) and "categories" in content)
         category_ids = None if truth is None else {row["id"] for row in truth.categories}
         problems = check_panoptic(content, str(path), with_categories=with_categories, use=use, categories=category_ids)
+        if truth is not None:
+            check_names(truth.categories, str(truth.path), content.get("categories"), str(path))
     except PanopticFormatError as error:
         raise CommandError(str(error)) from None
     categories = content.get("categories", []) if truth is None else truth.categories

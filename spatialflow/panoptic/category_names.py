@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from spatialflow.panoptic.rules import PanopticFormatError
+
 
 def names_by_id(rows: Any) -> dict[int, str]:
     """Map the ids of a list of categories to their names.
@@ -21,6 +23,27 @@ def names_by_id(rows: Any) -> dict[int, str]:
         if not re.fullmatch(rf"((thing|stuff|category) )?{number}", str(name)):
             names.setdefault(number, str(name))
     return names
+
+
+def check_names(truth: Any, truth_name: str, prediction: Any, prediction_name: str) -> None:
+    """Check that the categories of a prediction have the names that they have in the ground truth.
+
+    Args:
+        truth: list of categories of the ground truth.
+        truth_name: what messages call it.
+        prediction: list of categories of the prediction; anything else has no names.
+        prediction_name: what messages call it.
+
+    Raises:
+        PanopticFormatError: one id has two names.
+    """
+    names, other_names = names_by_id(truth), names_by_id(prediction)
+    for number in different_names(names, other_names):
+        raise PanopticFormatError(
+            f"{prediction_name}: category {number} is {other_names[number]!r:.60}, in the ground truth {truth_name} it "
+            f"is {names[number]!r:.60}; the prediction is of a model with other classes; predict with a model of the "
+            f'ground truth\'s classes, or remove "categories" from the prediction if both names mean one class'
+        )
 
 
 def different_names(first: Mapping[int, str], second: Mapping[int, str]) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatialflow.panoptic.category_names import different_names, names_by_id
+from spatialflow.panoptic.category_names import check_names
 from spatialflow.panoptic.formats import as_id_map, check_panoptic, load_json, read_id_map
 from spatialflow.panoptic.pair_counts import count_pairs
 from spatialflow.panoptic.photographs import join_images
@@ -271,7 +271,7 @@ def score_files(
     gt_problems = check_panoptic(gt, gt_name, with_categories=True, use=TRUTH)
     quality = PanopticQuality(gt["categories"])
     pred, pred_name = _content(prediction.json, "pred_json")
-    _check_names(gt, gt_name, pred, pred_name)
+    check_names(gt["categories"], gt_name, pred.get("categories") if isinstance(pred, Mapping) else None, pred_name)
     try:
         pred_problems = check_panoptic(pred, pred_name, use=PREDICTION, categories=quality.categories)
     except PanopticFormatError as error:
@@ -311,18 +311,6 @@ def score_files(
         summary(problems, name) for problems, name in ((gt_problems, gt_name), (pred_problems, pred_name)) if problems
     ]
     return Scored(quality.compute(), gt, prediction_of, reports, len(predicted) - len(prediction_of))
-
-
-def _check_names(gt: Mapping[str, Any], gt_name: str, pred: Any, pred_name: str) -> None:
-    """Raise PanopticFormatError if a category of the prediction has another name in the ground truth."""
-    names = names_by_id(gt["categories"])
-    pred_names = names_by_id(pred.get("categories") if isinstance(pred, Mapping) else None)
-    for number in different_names(names, pred_names):
-        raise PanopticFormatError(
-            f"{pred_name}: category {number} is {pred_names[number]!r:.60}, in the ground truth {gt_name} it is "
-            f"{names[number]!r:.60}; the prediction is of a model with other classes; predict with a model of the "
-            f'ground truth\'s classes, or remove "categories" from the prediction if both names mean one class'
-        )
 
 
 def _pixels(array: np.ndarray, name: str) -> np.ndarray:

@@ -394,6 +394,32 @@ def test_the_summary_of_a_conversion(folder, capsys):
     ]
 
 
+def kind_notes(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if "taken as things" in line]
+
+
+def test_things_with_names_of_stuff_are_named(folder, capsys):
+    """Unless the user has said that they are things."""
+    labels = ["cat", "building", "pole", "sign", "Traffic_Sign", "trees", "floor-wood", "traffic", "stop sign", "sky"]
+    labelme(folder, *[{"label": label} for label in labels])
+    assert convert("--stuff-classes", "sky,building") == 0
+    names = "Traffic_Sign,floor-wood,pole,sign,trees"
+    assert kind_notes(capsys) == [
+        f"note: the classes {names} are taken as things; --stuff-classes sky,building,{names} makes them stuff"
+    ]
+    rows = [{"id": i, "name": name, "isthing": 1} for i, name in enumerate(labels, 1)]
+    write_json(folder / "classes.json", rows)
+    assert convert("--classes", "classes.json", "--stuff-classes", "sky") == 0
+    assert kind_notes(capsys) == []
+
+
+def test_names_with_blanks_are_quoted(folder, capsys):
+    labelme(folder, {"label": "traffic sign"})
+    assert convert() == 0
+    (note,) = kind_notes(capsys)
+    assert note.endswith("--stuff-classes 'traffic sign' makes them stuff")
+
+
 def test_an_interrupted_conversion_says_what_exists(folder, capsys, monkeypatch):
     """Ctrl-C after the first of two images."""
     from spatialflow.data.convert import conversion

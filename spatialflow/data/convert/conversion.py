@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -156,7 +157,7 @@ def to_panoptic(
                     progress(done, len(jobs))
     unlisted = len(photographs.names) - len({job.name for job in jobs})
     counts[f"photographs in {image_folder} without annotation"] += unlisted
-    notes = _notes(counts, likely_stuff(table) if stuff_classes is None else [])
+    notes = _notes(counts, opened.classes, stuff_classes or ())
     if opened.found_classes:
         notes.append(
             f"classes are numbered in the order of the labels found; --classes {json_paths[0]} gives those of a "
@@ -191,12 +192,18 @@ def _background_class(table: list[Class], name: str) -> Class:
     return found
 
 
-def _notes(counts: Mapping[str, int], likely: Sequence[str]) -> list[str]:
-    """Make sentences of counts, and of the things that are likely to be stuff."""
+def _notes(counts: Mapping[str, int], classes: Sequence[Class], stuff: Sequence[str]) -> list[str]:
+    """Make sentences of counts, and of the things that are likely to be stuff.
+
+    Args:
+        counts: number of cases by text.
+        classes: of the source, or of the user's list.
+        stuff: names of the stuff classes that the user gave.
+    """
     notes = [f"{text}: {count}" for text, count in sorted(counts.items()) if count]
-    if likely:
-        names = ",".join(likely)
-        notes.append(f"the classes {names} are taken as things; --stuff-classes {names} makes them stuff")
+    if likely := likely_stuff(classes, stuff):
+        option = shlex.quote(",".join([*stuff, *likely]))
+        notes.append(f"the classes {','.join(likely)} are taken as things; --stuff-classes {option} makes them stuff")
     return notes
 
 

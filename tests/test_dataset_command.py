@@ -203,7 +203,13 @@ class TestBadFiles:
         rows = json.loads((folder / "problems.json").read_text())
         assert len(rows) == 9 and rows[8]["text"].startswith("json/a.json: shapes[9]: a polygon needs")
         assert printed.err.splitlines()[-1] == "spatialflow: and 4 more problems of the kind 'region'"
-        assert "left out: 9 damaged or unknown entries, named above" in printed.out
+        assert "left out: 9 damaged or unknown entries, all listed in problems.json\n" in printed.out
+        assert convert() == 1
+        text = "left out: 9 damaged or unknown entries, of which 5 are named above; --problems FILE lists all\n"
+        assert text in capsys.readouterr().out
+        labelme(folder, {}, {"points": SQUARE[:2]})
+        assert convert() == 1
+        assert "left out: 1 damaged or unknown entry, named above\n" in capsys.readouterr().out
 
     def test_photographs_of_one_name(self, folder, capsys):
         """A name without a folder that fits two photographs, and an image without a name."""
@@ -392,6 +398,41 @@ def test_the_summary_of_a_conversion(folder, capsys):
         "out/panoptic.json: 1 image",
         "next: spatialflow dataset check out/panoptic.json --images photos --pictures examples.jpg",
     ]
+
+
+class TestLeftOutClasses:
+    """Regions of labels that --classes does not name are counted; they are not problems."""
+
+    TEXT = "left out, as --classes does not name them: "
+
+    def test_labelme(self, folder, capsys):
+        dogs = [{"label": "dog"}, {"label": "dog", "points": SQUARE[:2]}]
+        labelme(folder, {}, {"label": "wall"}, *dogs)
+        labelme(folder, {"label": "wall"}, {"label": "__ignore__"}, name="b")
+        assert convert("--classes", "cat") == 0
+        printed = capsys.readouterr()
+        assert printed.err == "" and f"note: {self.TEXT}dog (2), wall (2)\n" in printed.out
+        assert "left out: " not in printed.out
+        assert len(json.loads((folder / "out" / "panoptic.json").read_text())["annotations"]) == 2
+
+    def test_cvat(self, folder, capsys):
+        cvat(folder, '<ellipse label="dog" cx="5" cy="5" rx="2" ry="2"/><polygon points="1,2;3,4;5,6"/>')
+        assert convert("--classes", "cat", "--format", "cvat", source="annotations.xml") == 1
+        printed = capsys.readouterr()
+        assert printed.err.endswith("polygon 2: unknown class None\n") and f"note: {self.TEXT}dog (1)\n" in printed.out
+
+    def test_many(self, folder, capsys):
+        labelme(folder, {}, *[{"label": f"c{number:02}"} for number in range(40)], {"label": "c39"})
+        assert convert("--classes", "cat") == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if self.TEXT in line]
+        assert line.startswith(f"note: {self.TEXT}c39 (2), c00 (1), ") and line.endswith(", c28 (1), and 10 more")
+
+    def test_all(self, folder, capsys):
+        """A list without any of the labels is a problem."""
+        labelme(folder, {}, {"label": "wall"})
+        assert convert("--classes", "dog") == 1
+        text = "there is no segment, and --classes does not name cat (1), wall (1)"
+        assert error_messages(capsys) == [f"json: {text}"]
 
 
 def kind_notes(capsys):

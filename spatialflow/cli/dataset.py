@@ -47,7 +47,7 @@ EXAMPLES = (
 _CONVERT_DESCRIPTION = (
     "Convert annotations to the COCO panoptic format: panoptic.json with classes and segments, and a PNG per image.\n"
     "The source is not changed. A repeated run replaces the files of the earlier one, and no others. Damaged files\n"
-    "and regions are named and left out. Exit codes: 0 all converted, 1 some left out, 2 nothing can be converted.\n\n"
+    "and regions are named and left out. Exit codes: 0 no damage, 1 some left out, 2 nothing can be converted.\n\n"
     "SOURCE of each format:\n"
     "  coco-instances  the JSON file, or the folder that holds it\n"
     "  labelme         the folder of JSON files, or one of them\n"
@@ -192,13 +192,13 @@ def _convert(options: argparse.Namespace) -> int:
     if options.problems is not None:
         with as_command_errors(), path_in_oserror(options.problems):
             write_json(options.problems, [problem._asdict() for problem in result.problems], indent=1)
-    _print_problems(result)
-    _print_conversion(result)
+    shown = _print_problems(result)
+    _print_conversion(result, shown, options.problems)
     return 1 if result.problems else 0
 
 
-def _print_problems(result: Conversion) -> None:
-    """Print the first problems of each rule on standard error."""
+def _print_problems(result: Conversion) -> int:
+    """Print the first problems of each rule on standard error; return how many."""
     texts_by_rule: dict[str, list[str]] = {}
     for problem in result.problems:
         texts_by_rule.setdefault(problem.rule, []).append(problem.text)
@@ -207,9 +207,11 @@ def _print_problems(result: Conversion) -> None:
             print_error(printable(text))
         if len(texts) > SHOWN_PROBLEMS:
             print_error(f"and {len(texts) - SHOWN_PROBLEMS} more problems of the kind {rule!r}")
+    return sum(min(len(texts), SHOWN_PROBLEMS) for texts in texts_by_rule.values())
 
 
-def _print_conversion(result: Conversion) -> None:
+def _print_conversion(result: Conversion, shown: int, listed: Path | None) -> None:
+    """Summarize a conversion, of which `shown` problems were printed and, if `listed` is a file, all are in it."""
     things = [printable(row["name"]) for row in result.categories if row["isthing"]]
     stuff = [printable(row["name"]) for row in result.categories if not row["isthing"]]
     counts = ", ".join(
@@ -221,8 +223,13 @@ def _print_conversion(result: Conversion) -> None:
     print(f"segments: {counts or '0'}")
     for note in result.notes:
         print(f"note: {printable(note)}")
-    if result.problems:
-        print(f"left out: {len(result.problems)} damaged or unknown entries, named above")
+    if count := len(result.problems):
+        place = f"of which {shown} are named above; --problems FILE lists all"
+        if listed is not None:
+            place = f"all listed in {printable(str(listed))}"
+        elif shown == count:
+            place = "named above"
+        print(f"left out: {count} damaged or unknown {'entry' if count == 1 else 'entries'}, {place}")
     for path, count in zip(result.json_paths, result.image_counts, strict=True):
         listed = f"; list of photographs: {path.with_suffix('.txt')}" if len(result.json_paths) > 1 else ""
         print(f"{path}: {counted(count, 'image')}{listed}")

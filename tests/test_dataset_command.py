@@ -167,11 +167,29 @@ class TestBadFiles:
             (folder / "json" / f"{name}.json").write_bytes(content)
         assert convert("--format", "labelme") == 1
         texts = error_messages(capsys)
-        assert texts[0] == "json/b1.json: line 1: is not JSON: Expecting property name enclosed in double quotes"
+        assert texts[0] == "json/b1.json: line 1: is not JSON: the file ends there, before the JSON is complete"
         assert texts[1] == 'json/b2.json: a LabelMe file is a mapping with a list "shapes"'
         assert texts[2] == "json/b3.json: line 1: is not UTF-8 text"
         assert texts[3] == "json/b4.json: shapes[0]: must be a mapping, got 3"
         assert texts[4].startswith("json/b5.json: is not JSON that can be read: ") and len(texts) == 5
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ('{"shapes":\n[\n\n', "line 2: is not JSON: the file ends there, before the JSON is complete"),
+            ('{"shapes": [],\n"imageData": "iVBORw0KG', "line 2: is not JSON: the file ends there, before"),
+            ('{"shapes": []', "line 1: is not JSON: the file ends there, before"),
+            (" \n", "is empty"),
+            ('{"shapes": x', "line 1: is not JSON: Expecting value"),
+            ('{"shapes": []}}', "line 1: is not JSON: Extra data"),
+        ],
+    )
+    def test_incomplete_json(self, folder, capsys, content, message):
+        labelme(folder)
+        (folder / "json" / "b.json").write_text(content)
+        assert convert() == 1
+        (text,) = error_messages(capsys)
+        assert text.startswith(f"json/b.json: {message}")
 
     @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
     def test_byte_order_marks_are_read(self, folder, encoding):
@@ -263,6 +281,11 @@ class TestRefused:
             (["--classes", "none.json"], "none.json: cannot be read: No such file or directory"),
             (["--classes", "dog"], None),
             (["--classes", "a,a"], "classes: two classes have the name 'a'"),
+            (
+                ["--classes", "3 car, 6 cat"],
+                "classes: '3 car, 6 cat' is taken as names, numbered from 1; ids before names need a text file with "
+                "a row per line",
+            ),
             (["--background", "cat"], "background: 'cat' is a thing; name a stuff class, or a new one"),
             (["--instances", "none"], "instances: none: no such folder"),
             (["--format", "yolo"], "json: holds no label file (labels/*.txt)"),

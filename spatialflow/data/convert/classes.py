@@ -34,7 +34,13 @@ def read_classes(value: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) ->
         return _from_rows(value, "classes"), False
     path, by_color = Path(value), False
     if isinstance(value, str) and not os.path.exists(path) and ("," in value or not path.suffix):
-        classes = _numbered([name.strip() for name in value.split(",") if name.strip()])
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        if names and all(map(_NUMBER_FIRST.fullmatch, names)):
+            raise ConversionError(
+                f"classes: {value!r:.80} is taken as names, numbered from 1; ids before names need a text file with a "
+                "row per line"
+            )
+        classes = _numbered(names)
     elif path.suffix.lower() == ".json":
         content = read_json(path)
         rows = content.get("categories") if isinstance(content, dict) else content

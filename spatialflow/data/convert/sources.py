@@ -177,13 +177,18 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; ConversionError names the line of a syntax error."""
+    text = read_text(path)
+    if not text.strip():
+        raise ConversionError(f"{path}: is empty")
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConversionError(f"{path}: line {error.lineno}: is not JSON: {error.msg}") from None
+        line, reason = error.lineno, error.msg
+        content = text.rstrip()
+        if error.pos >= len(content) or reason.startswith("Unterminated string"):
+            line, reason = content.count("\n") + 1, "the file ends there, before the JSON is complete"
+        raise ConversionError(f"{path}: line {line}: is not JSON: {reason}") from None
     except (RecursionError, ValueError) as error:
-        if isinstance(error, ConversionError):
-            raise
         raise ConversionError(f"{path}: is not JSON that can be read: {error}") from None
 
 

@@ -2,6 +2,7 @@
 """`spatialflow dataset`: a sentence for every kind of bad input, the tables of `check`, and the sheet of examples."""
 
 import json
+import os
 import shutil
 
 import cv2
@@ -421,6 +422,61 @@ def test_the_summary_of_a_conversion(folder, capsys):
         "out/panoptic.json: 1 image",
         "next: spatialflow dataset check out/panoptic.json --images photos --pictures examples.jpg",
     ]
+
+
+class TestAnnotationsOfOtherFormats:
+    """Commands that read a panoptic JSON name the conversion."""
+
+    def commands(self, path):
+        return [
+            ["dataset", "check", path],
+            ["validate", path],
+            ["view", path, "--no-browser"],
+            ["evaluate", path, "scenes"],
+            ["train", "--images", "photos", "--annotations", path, "--output", "run"],
+            ["train", "demo", "--images", "photos", "--annotations", path, "--output", "run"],
+        ]
+
+    @pytest.mark.parametrize("format", ["labelme", "coco-instances", "cvat", "yolo"])
+    def test_folders(self, folder, capsys, format):
+        {"labelme": labelme, "coco-instances": coco, "cvat": lambda f: cvat(f, "")}.get(format, str)(folder)
+        if format == "yolo":
+            (folder / "labels").mkdir()
+            (folder / "data.yaml").write_text("names: [cat]")
+        path = str(folder / "json" if format == "labelme" else folder)
+        write_coco(folder / "scenes", 1, (64, 96))
+        for command in self.commands(path):
+            assert main(command) == 2
+            (text,) = error_messages(capsys)
+            assert text == (
+                f"{path}: holds annotations of the format {format}; make a panoptic JSON of them first: "
+                f"spatialflow dataset convert {path} --output mydata"
+            )
+
+    def test_a_file(self, folder, capsys):
+        path = str(labelme(folder))
+        for command in (["dataset", "check", path], ["view", path]):
+            assert main(command) == 2
+            (text,) = error_messages(capsys)
+            assert text.startswith(f"{path}: holds annotations of the format labelme; make a panoptic JSON of them ")
+
+    def test_validation_annotations(self, folder, capsys):
+        labelme(folder)
+        write_coco(folder / "scenes", 1, (64, 96))
+        data = ["--images", "scenes/images", "--annotations", "scenes/panoptic.json", "--output", "run"]
+        assert main(["train", *data, "--validation-images", "photos", "--validation-annotations", "json"]) == 2
+        (text,) = error_messages(capsys)
+        assert text.startswith("json: holds annotations of the format labelme; make a panoptic JSON of them first: ")
+
+    def test_other_folders(self, folder, capsys):
+        """Photographs, panoptic JSONs without PNGs, and pipes are not taken for annotations of other formats."""
+        write_json(folder / "photos" / "x.json", {"annotations": [{"segments_info": []}]})
+        os.mkfifo(folder / "photos" / "pipe.json")
+        cv2.imwrite(str(folder / "photos" / "c.png"), np.zeros((4, 4), np.uint8))
+        for command in self.commands("photos")[:3]:
+            assert main(command) == 2
+            (text,) = error_messages(capsys)
+            assert text.startswith("photos: holds no panoptic.json, and there is no photos.json; give a panoptic JSON")
 
 
 class TestLeftOutClasses:

@@ -210,8 +210,8 @@ def _print_problems(result: Conversion) -> int:
     return sum(min(len(texts), SHOWN_PROBLEMS) for texts in texts_by_rule.values())
 
 
-def _print_conversion(result: Conversion, shown: int, listed: Path | None) -> None:
-    """Summarize a conversion, of which `shown` problems were printed and, if `listed` is a file, all are in it."""
+def _print_conversion(result: Conversion, shown: int, problems: Path | None) -> None:
+    """Summarize a conversion, of which `shown` problems were printed; all are in the file `problems`, if any."""
     things = [printable(row["name"]) for row in result.categories if row["isthing"]]
     stuff = [printable(row["name"]) for row in result.categories if not row["isthing"]]
     counts = ", ".join(
@@ -225,8 +225,8 @@ def _print_conversion(result: Conversion, shown: int, listed: Path | None) -> No
         print(f"note: {printable(note)}")
     if count := len(result.problems):
         place = f"of which {shown} are named above; --problems FILE lists all"
-        if listed is not None:
-            place = f"all listed in {printable(str(listed))}"
+        if problems is not None:
+            place = f"all listed in {printable(str(problems))}"
         elif shown == count:
             place = "named above"
         print(f"left out: {count} damaged or unknown {'entry' if count == 1 else 'entries'}, {place}")

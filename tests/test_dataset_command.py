@@ -643,6 +643,28 @@ def test_advice(tmp_path):
     ]
 
 
+def test_check_counts_small_things_at_the_size_of_a_default_run(tmp_path, capsys):
+    """12 x 12 pixels of 480 x 640 are seen by a large network, but are less than 8 x 8 at 256 x 341."""
+    from spatialflow.panoptic import PanopticWriter
+
+    categories = [{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}]
+    with PanopticWriter(tmp_path / "panoptic", categories=categories) as writer:
+        for number in range(10):
+            ids = np.full((480, 640), 2, np.int32)
+            ids[:12, :12] = 1
+            rows = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 2}]
+            if number == 0:
+                ids[20:23, 20:23] = 3
+                rows.append({"id": 3, "category_id": 1})
+            writer.add(number, f"{number}.jpg", ids, rows)
+    assert main(["dataset", "check", str(tmp_path / "panoptic.json")]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: 11 of 11 things (100.0 %) are smaller than 8 x 8 pixels once images are reduced to at most 256 x 341, "
+        "which `train` chooses on its own; at 800 x 1333 it is 1 (9.1 %)"
+    ]
+
+
 def test_examples_show_rare_classes(tmp_path):
     from spatialflow.panoptic import PanopticWriter
 

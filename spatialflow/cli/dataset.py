@@ -240,7 +240,9 @@ def _print_conversion(result: Conversion, shown: int, problems: Path | None) -> 
 
 
 def _check(options: argparse.Namespace) -> int:
+    from spatialflow.config import load_config
     from spatialflow.data.survey import advice, survey
+    from spatialflow.engine.run_settings import DEFAULT_MODEL, chosen_edges
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.validation import validate
 
@@ -255,7 +257,8 @@ def _check(options: argparse.Namespace) -> int:
         result = survey(path, folder, examples=_ROWS * _COLUMNS, workers=options.workers, progress=progress)
         print(_class_table(result), end="")
         print(problem_table(problems), end="")
-        for text in advice(result):
+        sizes = [*result.sizes.elements()]
+        for text in advice(result, chosen_edges(load_config(DEFAULT_MODEL), sizes) if sizes else None):
             print(f"note: {printable(text)}")
         if options.pictures is not None:
             with path_in_oserror(options.pictures):

@@ -23,6 +23,7 @@ from spatialflow.engine.run_advice import advice, spinning_threads
 from spatialflow.engine.run_folder import check_replaced_files, describe_saved, only_run_in, write_config
 from spatialflow.engine.run_settings import (
     CLASS_FIELDS,
+    DEFAULT_MODEL,
     ClassTable,
     describe_settings,
     read_classes,
@@ -33,9 +34,6 @@ from spatialflow.engine.trainer import InitialWeights, Trainer
 from spatialflow.models.spatialflow import SpatialFlow
 
 DataSet: TypeAlias = Cityscapes | CocoPanoptic
-
-DEFAULT_MODEL = "demo"
-"""Network that a run without configuration, backbone and model begins with."""
 
 DEFAULT_RATE_PER_IMAGE = 0.005
 """Learning rate of `DEFAULT_MODEL` for a step of one image; in proportion for more."""

@@ -584,7 +584,9 @@ def test_check_prints_a_table_and_draws_examples(data, tmp_path, capsys):
         assert f"{100 * sum(areas) / (5 * 64 * 96):.2f} %" in line
     assert "sizes (width x height): 96x64 (5)" in lines
     assert f"{picture}: 5 examples" in lines
-    assert lines[-1] == f"{data / 'panoptic.json'}: 5 images, {len(segments)} segments: clean"
+    assert lines[-2] == f"{data / 'panoptic.json'}: 5 images, {len(segments)} segments: clean"
+    paths = f"--images {data / 'images'} --annotations {data / 'panoptic.json'}"
+    assert lines[-1] == f"next: spatialflow train {paths} --output run"
     image = cv2.imread(str(picture))
     assert image.shape[1] > 4 * 320 and 2 * 240 < image.shape[0] < 3 * 240  # two rows of up to four
     assert image.std() > 20
@@ -601,6 +603,20 @@ def test_check_reports_the_problems_of_validate(data, tmp_path, capsys):
     assert out.splitlines()[-1].endswith(" segments: 3 problems")
     assert main(["dataset", "check", str(tmp_path / "none.json")]) == 2
     assert main(["dataset", "check", str(path), "--pictures", str(tmp_path / "x.tiff")]) == 2
+
+
+def test_check_names_the_validation_set_of_a_split(folder, capsys):
+    for name in ("a", "b"):
+        labelme(folder, name=name)
+    assert convert("--split", "0.5") == 0
+    capsys.readouterr()
+    assert main(["dataset", "check", "out/train.json", "--images", "photos"]) == 0
+    training = "spatialflow train --images photos --annotations out/train.json"
+    validation = "--validation-images photos --validation-annotations out/val.json"
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: {training} {validation} --output run"
+    for arguments in (["out/val.json", "--images", "photos"], ["out/train.json"]):  # not to train on, or no photographs
+        assert main(["dataset", "check", *arguments]) == 0
+        assert "next: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

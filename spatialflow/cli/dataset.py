@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -265,7 +266,20 @@ def _check(options: argparse.Namespace) -> int:
                 count = _write_examples(options.pictures, result, folder, options.images)
             print(f"{options.pictures}: {counted(count, 'example')}")
     print(verdict(path, problems))
+    if options.images is not None and path.stem != "val" and problems.images and not problems.problems:
+        print(f"next: {_training_command(path, options.folder, options.images)}")
     return 1 if problems.problems else 0
+
+
+def _training_command(path: Path, folder: Path | None, images: Path) -> str:
+    """Make the command that trains on a data set, and evaluates on the other part of a split."""
+    words: list[str | Path] = ["spatialflow", "train", "--images", images, "--annotations", path]
+    if folder is not None:
+        words += ["--panoptic", folder]
+    validation = path.with_name("val.json")
+    if path.stem == "train" and os.path.isfile(validation):
+        words += ["--validation-images", images, "--validation-annotations", validation]
+    return " ".join(shlex.quote(printable(str(word))) for word in [*words, "--output", "run"])
 
 
 def _class_table(result: Survey) -> str:

@@ -2,6 +2,7 @@
 """`spatialflow dataset`: a sentence for every kind of bad input, the tables of `check`, and the sheet of examples."""
 
 import json
+import os
 import shutil
 
 import cv2
@@ -167,11 +168,29 @@ class TestBadFiles:
             (folder / "json" / f"{name}.json").write_bytes(content)
         assert convert("--format", "labelme") == 1
         texts = error_messages(capsys)
-        assert texts[0] == "json/b1.json: line 1: is not JSON: Expecting property name enclosed in double quotes"
+        assert texts[0] == "json/b1.json: line 1: is not JSON: the file ends there, before the JSON is complete"
         assert texts[1] == 'json/b2.json: a LabelMe file is a mapping with a list "shapes"'
         assert texts[2] == "json/b3.json: line 1: is not UTF-8 text"
         assert texts[3] == "json/b4.json: shapes[0]: must be a mapping, got 3"
         assert texts[4].startswith("json/b5.json: is not JSON that can be read: ") and len(texts) == 5
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ('{"shapes":\n[\n\n', "line 2: is not JSON: the file ends there, before the JSON is complete"),
+            ('{"shapes": [],\n"imageData": "iVBORw0KG', "line 2: is not JSON: the file ends there, before"),
+            ('{"shapes": []', "line 1: is not JSON: the file ends there, before"),
+            (" \n", "is empty"),
+            ('{"shapes": x', "line 1: is not JSON: Expecting value"),
+            ('{"shapes": []}}', "line 1: is not JSON: Extra data"),
+        ],
+    )
+    def test_incomplete_json(self, folder, capsys, content, message):
+        labelme(folder)
+        (folder / "json" / "b.json").write_text(content)
+        assert convert() == 1
+        (text,) = error_messages(capsys)
+        assert text.startswith(f"json/b.json: {message}")
 
     @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
     def test_byte_order_marks_are_read(self, folder, encoding):
@@ -203,7 +222,13 @@ class TestBadFiles:
         rows = json.loads((folder / "problems.json").read_text())
         assert len(rows) == 9 and rows[8]["text"].startswith("json/a.json: shapes[9]: a polygon needs")
         assert printed.err.splitlines()[-1] == "spatialflow: and 4 more problems of the kind 'region'"
-        assert "left out: 9 damaged or unknown entries, named above" in printed.out
+        assert "left out: 9 damaged or unknown entries, all listed in problems.json\n" in printed.out
+        assert convert() == 1
+        text = "left out: 9 damaged or unknown entries, of which 5 are named above; --problems FILE lists all\n"
+        assert text in capsys.readouterr().out
+        labelme(folder, {}, {"points": SQUARE[:2]})
+        assert convert() == 1
+        assert "left out: 1 damaged or unknown entry, named above\n" in capsys.readouterr().out
 
     def test_photographs_of_one_name(self, folder, capsys):
         """A name without a folder that fits two photographs, and an image without a name."""
@@ -257,6 +282,11 @@ class TestRefused:
             (["--classes", "none.json"], "none.json: cannot be read: No such file or directory"),
             (["--classes", "dog"], None),
             (["--classes", "a,a"], "classes: two classes have the name 'a'"),
+            (
+                ["--classes", "3 car, 6 cat"],
+                "classes: '3 car, 6 cat' is taken as names, numbered from 1; ids before names need a text file with "
+                "a row per line",
+            ),
             (["--background", "cat"], "background: 'cat' is a thing; name a stuff class, or a new one"),
             (["--instances", "none"], "instances: none: no such folder"),
             (["--format", "yolo"], "json: holds no label file (labels/*.txt)"),
@@ -394,6 +424,122 @@ def test_the_summary_of_a_conversion(folder, capsys):
     ]
 
 
+class TestAnnotationsOfOtherFormats:
+    """Commands that read a panoptic JSON name the conversion."""
+
+    def commands(self, path):
+        return [
+            ["dataset", "check", path],
+            ["validate", path],
+            ["view", path, "--no-browser"],
+            ["evaluate", path, "scenes"],
+            ["train", "--images", "photos", "--annotations", path, "--output", "run"],
+            ["train", "demo", "--images", "photos", "--annotations", path, "--output", "run"],
+        ]
+
+    @pytest.mark.parametrize("format", ["labelme", "coco-instances", "cvat", "yolo"])
+    def test_folders(self, folder, capsys, format):
+        {"labelme": labelme, "coco-instances": coco, "cvat": lambda f: cvat(f, "")}.get(format, str)(folder)
+        if format == "yolo":
+            (folder / "labels").mkdir()
+            (folder / "data.yaml").write_text("names: [cat]")
+        path = str(folder / "json" if format == "labelme" else folder)
+        write_coco(folder / "scenes", 1, (64, 96))
+        for command in self.commands(path):
+            assert main(command) == 2
+            (text,) = error_messages(capsys)
+            assert text == (
+                f"{path}: holds annotations of the format {format}; make a panoptic JSON of them first: "
+                f"spatialflow dataset convert {path} --output mydata"
+            )
+
+    def test_a_file(self, folder, capsys):
+        path = str(labelme(folder))
+        for command in (["dataset", "check", path], ["view", path]):
+            assert main(command) == 2
+            (text,) = error_messages(capsys)
+            assert text.startswith(f"{path}: holds annotations of the format labelme; make a panoptic JSON of them ")
+
+    def test_validation_annotations(self, folder, capsys):
+        labelme(folder)
+        write_coco(folder / "scenes", 1, (64, 96))
+        data = ["--images", "scenes/images", "--annotations", "scenes/panoptic.json", "--output", "run"]
+        assert main(["train", *data, "--validation-images", "photos", "--validation-annotations", "json"]) == 2
+        (text,) = error_messages(capsys)
+        assert text.startswith("json: holds annotations of the format labelme; make a panoptic JSON of them first: ")
+
+    def test_other_folders(self, folder, capsys):
+        """Photographs, panoptic JSONs without PNGs, and pipes are not taken for annotations of other formats."""
+        write_json(folder / "photos" / "x.json", {"annotations": [{"segments_info": []}]})
+        os.mkfifo(folder / "photos" / "pipe.json")
+        cv2.imwrite(str(folder / "photos" / "c.png"), np.zeros((4, 4), np.uint8))
+        for command in self.commands("photos")[:3]:
+            assert main(command) == 2
+            (text,) = error_messages(capsys)
+            assert text.startswith("photos: holds no panoptic.json, and there is no photos.json; give a panoptic JSON")
+
+
+class TestLeftOutClasses:
+    """Regions of labels that --classes does not name are counted; they are not problems."""
+
+    TEXT = "left out, as --classes does not name them: "
+
+    def test_labelme(self, folder, capsys):
+        dogs = [{"label": "dog"}, {"label": "dog", "points": SQUARE[:2]}]
+        labelme(folder, {}, {"label": "wall"}, *dogs)
+        labelme(folder, {"label": "wall"}, {"label": "__ignore__"}, name="b")
+        assert convert("--classes", "cat") == 0
+        printed = capsys.readouterr()
+        assert printed.err == "" and f"note: {self.TEXT}dog (2), wall (2)\n" in printed.out
+        assert "left out: " not in printed.out
+        assert len(json.loads((folder / "out" / "panoptic.json").read_text())["annotations"]) == 2
+
+    def test_cvat(self, folder, capsys):
+        cvat(folder, '<ellipse label="dog" cx="5" cy="5" rx="2" ry="2"/><polygon points="1,2;3,4;5,6"/>')
+        assert convert("--classes", "cat", "--format", "cvat", source="annotations.xml") == 1
+        printed = capsys.readouterr()
+        assert printed.err.endswith("polygon 2: unknown class None\n") and f"note: {self.TEXT}dog (1)\n" in printed.out
+
+    def test_many(self, folder, capsys):
+        labelme(folder, {}, *[{"label": f"c{number:02}"} for number in range(40)], {"label": "c39"})
+        assert convert("--classes", "cat") == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if self.TEXT in line]
+        assert line.startswith(f"note: {self.TEXT}c39 (2), c00 (1), ") and line.endswith(", c28 (1), and 10 more")
+
+    def test_all(self, folder, capsys):
+        """A list without any of the labels is a problem."""
+        labelme(folder, {}, {"label": "wall"})
+        assert convert("--classes", "dog") == 1
+        text = "there is no segment, and --classes does not name cat (1), wall (1)"
+        assert error_messages(capsys) == [f"json: {text}"]
+
+
+def kind_notes(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if "taken as things" in line]
+
+
+def test_things_with_names_of_stuff_are_named(folder, capsys):
+    """Unless the user has said that they are things."""
+    labels = ["cat", "building", "pole", "sign", "Traffic_Sign", "trees", "floor-wood", "traffic", "stop sign", "sky"]
+    labelme(folder, *[{"label": label} for label in labels])
+    assert convert("--stuff-classes", "sky,building") == 0
+    names = "Traffic_Sign,floor-wood,pole,sign,trees"
+    assert kind_notes(capsys) == [
+        f"note: the classes {names} are taken as things; --stuff-classes sky,building,{names} makes them stuff"
+    ]
+    rows = [{"id": i, "name": name, "isthing": 1} for i, name in enumerate(labels, 1)]
+    write_json(folder / "classes.json", rows)
+    assert convert("--classes", "classes.json", "--stuff-classes", "sky") == 0
+    assert kind_notes(capsys) == []
+
+
+def test_names_with_blanks_are_quoted(folder, capsys):
+    labelme(folder, {"label": "traffic sign"})
+    assert convert() == 0
+    (note,) = kind_notes(capsys)
+    assert note.endswith("--stuff-classes 'traffic sign' makes them stuff")
+
+
 def test_an_interrupted_conversion_says_what_exists(folder, capsys, monkeypatch):
     """Ctrl-C after the first of two images."""
     from spatialflow.data.convert import conversion
@@ -438,7 +584,9 @@ def test_check_prints_a_table_and_draws_examples(data, tmp_path, capsys):
         assert f"{100 * sum(areas) / (5 * 64 * 96):.2f} %" in line
     assert "sizes (width x height): 96x64 (5)" in lines
     assert f"{picture}: 5 examples" in lines
-    assert lines[-1] == f"{data / 'panoptic.json'}: 5 images, {len(segments)} segments: clean"
+    assert lines[-2] == f"{data / 'panoptic.json'}: 5 images, {len(segments)} segments: clean"
+    paths = f"--images {data / 'images'} --annotations {data / 'panoptic.json'}"
+    assert lines[-1] == f"next: spatialflow train {paths} --output run"
     image = cv2.imread(str(picture))
     assert image.shape[1] > 4 * 320 and 2 * 240 < image.shape[0] < 3 * 240  # two rows of up to four
     assert image.std() > 20
@@ -455,6 +603,20 @@ def test_check_reports_the_problems_of_validate(data, tmp_path, capsys):
     assert out.splitlines()[-1].endswith(" segments: 3 problems")
     assert main(["dataset", "check", str(tmp_path / "none.json")]) == 2
     assert main(["dataset", "check", str(path), "--pictures", str(tmp_path / "x.tiff")]) == 2
+
+
+def test_check_names_the_validation_set_of_a_split(folder, capsys):
+    for name in ("a", "b"):
+        labelme(folder, name=name)
+    assert convert("--split", "0.5") == 0
+    capsys.readouterr()
+    assert main(["dataset", "check", "out/train.json", "--images", "photos"]) == 0
+    training = "spatialflow train --images photos --annotations out/train.json"
+    validation = "--validation-images photos --validation-annotations out/val.json"
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: {training} {validation} --output run"
+    for arguments in (["out/val.json", "--images", "photos"], ["out/train.json"]):  # not to train on, or no photographs
+        assert main(["dataset", "check", *arguments]) == 0
+        assert "next: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -494,6 +656,28 @@ def test_advice(tmp_path):
         "even",
         "1 image is more than twice as large as networks see (800 x 1333); smaller copies make reading faster, and "
         "tiles keep small objects",
+    ]
+
+
+def test_check_counts_small_things_at_the_size_of_a_default_run(tmp_path, capsys):
+    """12 x 12 pixels of 480 x 640 are seen by a large network, but are less than 8 x 8 at 256 x 341."""
+    from spatialflow.panoptic import PanopticWriter
+
+    categories = [{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}]
+    with PanopticWriter(tmp_path / "panoptic", categories=categories) as writer:
+        for number in range(10):
+            ids = np.full((480, 640), 2, np.int32)
+            ids[:12, :12] = 1
+            rows = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 2}]
+            if number == 0:
+                ids[20:23, 20:23] = 3
+                rows.append({"id": 3, "category_id": 1})
+            writer.add(number, f"{number}.jpg", ids, rows)
+    assert main(["dataset", "check", str(tmp_path / "panoptic.json")]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: 11 of 11 things (100.0 %) are smaller than 8 x 8 pixels once images are reduced to at most 256 x 341, "
+        "which `train` chooses on its own; at 800 x 1333 it is 1 (9.1 %)"
     ]
 
 

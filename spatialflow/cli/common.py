@@ -123,8 +123,11 @@ def panoptic_json(path: Path) -> Path:
     others = [str(file) for file in sorted(path.glob("*.json")) if os.path.isdir(file.with_suffix(""))]
     if others:  # such as the two sets of `dataset convert --split`
         raise CommandError(f"{path}: holds no panoptic.json; name {'one of ' * (len(others) > 1)}{', '.join(others)}")
+    from spatialflow.data.convert.formats import conversion_advice
+
     raise CommandError(
-        f"{path}: holds no panoptic.json, and there is no {beside}; give a panoptic JSON or the output of `predict`"
+        conversion_advice(path)
+        or f"{path}: holds no panoptic.json, and there is no {beside}; give a panoptic JSON or the output of `predict`"
     )
 
 
@@ -141,8 +144,10 @@ def png_folder(path: Path, chosen: Path | None = None, option: str | None = None
         return folder
     if chosen is not None:
         raise CommandError(f"{chosen}: no such folder")
+    from spatialflow.data.convert.formats import conversion_advice
+
     hint = "" if option is None else f"; pass its path with {option}"
-    raise CommandError(f"{path}: there is no folder {folder} with its PNGs{hint}")
+    raise CommandError(conversion_advice(path) or f"{path}: there is no folder {folder} with its PNGs{hint}")
 
 
 def ground_truth_json(path: Path, folder: Path) -> tuple[Path, list[str]]:

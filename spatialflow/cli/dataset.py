@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ EXAMPLES = (
 _CONVERT_DESCRIPTION = (
     "Convert annotations to the COCO panoptic format: panoptic.json with classes and segments, and a PNG per image.\n"
     "The source is not changed. A repeated run replaces the files of the earlier one, and no others. Damaged files\n"
-    "and regions are named and left out. Exit codes: 0 all converted, 1 some left out, 2 nothing can be converted.\n\n"
+    "and regions are named and left out. Exit codes: 0 no damage, 1 some left out, 2 nothing can be converted.\n\n"
     "SOURCE of each format:\n"
     "  coco-instances  the JSON file, or the folder that holds it\n"
     "  labelme         the folder of JSON files, or one of them\n"
@@ -192,13 +193,13 @@ def _convert(options: argparse.Namespace) -> int:
     if options.problems is not None:
         with as_command_errors(), path_in_oserror(options.problems):
             write_json(options.problems, [problem._asdict() for problem in result.problems], indent=1)
-    _print_problems(result)
-    _print_conversion(result)
+    shown = _print_problems(result)
+    _print_conversion(result, shown, options.problems)
     return 1 if result.problems else 0
 
 
-def _print_problems(result: Conversion) -> None:
-    """Print the first problems of each rule on standard error."""
+def _print_problems(result: Conversion) -> int:
+    """Print the first problems of each rule on standard error; return how many."""
     texts_by_rule: dict[str, list[str]] = {}
     for problem in result.problems:
         texts_by_rule.setdefault(problem.rule, []).append(problem.text)
@@ -207,9 +208,11 @@ def _print_problems(result: Conversion) -> None:
             print_error(printable(text))
         if len(texts) > SHOWN_PROBLEMS:
             print_error(f"and {len(texts) - SHOWN_PROBLEMS} more problems of the kind {rule!r}")
+    return sum(min(len(texts), SHOWN_PROBLEMS) for texts in texts_by_rule.values())
 
 
-def _print_conversion(result: Conversion) -> None:
+def _print_conversion(result: Conversion, shown: int, problems: Path | None) -> None:
+    """Summarize a conversion, of which `shown` problems were printed; all are in the file `problems`, if any."""
     things = [printable(row["name"]) for row in result.categories if row["isthing"]]
     stuff = [printable(row["name"]) for row in result.categories if not row["isthing"]]
     counts = ", ".join(
@@ -221,8 +224,13 @@ def _print_conversion(result: Conversion) -> None:
     print(f"segments: {counts or '0'}")
     for note in result.notes:
         print(f"note: {printable(note)}")
-    if result.problems:
-        print(f"left out: {len(result.problems)} damaged or unknown entries, named above")
+    if count := len(result.problems):
+        place = f"of which {shown} are named above; --problems FILE lists all"
+        if problems is not None:
+            place = f"all listed in {printable(str(problems))}"
+        elif shown == count:
+            place = "named above"
+        print(f"left out: {count} damaged or unknown {'entry' if count == 1 else 'entries'}, {place}")
     for path, count in zip(result.json_paths, result.image_counts, strict=True):
         listed = f"; list of photographs: {path.with_suffix('.txt')}" if len(result.json_paths) > 1 else ""
         print(f"{path}: {counted(count, 'image')}{listed}")
@@ -233,7 +241,9 @@ def _print_conversion(result: Conversion) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from spatialflow.config import load_config
     from spatialflow.data.survey import advice, survey
+    from spatialflow.engine.run_settings import DEFAULT_MODEL, chosen_edges
     from spatialflow.panoptic import PanopticFormatError
     from spatialflow.panoptic.validation import validate
 
@@ -248,14 +258,28 @@ def _check(options: argparse.Namespace) -> int:
         result = survey(path, folder, examples=_ROWS * _COLUMNS, workers=options.workers, progress=progress)
         print(_class_table(result), end="")
         print(problem_table(problems), end="")
-        for text in advice(result):
+        sizes = [*result.sizes.elements()]
+        for text in advice(result, chosen_edges(load_config(DEFAULT_MODEL), sizes) if sizes else None):
             print(f"note: {printable(text)}")
         if options.pictures is not None:
             with path_in_oserror(options.pictures):
                 count = _write_examples(options.pictures, result, folder, options.images)
             print(f"{options.pictures}: {counted(count, 'example')}")
     print(verdict(path, problems))
+    if options.images is not None and path.stem != "val" and problems.images and not problems.problems:
+        print(f"next: {_training_command(path, options.folder, options.images)}")
     return 1 if problems.problems else 0
+
+
+def _training_command(path: Path, folder: Path | None, images: Path) -> str:
+    """Make the command that trains on a data set, and evaluates on the other part of a split."""
+    words: list[str | Path] = ["spatialflow", "train", "--images", images, "--annotations", path]
+    if folder is not None:
+        words += ["--panoptic", folder]
+    validation = path.with_name("val.json")
+    if path.stem == "train" and os.path.isfile(validation):
+        words += ["--validation-images", images, "--validation-annotations", validation]
+    return " ".join(shlex.quote(printable(str(word))) for word in [*words, "--output", "run"])
 
 
 def _class_table(result: Survey) -> str:

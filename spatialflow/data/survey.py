@@ -41,8 +41,7 @@ class Survey(NamedTuple):
     classes: list[ClassNumbers]  # in the order of the JSON
     sizes: Counter[tuple[int, int]]  # images by (height, width)
     void_share: float  # of all pixels
-    tiny: int  # things that are smaller than 8 x 8 pixels where a network with usual sizes sees them
-    things: int
+    thing_areas: dict[tuple[int, int], list[int]]  # pixels of things by the (height, width) of their image
     without_segment: list[str]  # file names
     examples: list[dict[str, Any]]  # images that show rare classes: file_name of the PNG, name, segments_info
 
@@ -111,7 +110,8 @@ class _Counts:
         self._crowds: Counter[int] = Counter()
         self._images: Counter[int] = Counter()
         self._sizes: Counter[tuple[int, int]] = Counter()
-        self._total = self._tiny = self._things = 0
+        self._thing_areas: dict[tuple[int, int], list[int]] = {}
+        self._total = 0
         self._without_segment: list[str] = []
         self._shown: list[tuple[set[int], dict[str, Any]]] = []  # category ids, and an example for `Survey.examples`
 
@@ -119,7 +119,6 @@ class _Counts:
         """Add an image of (height, width) `size` with the segments that its map has."""
         self._sizes[size] += 1
         self._total += size[0] * size[1]
-        scale = min(USUAL_SHORT / min(size), USUAL_LONG / max(size), 1)
         present, usable = set(), []
         for segment in annotation["segments_info"]:
             number, category = segment_id(segment), segment["category_id"]
@@ -127,21 +126,20 @@ class _Counts:
                 continue
             present.add(category)
             usable.append({"id": number, "category_id": category})
-            self._add_segment(category, by_id[number].pixels, bool(segment.get("iscrowd")), scale)
+            self._add_segment(category, by_id[number].pixels, bool(segment.get("iscrowd")), size)
         self._images.update(present)
         self._shown.append((present, {"file_name": annotation["file_name"], "name": name, "segments_info": usable}))
         if not present:
             self._without_segment.append(name)
 
-    def _add_segment(self, category: int, area: int, is_crowd: bool, scale: float) -> None:
+    def _add_segment(self, category: int, area: int, is_crowd: bool, size: tuple[int, int]) -> None:
         self._pixels[category] += area
         if is_crowd:
             self._crowds[category] += 1
             return
         self._areas[category].append(area)
         if self._categories[category]["isthing"]:
-            self._things += 1
-            self._tiny += area * scale * scale < _TINY_SIDE**2
+            self._thing_areas.setdefault(size, []).append(area)
 
     def survey(self, examples: int) -> Survey:
         """Return the numbers, with at most so many examples."""
@@ -158,7 +156,7 @@ class _Counts:
         ]
         void = 1 - sum(self._pixels.values()) / self._total if self._total else 0.0
         shown = _choose(self._shown, self._images, examples)
-        return Survey(rows, self._sizes, void, self._tiny, self._things, self._without_segment, shown)
+        return Survey(rows, self._sizes, void, self._thing_areas, self._without_segment, shown)
 
 
 def _categories(content: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
@@ -201,8 +199,13 @@ def _choose(shown: Sequence[tuple[set[int], dict[str, Any]]], images: Counter[in
     return [shown[i][1] for i in sorted(chosen)]
 
 
-def advice(result: Survey) -> list[str]:
-    """List what may hurt training on a data set, as sentences."""
+def advice(result: Survey, chosen_edges: tuple[int, int] | None = None) -> list[str]:
+    """List what may hurt training on a data set, as sentences.
+
+    Args:
+        result: of `survey`.
+        chosen_edges: short and long edge of images in a training run without configuration; None: not considered.
+    """
     texts = []
     absent = [row.category["name"] for row in result.classes if not row.images]
     if absent:
@@ -218,12 +221,8 @@ def advice(result: Survey) -> list[str]:
     if not any(not row.category["isthing"] for row in result.classes if row.images):
         text = "there is no stuff: pixels outside objects are void, and nothing is learned there"
         texts.append(f"{text}; `dataset convert --background NAME` makes them a class")
-    if result.tiny:
-        share = 100 * result.tiny / result.things
-        texts.append(
-            f"{result.tiny} of {result.things} things ({share:.1f} %) are smaller than {_TINY_SIDE} x {_TINY_SIDE} "
-            f"pixels once images are reduced to at most {USUAL_SHORT} x {USUAL_LONG}"
-        )
+    if tiny := _tiny_things(result, chosen_edges):
+        texts.append(tiny)
     if result.sizes:
         longest = [max(size) for size in result.sizes]
         if max(longest) >= _VARIED * min(longest):
@@ -239,6 +238,35 @@ def advice(result: Survey) -> list[str]:
                 "make reading faster, and tiles keep small objects"
             )
     return texts
+
+
+def _tiny_things(result: Survey, chosen_edges: tuple[int, int] | None) -> str:
+    """Describe how many things are smaller than 8 x 8 pixels where a network sees them; "" if none are."""
+    things = sum(map(len, result.thing_areas.values()))
+
+    def count(short: int, long: int) -> int:
+        tiny = 0
+        for size, areas in result.thing_areas.items():
+            scale = min(short / min(size), long / max(size), 1)
+            tiny += sum(area * scale * scale < _TINY_SIDE**2 for area in areas)
+        return tiny
+
+    usual = (USUAL_SHORT, USUAL_LONG)
+    short, long = usual if chosen_edges is None else chosen_edges
+    number = count(short, long)
+    if not number:
+        return ""
+    text = (
+        f"{number} of {things} things ({100 * number / things:.1f} %) are smaller than {_TINY_SIDE} x {_TINY_SIDE} "
+        f"pixels once images are reduced to at most {short} x {long}"
+    )
+    if chosen_edges is None:
+        return text
+    at_usual = count(*usual)
+    return (
+        f"{text}, which `train` chooses on its own; at {USUAL_SHORT} x {USUAL_LONG} it is {at_usual} "
+        f"({100 * at_usual / things:.1f} %)"
+    )
 
 
 def _many(count: int, one: str, many: str) -> str:

@@ -11,6 +11,9 @@ from spatialflow.config import Config, ConfigError, load_config
 from spatialflow.data.categories import TABLES, read_rows, table_path
 from spatialflow.engine.run_advice import epochs_phrase
 
+DEFAULT_MODEL = "demo"
+"""Network that a run without configuration, backbone and model begins with."""
+
 IMAGES_ON_CPU, IMAGES_ON_GPU = 1200, 12_000
 """Images of a whole run, counted in every epoch, where the schedule is chosen: some minutes of computing time."""
 
@@ -134,17 +137,22 @@ def with_sizes_and_schedule(
     return load_config(config, **{name: value for name, value in settings.items() if name not in given})
 
 
-def _sizes(config: Config, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def chosen_edges(config: Config, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Choose the short and the long edge of the images; the arguments are those of `with_sizes_and_schedule`."""
     array = np.array(sizes, float)
     short = max(round(min(config.test.test_edges[0][0], float(np.median(array.min(axis=1))))), 32)
     aspect = min(float(np.percentile(array.max(axis=1) / array.min(axis=1), 95)), MAX_ASPECT)
-    long = max(round(short * aspect), short)
+    return short, max(round(short * aspect), short)
+
+
+def _sizes(config: Config, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    short, long = chosen_edges(config, sizes)
     return {
         "train_short_edges": [short],
         "train_long_edge": long,
         "test_short_edges": [short],
         "test_long_edge": long,
-        "stuff_area_threshold": round(STUFF_AREA_SHARE * float(np.median(array.prod(axis=1)))),
+        "stuff_area_threshold": round(STUFF_AREA_SHARE * float(np.median(np.array(sizes, float).prod(axis=1)))),
     }
 
 

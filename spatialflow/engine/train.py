@@ -11,6 +11,7 @@ from spatialflow.config import Config, given_fields, load_config, own_settings
 from spatialflow.data.categories import Categories, CategoryError, categories_of, table_path
 from spatialflow.data.cityscapes import Cityscapes
 from spatialflow.data.coco import CocoPanoptic
+from spatialflow.data.convert.formats import conversion_advice
 from spatialflow.data.samples import SampleError
 from spatialflow.data.subset import hold_out
 from spatialflow.engine import distributed
@@ -22,6 +23,7 @@ from spatialflow.engine.run_advice import advice, missing_photographs, spinning_
 from spatialflow.engine.run_folder import check_replaced_files, describe_saved, only_run_in, write_config
 from spatialflow.engine.run_settings import (
     CLASS_FIELDS,
+    DEFAULT_MODEL,
     ClassTable,
     describe_settings,
     read_classes,
@@ -32,9 +34,6 @@ from spatialflow.engine.trainer import InitialWeights, Trainer
 from spatialflow.models.spatialflow import SpatialFlow
 
 DataSet: TypeAlias = Cityscapes | CocoPanoptic
-
-DEFAULT_MODEL = "demo"
-"""Network that a run without configuration, backbone and model begins with."""
 
 DEFAULT_RATE_PER_IMAGE = 0.005
 """Learning rate of `DEFAULT_MODEL` for a step of one image; in proportion for more."""
@@ -344,19 +343,27 @@ def _classes(files: TrainingData, are_needed: bool) -> ClassTable | None:
     """Read the classes of the annotations; None if the file has none, and they are not needed."""
     if files.annotations is None:
         return read_classes(table_path("cityscapes")) if are_needed else None
-    path = files.annotations
-    if not os.path.exists(path):
-        raise TrainingError(f"{path}: no such file")
-    if os.path.isdir(path):
-        inside = path / "panoptic.json"
-        hint = f", such as {inside}" if os.path.isfile(inside) else ""
-        raise TrainingError(f"{path}: is a folder; annotations must be a panoptic JSON{hint}")
+    for path in (files.annotations, files.validation_annotations):
+        if path is not None:
+            _check_is_file(path)
     try:
-        return read_classes(path)
+        return read_classes(files.annotations)
     except CategoryError as error:
         if are_needed:
             raise CategoryError(f"{error}; {_CONVERT_ADVICE}") from None
         return None  # the configuration has them; other defects of the file are reported when it is opened
+
+
+def _check_is_file(path: Path) -> None:
+    """Raise TrainingError for annotations that are absent, or a folder."""
+    if not os.path.exists(path):
+        raise TrainingError(f"{path}: no such file")
+    if os.path.isdir(path):
+        inside = path / "panoptic.json"
+        is_inside = os.path.isfile(inside)
+        hint = f", such as {inside}" if is_inside else ""
+        text = f"{path}: is a folder; annotations must be a panoptic JSON{hint}"
+        raise TrainingError(text if is_inside else conversion_advice(path) or text)
 
 
 def _open(files: TrainingData, categories: Categories, is_chosen: bool) -> tuple[DataSet, DataSet | None]:

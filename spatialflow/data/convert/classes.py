@@ -34,7 +34,13 @@ def read_classes(value: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) ->
         return _from_rows(value, "classes"), False
     path, by_color = Path(value), False
     if isinstance(value, str) and not os.path.exists(path) and ("," in value or not path.suffix):
-        classes = _numbered([name.strip() for name in value.split(",") if name.strip()])
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        if names and all(map(_NUMBER_FIRST.fullmatch, names)):
+            raise ConversionError(
+                f"classes: {value!r:.80} is taken as names, numbered from 1; ids before names need a text file with a "
+                "row per line"
+            )
+        classes = _numbered(names)
     elif path.suffix.lower() == ".json":
         content = read_json(path)
         rows = content.get("categories") if isinstance(content, dict) else content
@@ -133,11 +139,22 @@ def decide_kinds(classes: Sequence[Class], stuff: Collection[str] | None) -> lis
     ]
 
 
-def likely_stuff(classes: Sequence[Class]) -> list[str]:
-    """List the classes that are taken as things although COCO or Cityscapes have a stuff class of that name."""
-    tables = [row for name in ("coco", "cityscapes") for row in read_rows(TABLES / f"{name}.json")]
-    known = {row["name"].split("-")[0] for row in tables if not row["isthing"]}
-    return [row.name for row in classes if row.isthing and row.name.lower() in known]
+def likely_stuff(classes: Sequence[Class], stuff: Collection[str]) -> list[str]:
+    """List the classes that neither the source nor `stuff` calls things or stuff, and whose name suggests stuff.
+
+    COCO or Cityscapes have a stuff class of that name. Case, a plural "s", and "_" or "-" in place of a blank do not
+    matter.
+    """
+    known = {"sign"}  # short for "traffic sign"
+    for row in (row for name in ("coco", "cityscapes") for row in read_rows(TABLES / f"{name}.json")):
+        if not row["isthing"]:
+            known |= {_plain(row["name"]), row["name"].split("-")[0]}  # "floor-wood" is a kind of floor
+    undecided = [row.name for row in classes if row.isthing is None and row.name not in stuff]
+    return [name for name in undecided if known & {_plain(name), _plain(name).removesuffix("s")}]
+
+
+def _plain(name: str) -> str:
+    return re.sub("[ _-]+", " ", name.lower())
 
 
 def category_rows(classes: Sequence[Class]) -> list[dict[str, Any]]:

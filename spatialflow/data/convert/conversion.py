@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from spatialflow.threads import available_cores, map_ahead
 
 _INFO = {"description": "written by spatialflow dataset convert"}
 _NAMES = ("panoptic", "train", "val")
+_SHOWN_LABELS = 30
 _ON_TOP = ("auto", "later", "smaller")
 
 
@@ -37,7 +39,7 @@ class Conversion(NamedTuple):
     image_counts: list[int]  # images in each of the files
     categories: list[dict[str, Any]]  # id, name, isthing, color
     segments: Counter[str]  # number of "things", "stuff" and "crowds"
-    problems: list[Problem]  # images and regions that were left out
+    problems: list[Problem]  # images and regions that were left out because of a defect
     notes: list[str]  # what else the user should know, as sentences
 
 
@@ -136,12 +138,15 @@ def to_panoptic(
     smaller_on_top = opened.smaller_on_top if on_top == "auto" else on_top == "smaller"
     segments: Counter[str] = Counter()
     counts: Counter[str] = Counter()
+    unlisted: Counter[str] = Counter()
     isthing = {row.id: row.isthing for row in table}
     written: list[list[str]] = [[] for _ in json_paths]
     threads = workers or available_cores()
     lists = None if split is None else image_folder
     with _writers(png_folders, json_paths, rows, written, lists) as writers:
-        converter = _Converter(image_folder, lookup, fill_boxes, smaller_on_top, background_class, writers)
+        converter = _Converter(
+            image_folder, lookup, fill_boxes, listed is not None, smaller_on_top, background_class, writers
+        )
         with contextlib.closing(map_ahead(converter.convert, jobs, threads, ahead=2 * threads)) as futures:
             for done, (job, future) in enumerate(zip(jobs, futures, strict=True), start=1):
                 found, report = future.result()
@@ -153,11 +158,17 @@ def to_panoptic(
                 )
                 problems += report.problems
                 counts += report.counts
+                unlisted += report.unlisted
                 if progress is not None:
                     progress(done, len(jobs))
-    unlisted = len(photographs.names) - len({job.name for job in jobs})
-    counts[f"photographs in {image_folder} without annotation"] += unlisted
-    notes = _notes(counts, likely_stuff(table) if stuff_classes is None else [])
+    without_annotation = len(photographs.names) - len({job.name for job in jobs})
+    counts[f"photographs in {image_folder} without annotation"] += without_annotation
+    notes = _notes(counts, opened.classes, stuff_classes or ())
+    if unlisted and segments:
+        notes.append(f"left out, as --classes does not name them: {_numbers(unlisted)}")
+    elif unlisted:
+        text = f"{source}: there is no segment, and --classes does not name {_numbers(unlisted)}"
+        problems.append(Problem("class", text))
     if opened.found_classes:
         notes.append(
             f"classes are numbered in the order of the labels found; --classes {json_paths[0]} gives those of a "
@@ -192,13 +203,26 @@ def _background_class(table: list[Class], name: str) -> Class:
     return found
 
 
-def _notes(counts: Mapping[str, int], likely: Sequence[str]) -> list[str]:
-    """Make sentences of counts, and of the things that are likely to be stuff."""
+def _notes(counts: Mapping[str, int], classes: Sequence[Class], stuff: Sequence[str]) -> list[str]:
+    """Make sentences of counts, and of the things that are likely to be stuff.
+
+    Args:
+        counts: number of cases by text.
+        classes: of the source, or of the user's list.
+        stuff: names of the stuff classes that the user gave.
+    """
     notes = [f"{text}: {count}" for text, count in sorted(counts.items()) if count]
-    if likely:
-        names = ",".join(likely)
-        notes.append(f"the classes {names} are taken as things; --stuff-classes {names} makes them stuff")
+    if likely := likely_stuff(classes, stuff):
+        option = shlex.quote(",".join([*stuff, *likely]))
+        notes.append(f"the classes {','.join(likely)} are taken as things; --stuff-classes {option} makes them stuff")
     return notes
+
+
+def _numbers(labels: Counter[str]) -> str:
+    """List labels with their numbers of regions, the most frequent ones first."""
+    ordered = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{label:.60} ({count})" for label, count in ordered[:_SHOWN_LABELS])
+    return shown + (f", and {len(ordered) - _SHOWN_LABELS} more" if len(ordered) > _SHOWN_LABELS else "")
 
 
 class _Converter(NamedTuple):
@@ -207,6 +231,7 @@ class _Converter(NamedTuple):
     images: Path
     classes: Mapping[Any, Class]  # by name and by id
     fill_boxes: bool
+    chosen: bool  # as in `Context`
     smaller_on_top: bool
     background: Class | None
     writers: Sequence[PanopticWriter]  # by `_Job.set`
@@ -217,7 +242,9 @@ class _Converter(NamedTuple):
         try:
             size = photograph_size(self.images / job.name)
             _check_size(job, size)
-            regions = job.item.read(Context(size, job.name, job.item.place, report, self.classes, self.fill_boxes))
+            regions = job.item.read(
+                Context(size, job.name, job.item.place, report, self.classes, self.fill_boxes, self.chosen)
+            )
         except ShapeError as error:
             begin = "" if str(error).startswith(job.item.place) else f"{job.item.place}: "
             report.add("image", f"{begin}{error}")

@@ -2,10 +2,12 @@
 """The formats that can be converted, and their recognition."""
 
 import os
+import shlex
 from pathlib import Path
 
 from spatialflow.data.convert import coco, cvat, labelme, masks, yolo
 from spatialflow.data.convert.sources import ConversionError, Options, Source
+from spatialflow.files import is_special_file
 
 _MODULES = {module.FORMAT: module for module in (coco, labelme, cvat, masks, yolo)}
 FORMATS = tuple(_MODULES)
@@ -74,7 +76,34 @@ def _recognize(path: Path) -> tuple[str, Path]:
     return format, _only_json(source) if format == coco.FORMAT else source
 
 
+def conversion_advice(path: str | os.PathLike[str]) -> str | None:
+    """Say which command makes a panoptic JSON of annotations of another format; None for other files and folders.
+
+    Sub-folders are not searched, and a folder of PNGs is not taken for masks. The path begins the sentence.
+    """
+    path = Path(path)
+    format = _format_in(path) if os.path.isdir(path) else labelme.FORMAT if _is_labelme(path) else None
+    if format is None:
+        return None
+    command = f"spatialflow dataset convert {shlex.quote(str(path))} --output mydata"
+    return f"{path}: holds annotations of the format {format}; make a panoptic JSON of them first: {command}"
+
+
+def _format_in(folder: Path) -> str | None:
+    files = sorted(folder.glob("*.json"))[:20]
+    if any(map(_is_labelme, files)):
+        return labelme.FORMAT
+    if os.path.isfile(folder / "annotations.xml"):
+        return cvat.FORMAT
+    if os.path.isdir(folder / "labels") and yolo.class_file(folder) is not None:
+        return yolo.FORMAT
+    is_found = any(_is_coco(file) and b'"segments_info"' not in file.read_bytes() for file in files)
+    return coco.FORMAT if is_found else None
+
+
 def _is_labelme(path: Path) -> bool:
+    if is_special_file(path):
+        return False
     try:
         with open(path, "rb") as stream:
             head = stream.read(_HEAD)
@@ -84,6 +113,8 @@ def _is_labelme(path: Path) -> bool:
 
 
 def _is_coco(path: Path) -> bool:
+    if is_special_file(path):
+        return False
     try:
         return b'"annotations"' in path.read_bytes()
     except OSError:

@@ -19,6 +19,10 @@ class UnknownClassError(ShapeError):
     """A region of a class that is not in the class list."""
 
 
+class UnlistedClassError(ShapeError):
+    """A region of a class that the user's class list leaves out; the argument is the label."""
+
+
 class Problem(NamedTuple):
     """A defect of the source, because of which an image or a region was left out."""
 
@@ -51,11 +55,13 @@ class Report:
     Attributes:
         problems: regions or images that were left out.
         counts: number of cases by a text such as "boxes left out".
+        unlisted: number of regions by a label that the user's class list leaves out.
     """
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self.counts: Counter[str] = Counter()
+        self.unlisted: Counter[str] = Counter()
 
     def add(self, rule: str, text: str) -> None:
         """Record a problem."""
@@ -71,6 +77,7 @@ class Context(NamedTuple):
     report: Report
     classes: Mapping[Any, Class]  # by name and by id
     fill_boxes: bool
+    chosen: bool  # whether `classes` are those that the user's list chooses among the labels of the source
 
     def box(self, points: Any, rule: str = "boxes") -> Mask | None:
         """Draw a box that the source has in place of a mask; None, with a count, unless boxes are filled."""
@@ -91,6 +98,9 @@ class Context(NamedTuple):
         for place, make in shapes:
             try:
                 region = make()
+            except UnlistedClassError as error:
+                self.report.unlisted[str(error)] += 1
+                continue
             except ShapeError as error:
                 rule = "class" if isinstance(error, UnknownClassError) else "region"
                 self.report.add(rule, f"{place}: {error}")
@@ -102,9 +112,16 @@ class Context(NamedTuple):
         return regions
 
     def class_of(self, label: Any) -> Class:
-        """Find a class by its name or id; UnknownClassError if there is none."""
+        """Find a class by its name or id.
+
+        Raises:
+            UnlistedClassError: the user's list does not have this label.
+            UnknownClassError: there is no such class.
+        """
         if isinstance(label, str | int) and not isinstance(label, bool) and label in self.classes:
             return self.classes[label]
+        if self.chosen and isinstance(label, str):
+            raise UnlistedClassError(label)
         raise UnknownClassError(f"unknown class {label!r:.60}")
 
 
@@ -160,13 +177,18 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; ConversionError names the line of a syntax error."""
+    text = read_text(path)
+    if not text.strip():
+        raise ConversionError(f"{path}: is empty")
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConversionError(f"{path}: line {error.lineno}: is not JSON: {error.msg}") from None
+        line, reason = error.lineno, error.msg
+        content = text.rstrip()
+        if error.pos >= len(content) or reason.startswith("Unterminated string"):
+            line, reason = content.count("\n") + 1, "the file ends there, before the JSON is complete"
+        raise ConversionError(f"{path}: line {line}: is not JSON: {reason}") from None
     except (RecursionError, ValueError) as error:
-        if isinstance(error, ConversionError):
-            raise
         raise ConversionError(f"{path}: is not JSON that can be read: {error}") from None
 
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ class TestInterrupt:
             assert main(command("epochs=3", *["--restart"][: step == 0])) == code
             messages = error_messages(capsys)[-2:]
             path = tmp_path / "run" / "checkpoint.pt"
-            assert messages[0] == "stops after this step, and saves it; a second Ctrl-C stops at once without saving"
+            assert messages[0] == "ends after this step; a second Ctrl-C ends at once, without the step"
             assert messages[1] == f"{word}: the same command continues at step {step + 1} of 6, from {path}"
             stops.remove(step)
         assert main(command("epochs=3")) == 0
@@ -188,7 +189,22 @@ class TestInterrupt:
         assert error_messages(capsys)[-1] == f"{word}: nothing is saved yet, so the same command starts again"
         assert not (tmp_path / "run" / "checkpoint.pt").exists() and steps == [0, 1][: 1 + (failure == "loss")]
 
-    def test_a_group_of_processes_that_gets_a_signal(self, number, word, code, command):
+    def test_a_signal_while_losses_are_logged(self, number, word, code, command, tmp_path, capsys, monkeypatch):
+        """The step is over by then, and is saved too."""
+        log_losses, steps = Trainer._log_losses, record_steps(monkeypatch, lambda step: None)
+
+        def stopping(trainer, *arguments):
+            log_losses(trainer, *arguments)
+            if len(steps) == 4 and trainer.step == 4:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Trainer, "_log_losses", stopping)
+        assert main(command("epochs=3")) == code
+        path = tmp_path / "run" / "checkpoint.pt"
+        assert error_messages(capsys)[-1] == f"{word}: the same command continues at step 4 of 6, from {path}"
+        assert main(command("epochs=3")) == 0 and steps == [0, 1, 2, 3, 4, 5]
+
+    def test_a_group_of_processes_that_gets_a_signal(self, number, word, code, command, tmp_path):
         """Ctrl-C, or the stop of a service, reaches the processes that load data too."""
         process = start_in_group(command("epochs=100000", workers=2))
         for line in process.stdout:
@@ -197,7 +213,11 @@ class TestInterrupt:
         os.killpg(process.pid, number)
         _, message = process.communicate(timeout=120)
         assert process.returncode == code
-        assert f"\nspatialflow: {word}: the same command continues at step " in message, message
+        log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        step = [row["step"] for row in log if row["kind"] == "step"][-1]
+        if number == signal.SIGTERM:  # ends the loading processes too, and perhaps the step with them
+            step = r"\d+"
+        assert re.search(rf"\nspatialflow: {word}: the same command continues at step {step} of ", message), message
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "curves.png", "model.safetensors"])

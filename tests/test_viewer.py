@@ -258,7 +258,7 @@ def test_categories_of_other_ids_are_matched_by_name(data, tmp_path):
             row["name"] for row in catalog.sides["truth"].categories
         ]
         (note,) = catalog.notes
-        assert "and 11 more" in note and note.endswith("; categories are matched by name")
+        assert "and 11 more differ" in note and note.endswith("; categories are matched by name")
 
 
 def test_the_run_of_fewer_classes_gets_the_ids_of_the_other(data, tmp_path):
@@ -322,6 +322,51 @@ def test_photographs_that_are_not_found_are_counted(data, tmp_path):
     assert catalog.missing == ["4 of 4 photographs are not found; --images names the folder"]
     assert index_payload(catalog, range(4))["notes"] == catalog.missing
     assert make_catalog(truth, images=tmp_path).missing == [f"4 of 4 photographs are not in the folder {tmp_path}"]
+
+
+def test_categories_under_other_ids_only_are_matched_by_name(data, tmp_path):
+    """Files of which no id is in both had every class twice, and no segment matched."""
+    truth, out = data
+    expected = scores_payload(make_catalog(truth, out), scanned(make_catalog(truth, out)), 0)["rows"]
+
+    def shift(content):
+        for row in content["categories"]:
+            row["id"] += 1000
+        for segment in (segment for row in content["annotations"] for segment in row["segments_info"]):
+            segment["category_id"] += 1000
+
+    edit_json(out, shift)
+    catalog = make_catalog(truth, out)
+    assert scores_payload(catalog, scanned(catalog), 0)["rows"] == expected
+    assert len(catalog.categories) == 12 and catalog.warnings == []
+    (note,) = catalog.notes
+    assert "this name has another id, and 11 more differ; categories are matched by name" in note
+
+
+def test_a_listed_photograph_of_another_folder_is_not_taken(data, tmp_path):
+    truth, _ = data
+    folder = (truth / "images").rename(tmp_path / "photos")
+    (folder / "s1").mkdir()
+    shutil.copy(folder / "000001.jpg", folder / "s1" / "rgb.jpg")
+    (truth / "panoptic.txt").write_text(f"{folder / 's1' / 'rgb.jpg'}\n")
+    for name in ("s0/rgb.jpg", "s1/rgb.jpg"):
+        edit_json(truth, lambda content, name=name: content["images"][0].update(file_name=name))
+        catalog = make_catalog(truth)
+        assert len(catalog.missing) == 1
+        if name == "s1/rgb.jpg":
+            assert catalog.photograph(catalog.images[0]) == folder / name
+        else:
+            with pytest.raises(ViewError, match="not found"):
+                catalog.photograph(catalog.images[0])
+
+
+def test_a_list_of_another_system(data, tmp_path):
+    """With a byte order mark, Windows line breaks and a line twice."""
+    truth, _ = data
+    folder = (truth / "images").rename(tmp_path / "photos")
+    lines = [str(folder / f"00000{n}.jpg") for n in (1, 2, 3, 4, 4)]
+    (truth / "panoptic.txt").write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}\r\n" for line in lines).encode())
+    assert make_catalog(truth).missing == []
 
 
 @pytest.mark.parametrize("end", ["\n", "\0"])

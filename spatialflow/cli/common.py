@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -225,3 +226,8 @@ def format_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: cannot be written: {error.strerror}"
     return str(error)
+
+
+def quoted(word: object) -> str:
+    """Return a word of a command as a shell takes it, without control characters."""
+    return shlex.quote(printable(str(word)))

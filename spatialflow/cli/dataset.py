@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from spatialflow.cli.common import (
     png_folder,
     print_error,
     printable,
+    quoted,
 )
 from spatialflow.cli.validate import problem_table, verdict
 
@@ -236,7 +236,7 @@ def _print_conversion(result: Conversion, shown: int, problems: Path | None) -> 
         print(f"{path}: {counted(count, 'image')}{listed}")
     if not any(result.image_counts):
         return
-    paths = [shlex.quote(printable(str(path))) for path in (result.json_paths[0], result.images)]
+    paths = [quoted(path) for path in (result.json_paths[0], result.images)]
     print(f"next: spatialflow dataset check {paths[0]} --images {paths[1]} --pictures examples.jpg")
 
 
@@ -279,7 +279,7 @@ def _training_command(path: Path, folder: Path | None, images: Path) -> str:
     validation = path.with_name("val.json")
     if path.stem == "train" and os.path.isfile(validation):
         words += ["--validation-images", images, "--validation-annotations", validation]
-    return " ".join(shlex.quote(printable(str(word))) for word in [*words, "--output", "run"])
+    return " ".join(quoted(word) for word in [*words, "--output", "run"])
 
 
 def _class_table(result: Survey) -> str:

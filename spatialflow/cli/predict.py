@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import spatialflow
 from spatialflow.cli.arguments import add_settings_option, numbers
-from spatialflow.cli.common import CommandError, add_path, counted, print_error, set_threads
+from spatialflow.cli.common import CommandError, add_path, counted, print_error, quoted, set_threads
 from spatialflow.cli.drawing_options import CONTACT_SHEET, DEFAULT_STYLE, add_drawing_options, drawing_style
 from spatialflow.cli.input_images import InputImage, Inputs, add_images, resolve_images
 from spatialflow.cli.label_folders import RESULT_FILES, RESULTS
@@ -257,9 +257,8 @@ def _report(options: argparse.Namespace, output: PredictionFolder, process: Pred
         files += [str(options.output / "detections.json")] if options.detections else []
         files += [str(options.output / CONTACT_SHEET)] if options.contact_sheet is not None else []
         print(f"{done} of {counted(done + len(process.failed), 'image')} done: {', '.join(files)}")
-        print(
-            f"next: spatialflow view {options.output}; with ground truth: spatialflow evaluate TRUTH {options.output}"
-        )
+        folder = quoted(options.output)
+        print(f"next: spatialflow view {folder}\nwith ground truth: spatialflow evaluate TRUTH {folder}")
     else:
         print_error("no image could be predicted")
 

@@ -7,7 +7,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from spatialflow.cli.common import CommandError, add_path, check_count, set_threads
+from spatialflow.cli.common import CommandError, add_path, check_count, printable, quoted, set_threads
 from spatialflow.cli.networks import add_ema_option, add_model_option, check_ema, configs_paragraph
 
 if TYPE_CHECKING:
@@ -168,6 +168,6 @@ def _data_options(options: argparse.Namespace) -> dict[str, Any]:
 def _next_steps(result: TrainingResult) -> str:
     """Name the files of a run and the next command."""
     return (
-        f"log and other files: {result.folder}\n"
-        f"next: spatialflow predict PHOTOGRAPHS --model {result.folder} --output predicted"
+        f"log and other files: {printable(str(result.folder))}\n"
+        f"next: spatialflow predict PHOTOGRAPHS --model {quoted(result.folder)} --output predicted"
     )

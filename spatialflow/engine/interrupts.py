@@ -5,31 +5,31 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def delayed_interrupts(what: str) -> Iterator[list[int]]:
+def delayed_interrupts(what: str, finish: Callable[[], None]) -> Iterator[None]:
     """Within the block, delay SIGINT (Ctrl-C) and SIGTERM until its end; a second signal acts at once.
 
-    An error of the block is replaced by the signal that waits: a signal to the whole process group ends the processes
-    that load data, and the block fails for want of them. Signals that the process ignores stay ignored. In another
-    thread than the main one, nothing is delayed.
+    If a signal waits, an error of the block is replaced by it: the signal may have caused the error, in another process
+    of the group. Signals that the process ignores stay ignored. In another thread than the main one, nothing is
+    delayed.
 
     Args:
         what: printed when a signal arrives; says what the process does before it ends.
-
-    Yields:
-        The numbers of the signals that wait.
+        finish: called after the block if a signal waits, before the signal acts; not after an error.
     """
-    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield received
+        yield
         return
+    received: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None is a handler in C, which Python cannot set again.
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in handlers.items():
@@ -43,17 +43,17 @@ def delayed_interrupts(what: str) -> Iterator[list[int]]:
             restore()
             signal.raise_signal(number)
 
-    for number, handler in handlers.items():
-        if handler not in (signal.SIG_IGN, None):
-            signal.signal(number, delay)
+    for number in handlers:
+        signal.signal(number, delay)
     try:
-        yield received
+        yield
     except Exception:
         restore()
         if received:
             signal.raise_signal(received[0])
         raise
     finally:
-        restore()
+        restore()  # before the check, so that no signal is forgotten
     if received:
+        finish()
         signal.raise_signal(received[0])

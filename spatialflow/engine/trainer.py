@@ -224,19 +224,18 @@ class Trainer:
                 phase = self._trains_class_layers_only()
                 module = self._prepare_phase(phase)
             rate = learning_rate(self.step, per_epoch, training)
-            with self._saves_when_interrupted() as interrupts:
+            with self._saves_when_interrupted(pending, progress):
                 losses = self._advance(module, batches, rate)
                 self.step += 1
                 if self.step == first_step + 1:
                     progress.begin(self.step)
                 pending.append(_PendingLosses(self.step, rate, losses))
                 epoch_ends = self.step % per_epoch == 0
-                is_last = self.step == self.total_steps
-                save_due = is_last or self.step % training.checkpoint_every_steps == 0 or len(interrupts) > 0
+                save_due = self.step == self.total_steps or self.step % training.checkpoint_every_steps == 0
                 is_due = self.process_group.size == 1 and progress.is_due  # clocks of several processes differ
                 if save_due or epoch_ends or len(pending) == LOG_INTERVAL or is_due:
                     self._log_losses(pending, progress)
-                    pending = []
+                    pending.clear()
                 elapsed = time.monotonic() - self.store.last_save_time
                 save = save_due or (epoch_ends and elapsed > CHECKPOINT_INTERVAL_S)
                 if save:
@@ -244,11 +243,21 @@ class Trainer:
             if epoch_ends:
                 self._end_epoch(self.step // per_epoch, save_weights=save)
 
-    def _saves_when_interrupted(self) -> contextlib.AbstractContextManager[Sequence[int]]:
+    def _saves_when_interrupted(
+        self, pending: Sequence[_PendingLosses], progress: Progress
+    ) -> contextlib.AbstractContextManager[None]:
         """Delay interrupts during a step; not with several processes, which would receive them in different steps."""
+
+        def save() -> None:
+            if pending:
+                self._log_losses(pending, progress)
+            if self.store.saved_step != self.step:
+                self.save_checkpoint()
+
         if self.process_group.size > 1:
-            return contextlib.nullcontext(())
-        return delayed_interrupts("stops after this step, and saves it; a second Ctrl-C stops at once without saving")
+            return contextlib.nullcontext()
+        text = "ends after this step; a second Ctrl-C ends at once, without the step"
+        return delayed_interrupts(text, save)
 
     def _batches(self) -> Iterator[Batch]:
         """Load the batches of this process from the current step to the last one."""

@@ -51,6 +51,12 @@ def different_names(first: Mapping[int, str], second: Mapping[int, str]) -> list
     return [number for number in second if number in first and _key(first[number]) != _key(second[number])]
 
 
+def moved_names(first: Mapping[int, str], second: Mapping[int, str]) -> list[int]:
+    """List the ids of `second` that `first` lacks although it has their names, under other ids."""
+    known = {_key(name) for name in first.values()}
+    return [number for number, name in second.items() if number not in first and _key(name) in known]
+
+
 def ids_by_name(names: Mapping[int, str], known: Mapping[int, str]) -> dict[int, int] | None:
     """Map every id of `names` to the id that has its name in `known`; None unless each name is in both exactly once."""
     keys, known_keys = ({number: _key(name) for number, name in table.items()} for table in (names, known))

@@ -71,13 +71,13 @@ def list_path(json_path: Path) -> Path:
 def read_list(json_path: Path) -> list[str]:
     """Read the paths in the list of photographs beside a panoptic JSON, as they stand there.
 
-    They end in zero bytes if the file does, otherwise in line breaks.
+    They end in zero bytes if the file does, otherwise in line breaks of any system.
 
     Raises:
         OSError: the list cannot be read.
     """
-    text = os.fsdecode(list_path(json_path).read_bytes())
-    lines = text.split("\0" if text.endswith("\0") else "\n")
+    text = os.fsdecode(list_path(json_path).read_bytes()).removeprefix("\ufeff")
+    lines = text.split("\0") if text.endswith("\0") else text.replace("\r\n", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
 

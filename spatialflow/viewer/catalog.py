@@ -4,12 +4,12 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from spatialflow.panoptic.category_names import different_names, ids_by_name, names_by_id
+from spatialflow.panoptic.category_names import different_names, ids_by_name, moved_names, names_by_id
 from spatialflow.panoptic.colors import color_of, segment_colors
 from spatialflow.panoptic.formats import load_json, read_id_map
 from spatialflow.panoptic.photographs import find_photograph, match_images, photograph_key, photograph_names, read_list
@@ -169,7 +169,8 @@ class Catalog:
     def _match_categories(self, sides: list[Side]) -> list[Side]:
         """Give all sides the category ids of the ground truth, else of the file with most categories.
 
-        Only a side of which an id has another name there gets other ids, and only if all its names are known.
+        Only a side of which an id has another name there, or a name another id, gets other ids, and only if all its
+        names are known.
         """
         reference = next((side for side in sides if side.key == TRUTH_SIDE), None)
         reference = reference or max(sides, key=lambda side: len(side.categories))
@@ -178,12 +179,14 @@ class Catalog:
         for side in sides:
             names = names_by_id(side.categories)
             different = [] if side is reference else different_names(known, names)
-            if not different:
+            moved = [] if side is reference or different else moved_names(known, names)
+            if not different and not moved:
                 matched[side.key] = side
                 continue
-            first, more = different[0], len(different) - 1
-            text = f"{side.path}: category {first} is {names[first]!r:.60}, in {reference.path} it is "
-            text += f"{known[first]!r:.60}{f', and {more} more have other names' * (more > 0)}; categories are "
+            first, more = (different or moved)[0], len(different or moved) - 1
+            text = f"{side.path}: category {first} is {names[first]!r:.60}, in {reference.path} "
+            text += f"it is {known[first]!r:.60}" if different else "this name has another id"
+            text += f"{f', and {more} more differ' * (more > 0)}; categories are "
             renumbered = _renumbered(side, ids_by_name(names, known))
             if renumbered is None:
                 text += "compared by id, so classes, errors and PQ are wrong unless both names mean one class"
@@ -309,11 +312,10 @@ class Catalog:
             folder = self._folders[key]
             if folder is not None and os.path.isfile(path := inside(folder, name)):
                 return path
-            listed, parts = self._listed[key].get(photograph_key(name), []), PurePosixPath(name).parts
-            named = [path for path in listed if path.parts[-len(parts) :] == parts]
-            for paths in (named, listed):
-                if len(paths) == 1 and os.path.isfile(paths[0]):
-                    return Path(os.path.realpath(paths[0]))
+            listed = self._listed[key]
+            found = listed.get(name) or (None if "/" in name else listed.get(photograph_key(name)))
+            if found is not None and os.path.isfile(found):
+                return Path(os.path.realpath(found))
         raise ViewError(f"{image.name}: the photograph is not found; give its folder with --images")
 
 
@@ -352,15 +354,22 @@ def inside(folder: Path, name: str) -> Path:
     return Path(path)
 
 
-def _listed_photographs(side: Side) -> dict[str, list[Path]]:
-    """Map the names without suffix to the paths in the list beside a JSON; empty without a list."""
-    found: dict[str, list[Path]] = {}
+def _listed_photographs(side: Side) -> dict[str, Path | None]:
+    """Map names of photographs to the paths in the list beside a JSON; empty without a list.
+
+    A name is the last parts of a path, as many as names in the JSON have, or the `photograph_key` of the path. It is
+    mapped to None if several paths have it.
+    """
     try:
         lines = read_list(side.path)
     except OSError:
-        return found
-    for line in lines:
-        found.setdefault(photograph_key(line), []).append(side.path.parent / line)
+        return {}
+    found: dict[str, Path | None] = {}
+    lengths = {name.count("/") + 1 for name in side.names.values()}
+    for path in {side.path.parent / line for line in lines}:
+        names = {"/".join(path.parts[-length:]) for length in lengths} | {photograph_key(path.name)}
+        for name in names:
+            found[name] = None if name in found else path
     return found
 
 

@@ -204,6 +204,25 @@ class TestInterrupt:
         assert error_messages(capsys)[-1] == f"{word}: the same command continues at step 4 of 6, from {path}"
         assert main(command("epochs=3")) == 0 and steps == [0, 1, 2, 3, 4, 5]
 
+    def test_a_signal_during_an_evaluation(self, number, word, code, command, tmp_path, capsys, monkeypatch):
+        """The steps of the epoch are saved, and the next run begins with its evaluation."""
+        evaluate, steps = Trainer._evaluate, record_steps(monkeypatch, lambda step: None)
+
+        def stopping(trainer, *arguments):
+            if len(steps) == 4 and trainer.step == 4:
+                steps.append("evaluation")
+                os.kill(os.getpid(), number)
+            evaluate(trainer, *arguments)
+
+        monkeypatch.setattr(Trainer, "_evaluate", stopping)
+        settings = command("epochs=3", "evaluate_every_epochs=1")
+        assert main(settings) == code
+        path = tmp_path / "run" / "checkpoint.pt"
+        assert error_messages(capsys)[-1] == f"{word}: the same command continues at step 4 of 6, from {path}"
+        assert main(settings) == 0 and steps == [0, 1, 2, 3, "evaluation", 4, 5]
+        log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in log if row["kind"] == "evaluation"] == [2, 4, 6]
+
     def test_a_group_of_processes_that_gets_a_signal(self, number, word, code, command, tmp_path):
         """Ctrl-C, or the stop of a service, reaches the processes that load data too."""
         process = start_in_group(command("epochs=100000", workers=2))

@@ -241,7 +241,12 @@ class Trainer:
                 if save:
                     self.save_checkpoint()
             if epoch_ends:
-                self._end_epoch(self.step // per_epoch, save_weights=save)
+                try:
+                    self._end_epoch(self.step // per_epoch, save_weights=save)
+                except KeyboardInterrupt:
+                    if self.process_group.size == 1:
+                        self._save_unsaved()
+                    raise
 
     def _saves_when_interrupted(
         self, pending: Sequence[_PendingLosses], progress: Progress
@@ -251,8 +256,7 @@ class Trainer:
         def save() -> None:
             if pending:
                 self._log_losses(pending, progress)
-            if self.store.saved_step != self.step:
-                self.save_checkpoint()
+            self._save_unsaved()
 
         if self.process_group.size > 1:
             return contextlib.nullcontext()
@@ -367,6 +371,10 @@ class Trainer:
         return TrainingError(
             f"step {step}: {reason}; {REMEDIES} may help{resumption if self.store.has_checkpoint() else ''}"
         )
+
+    def _save_unsaved(self) -> None:
+        if self.store.saved_step != self.step:
+            self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         """Write the checkpoint, in the first process."""
